@@ -1,0 +1,340 @@
+"""Derivatives: every row and every derived block against torch.autograd in fp64, on an evaluator of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+
+from psmc.derive.simplify import make, simplify
+from psmc.derive.vjp import ROWS, vjp
+from psmc.ir import OPS, Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref
+from psmc.ir.rewrite import walk
+
+SIZES = {"D": 3, "K": 4, "V": 2}
+
+
+def _where_pair(pick: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: torch.where(pick(a, b), a, b)  # a tie reads, and differentiates, the left operand
+
+
+TORCH: dict[str, Callable[..., Any]] = {
+    "or": lambda a, b: a | b,
+    "and": lambda a, b: a & b,
+    "not": lambda a: ~a,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+    "pow": lambda a, b: a**b,
+    "where": lambda t, a, b: torch.where(t, a.to(torch.result_type(a, b)), b.to(torch.result_type(a, b))),
+    "max": _where_pair(lambda a, b: a >= b),
+    "min": _where_pair(lambda a, b: a <= b),
+    "abs": torch.abs,
+    "sign": torch.sign,
+    "clamp": torch.clamp,
+    "exp": torch.exp,
+    "expm1": torch.expm1,
+    "log": torch.log,
+    "log1p": torch.log1p,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "logsigmoid": torch.nn.functional.logsigmoid,
+    "softplus": torch.nn.functional.softplus,
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "erf": torch.erf,
+    "logaddexp": torch.logaddexp,
+    "stop": lambda a: a.detach(),
+    "real": lambda a: a.real if a.is_complex() else a,
+    "imag": lambda a: a.imag if a.is_complex() else a * 0,
+    "conj": lambda a: a.conj().resolve_conj(),
+    "complex": torch.complex,
+}
+
+Env = Mapping[tuple[str, str, int], torch.Tensor]
+
+
+class Evaluator:
+    """Scalar by scalar: each node at each assignment of its free indices is one 0-dim tensor."""
+
+    def __init__(self, env: Env) -> None:
+        self.env = env
+        self.memo: dict[Any, torch.Tensor] = {}
+
+    def tensor(self, node: Expr, indices: tuple[Index, ...]) -> torch.Tensor:
+        def fill(left: tuple[Index, ...], at: dict[Index, int]) -> torch.Tensor:
+            if not left:
+                return self(node, at)
+            return torch.stack([fill(left[1:], {**at, left[0]: k}) for k in range(SIZES[left[0].dim])])
+
+        return fill(indices, {})
+
+    def _sub(self, sub: Any, at: dict[Index, int]) -> int:
+        return sub if isinstance(sub, int) else at[sub] if isinstance(sub, Index) else int(self(sub, at))
+
+    def __call__(self, node: Expr, at: dict[Index, int]) -> torch.Tensor:
+        here = {i: at[i] for i in node.free}
+        key = (node, tuple(sorted(here.items())))
+        if key not in self.memo:
+            self.memo[key] = self._eval(node, here)
+        return self.memo[key]
+
+    def _eval(self, node: Expr, at: dict[Index, int]) -> torch.Tensor:
+        def number(value: Any) -> torch.Tensor:
+            return torch.tensor(float(value), dtype=torch.float64)
+
+        match node:
+            case Const(value=value):
+                return number(value)
+            case Infinity(negative=negative):
+                return number(-math.inf if negative else math.inf)
+            case IndexValue(index=index):
+                return number(at[index])
+            case DimValue(dim=dim):
+                return number(SIZES[dim])
+            case Eye(row=row, col=col):
+                return number(self._sub(row, at) == self._sub(col, at))
+            case Ref():
+                return self.env[node.space, node.name, node.lag][tuple(self._sub(s, at) for s in node.subs)]
+            case Op(op=op, args=args):
+                return TORCH[op](*(self(a, at) for a in args))
+            case Reduce(op=op, index=index, body=body):
+                items = torch.stack([self(body, {**at, index: k}) for k in range(SIZES[index.dim])])
+                if op == "max":
+                    return items[torch.nonzero(items == items.max())[0, 0]]
+                return items.sum(0) if op == "sum" else items.prod(0)
+        raise AssertionError(node)
+
+
+def check(results: list[tuple[Expr, tuple[Index, ...]]], wrt: list[Ref], env: dict[tuple[str, str, int], Any]) -> None:
+    """vjp against autograd, with random cotangents of the results' shapes."""
+    generator = torch.Generator().manual_seed(5)
+    for w in wrt:
+        env[w.space, w.name, w.lag] = env[w.space, w.name, w.lag].clone().requires_grad_()
+    evaluate = Evaluator(env)
+    loss = torch.zeros((), dtype=torch.float64)
+    cotangents: list[Expr] = []
+    for number, (value, indices) in enumerate(results):
+        out = evaluate.tensor(value, indices)
+        ct = torch.randn(out.shape, dtype=out.dtype, generator=generator)
+        env["let", f"d_{number}", 0] = ct
+        cotangents.append(Ref("let", f"d_{number}", indices, "complex" if ct.is_complex() else "real"))
+        loss = loss + (out * ct.conj()).real.sum()
+    tensors = [env[w.space, w.name, w.lag] for w in wrt]
+    expected = torch.autograd.grad(loss, tensors, allow_unused=True) if loss.requires_grad else [None] * len(wrt)
+    actual = vjp([r for r, _ in results], cotangents, wrt)
+    with torch.no_grad():
+        for ref, want, got in zip(wrt, expected, actual, strict=True):
+            indices = tuple(s for s in ref.subs if isinstance(s, Index))
+            want = torch.zeros_like(env[ref.space, ref.name, ref.lag]) if want is None else want
+            for form in (got, None if got is None else simplify(got)):
+                value = torch.zeros_like(want) if form is None else Evaluator(env).tensor(form, indices)
+                torch.testing.assert_close(value.to(want.dtype).expand(want.shape), want, rtol=1e-9, atol=1e-12)
+
+
+def x(name: str, *subs: Any, kind: Any = "real", lag: int = 0) -> Ref:
+    return Ref("input", name, subs, kind, lag)
+
+
+def c(value: Any) -> Const:
+    return Const(Fraction(value))
+
+
+def real(*shape: int, low: float = -2.0, high: float = 2.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return low + (high - low) * torch.rand(shape, dtype=torch.float64, generator=generator)
+
+
+POSITIVE = {"log", "log1p", "sqrt", "rsqrt", "pow"}
+LOGIC = {"or", "and", "not"}
+i, j, k, d = Index("i", "K"), Index("j", "V"), Index("m", "K"), Index("i", "D")
+
+
+def _row_expression(op: str, args: tuple[Expr, ...]) -> Expr:
+    """A real- or complex-valued expression that has `op` at its heart; booleans select."""
+    if op in LOGIC:
+        tests = tuple(Op("gt", (a, c(0))) for a in args)
+        return Op("where", (Op(op, tests), args[0], Op("mul", (args[0], args[0]))))
+    if op == "where":
+        return Op(op, (Op("gt", (args[0], c(0))), args[1], args[2]))
+    node = Op(op, args)
+    return Op("where", (node, args[0], Op("mul", (args[1], args[0])))) if node.kind == "bool" else node
+
+
+def test_every_operator_has_a_row() -> None:
+    assert ROWS.keys() == OPS.keys() == TORCH.keys()
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_row_real(op: str) -> None:
+    args = tuple(x(n) for n in "abc"[: OPS[op].arity])
+    if op == "clamp":
+        env = {("input", n, 0): torch.tensor(v, dtype=torch.float64) for n, v in zip("abc", (0.3, -1.0, 1.0), strict=True)}
+        for value in (0.3, -2.0, 3.0, -1.0, 1.0):
+            check([(Op(op, args), ())], list(args), env | {("input", "a", 0): torch.tensor(value, dtype=torch.float64)})
+        return
+    for seed in range(4):
+        env = {("input", n, 0): real(low=0.1 if op in POSITIVE else -2, seed=7 * seed + k) for k, n in enumerate("abc")}
+        check([(_row_expression(op, args), ())], list(args), env)
+
+
+COMPLEX_OPS = ["add", "sub", "mul", "div", "neg", "pow", "where", "exp", "log", "stop", "real", "imag", "conj", "abs"]
+
+
+@pytest.mark.parametrize("op", COMPLEX_OPS)
+@pytest.mark.parametrize("second", ["real", "complex"])
+def test_row_complex(op: str, second: Any) -> None:
+    arity = OPS[op].arity
+    a, b = x("a", kind="complex"), x("b", kind=second)
+    args = (a, b)[:arity] if op != "where" else (Op("gt", (x("t"), c(0))), a, b)
+    bt = torch.complex(real(seed=2), real(seed=3)) if second == "complex" else real(seed=2, low=0.2)
+    env = {("input", "a", 0): torch.complex(real(seed=0), real(seed=1)), ("input", "b", 0): bt, ("input", "t", 0): real()}
+    check([(Op(op, args), ())], [a, b], env)
+    if arity == 2:
+        check([(Op(op, (args[1], args[0])), ())], [a, b], env)
+
+
+@pytest.mark.parametrize("exponent", ["2", "3", "-1", "1/2", "0", "1", "5/2"])
+def test_pow_constant(exponent: str) -> None:
+    check([(Op("pow", (x("a"), c(exponent))), ())], [x("a")], {("input", "a", 0): real(low=0.2)})
+
+
+def gradient_at(node: Expr, names: str, *values: float) -> list[float]:
+    env = {("input", n, 0): torch.tensor(v, dtype=torch.float64) for n, v in zip(names, values, strict=True)}
+    grads = vjp([node], [c(1)], [x(n) for n in names])
+    return [0.0 if g is None else float(Evaluator(env)(g, {})) for g in grads]
+
+
+def test_ties_and_edges() -> None:
+    ab = (x("a"), x("b"))
+    assert gradient_at(Op("max", ab), "ab", 1.0, 1.0) == [1.0, 0.0]
+    assert gradient_at(Op("min", ab), "ab", 1.0, 1.0) == [1.0, 0.0]
+    assert gradient_at(Op("abs", ab[:1]), "a", 0.0) == [0.0]
+    assert gradient_at(Op("relu", ab[:1]), "a", 0.0) == [0.0]
+    clamp = Op("clamp", (x("a"), x("b"), x("c")))
+    assert gradient_at(clamp, "abc", 1.0, 1.0, 2.0) == [1.0, 0.0, 0.0]
+    assert gradient_at(clamp, "abc", 2.0, 1.0, 2.0) == [1.0, 0.0, 0.0]
+    assert gradient_at(clamp, "abc", 0.0, 3.0, 2.0) == [0.0, 0.0, 1.0]
+    assert gradient_at(Op("stop", (x("a"),)), "a", 2.0) == [0.0]
+
+
+def test_nothing_is_poisoned_at_minus_infinity() -> None:
+    inf = math.inf
+    rescaled = Op("mul", (x("u"), Op("exp", (Op("sub", (x("a"), x("b"))),))))
+    assert gradient_at(rescaled, "uab", 3.0, -inf, 0.5) == [0.0, 0.0, -0.0]
+    both = Op("logaddexp", (x("a"), x("b")))
+    assert gradient_at(both, "ab", -inf, -inf) == [0.5, 0.5]
+    assert gradient_at(both, "ab", -inf, 2.0) == [0.0, 1.0]
+    assert gradient_at(Op("softplus", (x("a"),)), "a", -inf) == [0.0]
+
+
+def test_shared_subexpressions_cost_once() -> None:
+    node: Expr = x("a")
+    for _ in range(60):  # 2^60 paths
+        node = Op("mul", (node, Op("sin", (node,))))
+    (grad,) = vjp([node], [c(1)], [x("a")])
+    assert grad is not None
+    assert sum(1 for _ in walk(grad)) < 60 * 10
+    env = {("input", "a", 0): torch.tensor(0.3, dtype=torch.float64)}
+    assert math.isfinite(float(Evaluator(env)(grad, {})))
+
+
+INDEXED: dict[str, tuple[Expr, tuple[Index, ...]]] = {
+    "contraction": (Reduce("sum", i, Op("mul", (x("q", i), x("S", i, j)))), (j,)),
+    "matvec": (Reduce("sum", k, Op("mul", (x("M", i, k), x("q", k)))), (i,)),
+    "outer": (Op("mul", (Op("exp", (x("q", i),)), x("v", j))), (i, j)),
+    "broadcast result": (Op("tanh", (x("v", j),)), (i, j)),
+    "sum of a constant": (Reduce("sum", i, x("v", j)), (j,)),
+    "transpose": (Op("mul", (x("M", i, k), x("M", k, i))), (i, k)),
+    "diagonal": (Op("mul", (x("M", i, i), x("q", i))), (i,)),
+    "trace": (Reduce("sum", i, Op("sin", (x("M", i, i),))), ()),
+    "literal": (Op("mul", (x("S", 2, j), x("q", i))), (i, j)),
+    "gather": (Op("mul", (x("q", x("p", i, kind="int")), x("S", i, j))), (i, j)),
+    "gather of rows": (Op("exp", (x("S", x("p", i, kind="int"), j),)), (i, j)),
+    "max": (Reduce("max", i, Op("mul", (x("q", i), x("S", i, j)))), (j,)),
+    "prod": (Reduce("prod", i, Op("add", (x("q", i), x("v", j)))), (j,)),
+    "logsumexp": (
+        Op("log", (Reduce("sum", i, Op("exp", (Op("sub", (x("q", i), Reduce("max", i, x("q", i)))),))),)),
+        (),
+    ),
+    "delta rule": (
+        Op(
+            "sub",
+            (x("S", i, j), Op("mul", (x("q", i), Reduce("sum", k, Op("mul", (x("q", k), x("S", k, j))))))),
+        ),
+        (i, j),
+    ),
+    "eye and index values": (Op("mul", (Op("add", (Eye(i, k), IndexValue(i))), x("M", i, k))), (i, k)),
+    "nested": (Reduce("sum", i, Op("mul", (x("q", i), Reduce("sum", i, Op("sin", (x("q", i),)))))), ()),
+}
+
+
+@pytest.mark.parametrize("name", sorted(INDEXED))
+def test_indexed(name: str) -> None:
+    env = {
+        ("input", "q", 0): real(4, seed=1),
+        ("input", "v", 0): real(2, seed=2),
+        ("input", "S", 0): real(4, 2, seed=3),
+        ("input", "M", 0): real(4, 4, seed=4),
+        ("input", "p", 0): torch.tensor([2, 0, 2, 3]),
+    }
+    s = Index("s", "V")
+    check([INDEXED[name]], [x("q", k), x("v", s), x("S", i, j), x("M", k, i)], env)
+
+
+def test_reduce_max_takes_the_first() -> None:
+    (grad,) = vjp([Reduce("max", i, x("q", i))], [c(1)], [x("q", i)])
+    env = {("input", "q", 0): torch.tensor([1.0, 3.0, 3.0, 2.0], dtype=torch.float64)}
+    assert grad is not None
+    assert Evaluator(env).tensor(grad, (i,)).tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_lags_are_distinct_tensors() -> None:
+    now, before = x("a"), x("a", lag=1)
+    env = {("input", "a", 0): real(seed=1), ("input", "a", 1): real(seed=2)}
+    check([(Op("mul", (now, Op("exp", (before,)))), ())], [now, before], env)
+
+
+def test_simplify() -> None:
+    a, b = x("a"), x("b")
+    z = x("z", kind="complex")
+    gt = Op("gt", (a, b))
+    cases: list[tuple[Expr, Expr]] = [
+        (Op("add", (c(0), a)), a),
+        (Op("mul", (c(1), a)), a),
+        (Op("mul", (a, c(0))), c(0)),
+        (Op("neg", (Op("neg", (a,)),)), a),
+        (Op("add", (c("1/3"), c("1/6"))), c("1/2")),
+        (Op("where", (gt, a, a)), a),
+        (Op("where", (gt, Op("where", (gt, a, b)), b)), Op("where", (gt, a, b))),
+        (Op("where", (Op("lt", (c(1), c(2))), a, b)), a),
+        (Op("add", (a, Op("neg", (b,)))), Op("sub", (a, b))),
+        (Op("real", (Op("conj", (Op("complex", (a, b)),)),)), a),
+        (Op("imag", (a,)), c(0)),
+        (Op("conj", (Op("conj", (z,)),)), z),
+        (Op("div", (c(1), c(0))), Op("div", (c(1), c(0)))),
+        (Op("pow", (c(2), c(10))), c(1024)),
+    ]
+    for node, want in cases:
+        assert simplify(node) is want
+    # a sum of the user's is never reordered
+    chain = Op("add", (Op("add", (a, b)), Op("add", (b, a))))
+    assert simplify(chain) is chain
+    assert make("mul", c(0), Infinity()) is Op("mul", (c(0), Infinity()))
