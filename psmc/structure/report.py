@@ -62,11 +62,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class Structure:
-    """`live`: what a prefix must carry, in declaration order. `lanes`: dims that no index is ever summed, gathered or
+    """`live`: what a prefix must carry, in declaration order; `element`: what elements need to be combined with each
+    other (segments, ranks). `lanes`: dims that no index is ever summed, gathered or
     expanded over, so that they can be flattened into lanes. `expanded`: dims of the state that some output contracts."""
 
     live: tuple[str, ...]
+    element: tuple[str, ...]
     layers: tuple[Layer, ...]
     lanes: tuple[str, ...]
-    pointwise: bool  # every live component's combine, lift and readout is free of index sums, gathers and Eye
+    pointwise: bool  # combine and lift of `element` and the readout are free of index sums, gathers and Eye
     readout: tuple[Linear, ...] = ()
