@@ -1,0 +1,166 @@
+"""Text to tokens, by the terminals of the grammar. Bounds nesting and numbers before the parser sees anything."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from lark import Token
+from lark.lexer import TerminalDef
+
+from psmc.diagnostics import Label, fail
+from psmc.source import MAX_SOURCE_BYTES, SourceFile, Span
+
+MAX_NESTING = 200
+OPENERS = {"(": ")", "[": "]", "{": "}"}
+_CLOSERS = frozenset(OPENERS.values())
+_TRIVIA = frozenset({"COMMENT", "SPACE"})
+
+# What people type who come from other languages, and how it is written here. Longest first.
+_SLIPS = {
+    "**": "a power is written x ^ y",
+    "//": "comments start with '#'; a rounded-down quotient does not exist",
+    "/*": "comments start with '#'",
+    "&&": "write 'and'",
+    "||": "write 'or'",
+    ":=": "write '='",
+    "->": "a definition is written 'name = expression'",
+    "!": "write 'not'",
+    "&": "write 'and'",
+    "|": "write 'or'",
+    "%": "there is no remainder operator",
+    "@": "write the sum out: sum[k] A[i, k] * B[k, j]",
+    "'": "strings are written in double quotes",
+    "−": "write the ASCII '-'",
+    "–": "write the ASCII '-'",
+    "·": "write '*'",
+    "×": "write '*'",
+    "≤": "write '<='",
+    "≥": "write '>='",
+    "≠": "write '!='",
+    "∞": "write 'inf'",
+    "\u00a0": "this is a no-break space: write a plain one",
+    "\ufeff": "this is a byte order mark in the middle of the text: delete it",
+}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """`code` in order, without trivia; `comments` in order, each as the span of '# …'."""
+
+    code: tuple[Token, ...]
+    comments: tuple[Span, ...]
+
+
+class Scanner:
+    """One regular expression over the grammar's terminals; longer literals win, keywords win over NAME."""
+
+    def __init__(self, terminals: Iterable[TerminalDef]) -> None:
+        patterns: list[TerminalDef] = []
+        self.words: dict[str, str] = {}
+        for terminal in terminals:
+            literal = terminal.pattern.type == "str"
+            if literal and terminal.pattern.value.isidentifier():
+                self.words[terminal.pattern.value] = terminal.name
+            else:
+                patterns.append(terminal)
+        # REDUCE is a choice of words: as a pattern of its own it would split 'summary'.
+        for terminal in [p for p in patterns if re.fullmatch(r"\(\?:[a-z|]+\)", p.pattern.value)]:
+            patterns.remove(terminal)
+            self.words.update(dict.fromkeys(terminal.pattern.value[3:-1].split("|"), terminal.name))
+        patterns.sort(key=lambda t: (-t.priority, t.pattern.type == "str", -len(t.pattern.value), t.name))
+        self._regex = re.compile("|".join(f"(?P<{t.name}>{t.pattern.to_regexp()})" for t in patterns))
+
+    def scan(self, source: SourceFile, start: int = 0, end: int | None = None) -> Tokens:
+        """Tokens of `source.text[start:end]`. Raises PsmcError 1xx for text outside the language, 5xx for our limits."""
+        text = source.text
+        stop = len(text) if end is None else end
+        code: list[Token] = []
+        comments: list[Span] = []
+        opened: list[Token] = []
+        at, match_at, words = start, self._regex.match, self.words
+        while at < stop:
+            match = match_at(text, at, stop)
+            if match is None:
+                _refuse_character(source, at)
+            kind, value = match.lastgroup or "", match.group()
+            begin, at = at, match.end()
+            if kind in _TRIVIA:
+                if kind == "COMMENT":
+                    comments.append(Span(source, begin, at))
+                continue
+            if kind == "NAME":
+                kind = words.get(value, kind)
+                if at < stop and text[at].isalnum():
+                    _refuse_character(source, at)
+            elif kind == "NUMBER" and at < stop and (text[at].isalnum() or text[at] in "._"):
+                _refuse_number(source, begin)
+            token = Token(kind, value, begin, 0, 0, 0, 0, at)
+            if value in OPENERS:
+                opened.append(token)
+                if len(opened) > MAX_NESTING:
+                    fail(
+                        "PSM502",
+                        f"brackets are nested deeper than {MAX_NESTING}",
+                        Span(source, begin, at),
+                        labels=(Label(Span(source, opened[0].start_pos or 0, opened[0].end_pos or 0), "from here"),),
+                        helps=("name parts of the expression with 'let'",),
+                    )
+            elif value in _CLOSERS and opened:
+                opened.pop()
+            code.append(token)
+        return Tokens(tuple(code), tuple(comments))
+
+
+def check_size(source: SourceFile) -> None:
+    """Refuse what is too large to be a spec, and NUL bytes. Raises PsmcError."""
+    size = len(source.text) if source.text.isascii() else len(source.text.encode("utf-8", "replace"))
+    if size > MAX_SOURCE_BYTES:
+        fail(
+            "PSM501",
+            f"{source.name} has {size:,} bytes; psmc reads at most {MAX_SOURCE_BYTES:,}",
+            helps=("a spec is some 10 to 20 lines: is this the right file?",),
+        )
+    nul = source.text.find("\0")
+    if nul >= 0:
+        fail("PSM102", "the text holds a NUL byte", Span(source, nul, nul + 1), helps=("save it as plain UTF-8 text",))
+
+
+def _refuse_number(source: SourceFile, start: int) -> NoReturn:
+    found = re.compile(r"[0-9A-Za-z_.]+").match(source.text, start)
+    assert found is not None
+    span = Span(source, start, found.end())
+    word = re.fullmatch(r"([0-9.]+)([A-Za-z_]\w*)", found.group())
+    multiply = word is not None and word[2].lower() not in ("e", "x", "b", "f", "j", "l")
+    help_ = f"a product needs its sign: {word[1]} * {word[2]}" if word and multiply else "numbers look like 2, 0.5 or 1e-6"
+    fail("PSM105", f"'{found.group()[:40]}' is not a number", span, helps=(help_,))
+
+
+def _refuse_character(source: SourceFile, at: int) -> NoReturn:
+    text = source.text
+    char = text[at]
+    if char == '"':
+        triple = text.startswith('"""', at)
+        quote = '"""' if triple else '"'
+        where = "" if triple else " on its line"
+        fail("PSM101", f"text in quotes has no closing {quote}{where}", Span(source, at, at + len(quote)), label="opened here")
+    for slip, advice in _SLIPS.items():
+        if text.startswith(slip, at):
+            fail("PSM101", f"'{slip}' is not part of the language", Span(source, at, at + len(slip)), helps=(advice,))
+    if char.isalpha() or unicodedata.category(char).startswith(("M", "N")):
+        word = re.compile(r"\w+").search(text, at)
+        span = Span(source, at, max(at + 1, word.end() if word and word.start() == at else at + 1))
+        fail("PSM104", f"'{span.text[:40]}' is not ASCII: names are ASCII letters, digits and underscores", span, helps=_spelled(char))
+    shown = char if char.isprintable() else f"U+{ord(char):04X}"
+    fail("PSM101", f"the character '{shown}' is not part of the language", Span(source, at, at + 1))
+
+
+def _spelled(char: str) -> tuple[str, ...]:
+    """'β' -> beta."""
+    name = unicodedata.name(char, "").split(" ")
+    if name[:1] == ["GREEK"] and name[-2:-1] == ["LETTER"]:
+        return (f"write '{name[-1].lower()}'",)
+    return ()
