@@ -10,9 +10,28 @@ from typing import Any
 import pytest
 import torch
 
+from psmc.derive.adjoint import StepBackward, step, step_backward
 from psmc.derive.simplify import make, simplify
 from psmc.derive.vjp import ROWS, vjp
-from psmc.ir import OPS, Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref
+from psmc.ir import (
+    OPS,
+    Aggregator,
+    Assign,
+    Block,
+    Component,
+    Const,
+    Dim,
+    DimValue,
+    Expr,
+    Eye,
+    Index,
+    IndexValue,
+    Infinity,
+    Op,
+    Reduce,
+    Ref,
+    Tensor,
+)
 from psmc.ir.rewrite import walk
 
 SIZES = {"D": 3, "K": 4, "V": 2}
@@ -68,14 +87,11 @@ TORCH: dict[str, Callable[..., Any]] = {
     "complex": torch.complex,
 }
 
-Env = Mapping[tuple[str, str, int], torch.Tensor]
-
-
 class Evaluator:
     """Scalar by scalar: each node at each assignment of its free indices is one 0-dim tensor."""
 
-    def __init__(self, env: Env) -> None:
-        self.env = env
+    def __init__(self, env: Mapping[tuple[str, str, int], torch.Tensor]) -> None:
+        self.env = dict(env)
         self.memo: dict[Any, torch.Tensor] = {}
 
     def tensor(self, node: Expr, indices: tuple[Index, ...]) -> torch.Tensor:
@@ -88,6 +104,11 @@ class Evaluator:
 
     def _sub(self, sub: Any, at: dict[Index, int]) -> int:
         return sub if isinstance(sub, int) else at[sub] if isinstance(sub, Index) else int(self(sub, at))
+
+    def run(self, block: Block) -> dict[str, torch.Tensor]:
+        for let in block.lets:
+            self.env["let", let.name, 0] = self.tensor(let.value, let.indices)
+        return {r.name: self.tensor(r.value, r.indices) for r in block.results}
 
     def __call__(self, node: Expr, at: dict[Index, int]) -> torch.Tensor:
         here = {i: at[i] for i in node.free}
@@ -186,9 +207,9 @@ def test_every_operator_has_a_row() -> None:
 def test_row_real(op: str) -> None:
     args = tuple(x(n) for n in "abc"[: OPS[op].arity])
     if op == "clamp":
-        env = {("input", n, 0): torch.tensor(v, dtype=torch.float64) for n, v in zip("abc", (0.3, -1.0, 1.0), strict=True)}
         for value in (0.3, -2.0, 3.0, -1.0, 1.0):
-            check([(Op(op, args), ())], list(args), env | {("input", "a", 0): torch.tensor(value, dtype=torch.float64)})
+            numbers = torch.tensor([value, -1.0, 1.0], dtype=torch.float64)
+            check([(Op(op, args), ())], list(args), {("input", n, 0): numbers[k] for k, n in enumerate("abc")})
         return
     for seed in range(4):
         env = {("input", n, 0): real(low=0.1 if op in POSITIVE else -2, seed=7 * seed + k) for k, n in enumerate("abc")}
@@ -205,7 +226,8 @@ def test_row_complex(op: str, second: Any) -> None:
     a, b = x("a", kind="complex"), x("b", kind=second)
     args = (a, b)[:arity] if op != "where" else (Op("gt", (x("t"), c(0))), a, b)
     bt = torch.complex(real(seed=2), real(seed=3)) if second == "complex" else real(seed=2, low=0.2)
-    env = {("input", "a", 0): torch.complex(real(seed=0), real(seed=1)), ("input", "b", 0): bt, ("input", "t", 0): real()}
+    at = torch.complex(real(seed=0), real(seed=1))
+    env = {("input", "a", 0): at, ("input", "b", 0): bt, ("input", "t", 0): real()}
     check([(Op(op, args), ())], [a, b], env)
     if arity == 2:
         check([(Op(op, (args[1], args[0])), ())], [a, b], env)
@@ -338,3 +360,296 @@ def test_simplify() -> None:
     chain = Op("add", (Op("add", (a, b)), Op("add", (b, a))))
     assert simplify(chain) is chain
     assert make("mul", c(0), Infinity()) is Op("mul", (c(0), Infinity()))
+
+
+# --- one token backwards -----------------------------------------------------------------------------
+
+
+class E:
+    """Python operators on expressions, to write specs by hand."""
+
+    def __init__(self, node: Any) -> None:
+        self.node: Expr = node.node if isinstance(node, E) else node if isinstance(node, Expr) else c(node)
+
+    def op(self, name: str, *args: Any) -> E:
+        return E(Op(name, (self.node, *(E(a).node for a in args))))
+
+    def __add__(self, other: Any) -> E:
+        return self.op("add", other)
+
+    def __sub__(self, other: Any) -> E:
+        return self.op("sub", other)
+
+    def __rsub__(self, other: Any) -> E:
+        return E(other) - self
+
+    def __mul__(self, other: Any) -> E:
+        return self.op("mul", other)
+
+    def __truediv__(self, other: Any) -> E:
+        return self.op("div", other)
+
+    def __getattr__(self, name: str) -> Callable[..., E]:
+        return lambda *args: self.op(name, *args)
+
+
+Values = dict[str, Any]
+
+
+class Space:
+    """`l.u`: a reference to one tensor of a space; its indices and kind come from the declaration."""
+
+    def __init__(self, space: Any, kinds: Mapping[str, tuple[tuple[Index, ...], Any]]) -> None:
+        self._space, self._kinds = space, kinds
+
+    def __getattr__(self, name: str) -> E:
+        subs, kind = self._kinds[name]
+        return E(Ref(self._space, name, subs, kind))
+
+    def lag(self, name: str) -> E:
+        subs, kind = self._kinds[name]
+        return E(Ref(self._space, name, subs, kind, 1))
+
+
+def spec(
+    inputs: str,
+    state: str,
+    combine: Callable[[Space, Space], Values],
+    lift: Callable[[Space, Space], Values] | None = None,
+    output: Callable[[Space, Space, Space, Space], Values] | None = None,
+    params: str = "",
+    identity: Values | None = None,
+) -> Aggregator:
+    """Names in `inputs`, `params`, `state`: `x`, `x:complex`, `x[D]`. Lane-wise: index i runs over D."""
+
+    def declare(text: str) -> dict[str, tuple[tuple[Index, ...], Any]]:
+        out: dict[str, tuple[tuple[Index, ...], Any]] = {}
+        for word in text.split():
+            name, _, kind = word.partition(":")
+            out[name.removesuffix("[D]")] = ((d,) if name.endswith("[D]") else (), kind or "real")
+        return out
+
+    ins, pars, comps = declare(inputs), declare(params), declare(state)
+
+    def block(values: Values, like: Mapping[str, tuple[tuple[Index, ...], Any]]) -> Block:
+        return Block(
+            results=tuple(
+                Assign(n, like[n][0] if n in like else tuple(sorted(E(v).node.free)), E(v).node)
+                for n, v in values.items()
+            )
+        )
+
+    xs, ps = Space("input", ins), Space("param", pars)
+    starts = {n: Assign(n, comps[n][0], E((identity or {}).get(n, 0)).node) for n in comps}
+    return Aggregator(
+        name="hand",
+        dims=(Dim("D"),) if "[D]" in inputs + state else (),
+        inputs=tuple(Tensor(n, tuple(i.dim for i in subs), kind) for n, (subs, kind) in ins.items()),
+        params=tuple(Tensor(n, tuple(i.dim for i in subs), kind) for n, (subs, kind) in pars.items()),
+        state=tuple(
+            Component(n, tuple(i.dim for i in subs), kind, None, starts[n]) for n, (subs, kind) in comps.items()
+        ),
+        lift=block(lift(xs, ps), comps) if lift else None,
+        combine=block(combine(Space("left", comps), Space("right", comps)), comps),
+        recurrence=None,
+        readout=block(output(Space("state", comps), Space("prev", comps), xs, ps), {}) if output else Block(),
+        claim="yes",
+    )
+
+
+def _rescaled(left: Space, right: Space) -> Values:
+    m = left.m.max(right.m)
+    a, b = (left.m - m).exp(), (right.m - m).exp()
+    return {"m": m, "u": left.u * a + right.u * b, "w": left.w * a + right.w * b}
+
+
+def _welford(left: Space, right: Space) -> Values:
+    n = left.n + right.n
+    gap = right.mean - left.mean
+    return {"n": n, "mean": left.mean + gap * right.n / n, "M": left.M + right.M + gap * gap * left.n * right.n / n}
+
+
+def _affine2(left: Space, right: Space) -> Values:
+    def product(r: str, q: str) -> E:
+        return sum_e(getattr(right, f"a{r}{p}") * getattr(left, q.format(p)) for p in "12")
+
+    matrix = {f"a{r}{q}": product(r, f"a{{}}{q}") for r in "12" for q in "12"}
+    return matrix | {f"b{r}": product(r, "b{}") + getattr(right, f"b{r}") for r in "12"}
+
+
+def sum_e(terms: Any) -> E:
+    first, *rest = list(terms)
+    for term in rest:
+        first = first + term
+    return E(first)
+
+
+SPECS: dict[str, tuple[Aggregator, tuple[str, ...]]] = {
+    "ema": (
+        spec(
+            "x", "s a",
+            lift=lambda x, p: {"s": (1 - p.decay.sigmoid()) * x.x, "a": p.decay.sigmoid()},
+            combine=lambda le, r: {"s": r.a * le.s + r.s, "a": le.a * r.a},
+            output=lambda s, prev, x, p: {"y": s.s * x.x + prev.s.tanh()},
+            params="decay", identity={"a": 1},
+        ),
+        ("s",),
+    ),
+    "softmax average": (
+        spec(
+            "score value", "m u w",
+            lift=lambda x, p: {"m": x.score * p.scale, "u": 1, "w": x.value},
+            combine=_rescaled,
+            output=lambda s, prev, x, p: {"y": s.w / s.u, "lse": s.m + s.u.log()},
+            params="scale", identity={"m": -100},
+        ),
+        ("m", "u", "w"),
+    ),
+    "max-plus": (
+        spec("", "a b", combine=lambda le, r: {"a": le.a + r.a, "b": (le.b + r.a).max(r.b)}, identity={"b": -100}),
+        ("a", "b"),
+    ),
+    "complex": (
+        spec(
+            "g x:complex", "a:complex h:complex",
+            lift=lambda x, p: {"a": (x.g * -1).complex(p.theta).exp(), "h": x.x * p.c},
+            combine=lambda le, r: {"a": le.a * r.a, "h": r.a * le.h + r.h},
+            output=lambda s, prev, x, p: {"y": (s.h * p.c.conj()).real() + prev.h.abs(), "z": s.h * x.x},
+            params="theta c:complex", identity={"a": 1},
+        ),
+        ("h",),
+    ),
+    "affine 2x2": (
+        spec("", "a11 a12 a21 a22 b1 b2", combine=_affine2, identity={"a11": 1, "a22": 1}),
+        ("a11", "a12", "a21", "a22", "b1", "b2"),
+    ),
+    "affine 2x2, its vector": (
+        spec(
+            "a11 a12 a21 a22 b1 b2", "a11 a12 a21 a22 b1 b2",
+            lift=lambda x, p: {n: getattr(x, n) for n in ("a11", "a12", "a21", "a22", "b1", "b2")},
+            combine=_affine2,
+            output=lambda s, prev, x, p: {"y": s.b1 * s.b2, "w": prev.b1 * x.a12},
+            identity={"a11": 1, "a22": 1},
+        ),
+        ("b1", "b2"),
+    ),
+    "Möbius": (
+        spec(
+            "x y", "a b c d",
+            lift=lambda x, p: {"a": x.x, "b": x.y * x.y, "c": 1, "d": x.y.exp()},
+            combine=lambda le, r: {
+                "a": r.a * le.a + r.b * le.c, "b": r.a * le.b + r.b * le.d,
+                "c": r.c * le.a + r.d * le.c, "d": r.c * le.b + r.d * le.d,
+            },
+            output=lambda s, prev, x, p: {"y": (s.a + s.b) / (s.c + s.d)},
+            identity={"a": 1, "d": 1},
+        ),
+        ("a", "b", "c", "d"),
+    ),
+    "Welford": (
+        spec(
+            "x", "n mean M", lift=lambda x, p: {"n": 1, "mean": x.x, "M": 0}, combine=_welford,
+            output=lambda s, prev, x, p: {"variance": s.M / s.n, "z": (x.x - s.mean) / (s.M / s.n + 1).sqrt()},
+        ),
+        ("n", "mean", "M"),
+    ),
+    "lanes and a tap": (
+        spec(
+            "x[D] g", "a[D] h[D]",
+            lift=lambda x, p: {"a": (x.g * p.rate).sigmoid(), "h": x.x * x.g + x.lag("x") * p.tap},
+            combine=lambda le, r: {"a": le.a * r.a, "h": r.a * le.h + r.h},
+            output=lambda s, prev, x, p: {"y": s.h * p.rate + prev.h},
+            params="rate[D] tap", identity={"a": 1},
+        ),
+        ("h",),
+    ),
+}  # fmt: skip
+
+LENGTH = 5
+
+
+class Fold:
+    """A sequential fold through the oracle's interpreter, every value an autograd leaf or a function of leaves."""
+
+    def __init__(self, agg: Aggregator, live: tuple[str, ...], carried: bool) -> None:
+        self.agg, self.live, self.carried = agg, live, carried
+        generator = torch.Generator().manual_seed(11)
+
+        def draw(dims: tuple[str, ...], kind: str) -> torch.Tensor:
+            shape = tuple(SIZES[n] for n in dims)
+            dtype = torch.complex128 if kind == "complex" else torch.float64
+            return (torch.randn(shape, dtype=dtype, generator=generator) * 0.7).requires_grad_()
+
+        self.tokens = [{t.name: draw(t.dims, t.kind) for t in agg.leaf_inputs} for _ in range(LENGTH)]
+        self.params = {t.name: draw(t.dims, t.kind) for t in agg.params}
+        self.start = {n: draw(agg.component(n).dims, agg.component(n).kind) for n in live}
+        if "n" in live:
+            self.start["n"] = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+        identity = Block(results=tuple(c.identity for c in agg.state if c.name in live))
+        self.before = [self.start if carried else Evaluator({}).run(identity)]
+        self.outputs: list[dict[str, torch.Tensor]] = []
+        update = step(agg, live)
+        first = Block(agg.leaf.lets, tuple(agg.leaf.result(n) for n in live))
+        for t in range(LENGTH):
+            env = self.env(t)
+            new = Evaluator(env).run(update if t or carried else first)
+            env |= {("state", n, 0): v for n, v in new.items()}
+            self.outputs.append(Evaluator(env).run(agg.output))
+            self.before.append(new)
+        self.d_outputs = [{n: draw_like(v, generator) for n, v in out.items()} for out in self.outputs]
+        self.d_last = {n: draw_like(v, generator) for n, v in self.before[-1].items()}
+
+    def env(self, t: int) -> dict[tuple[str, str, int], torch.Tensor]:
+        env = {("prev", n, 0): v for n, v in self.before[t].items()}
+        env |= {("input", n, 0): v for n, v in self.tokens[t].items()}
+        env |= {("input", n, 1): self.tokens[t - 1][n] if t else v * 0 for n, v in self.tokens[t].items()}
+        return env | {("param", n, 0): v for n, v in self.params.items()}
+
+    def leaves(self) -> list[torch.Tensor]:
+        tokens = [v for token in self.tokens for v in token.values()]
+        return [*tokens, *self.params.values(), *(self.start.values() if self.carried else ())]
+
+    def expected(self) -> list[torch.Tensor]:
+        pairs = [(v, ct[n]) for out, ct in zip(self.outputs, self.d_outputs, strict=True) for n, v in out.items()]
+        pairs += [(v, self.d_last[n]) for n, v in self.before[-1].items()]
+        loss = sum((v * ct.conj()).real.sum() for v, ct in pairs)
+        grads = torch.autograd.grad(loss, self.leaves(), allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, self.leaves(), strict=True)]
+
+
+def draw_like(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    dtype = value.dtype if value.is_floating_point() or value.is_complex() else torch.float64
+    return torch.randn(value.shape, dtype=dtype, generator=generator)
+
+
+def backward_env(fold: Fold, t: int, back: StepBackward, cotangent: Mapping[str, torch.Tensor]) -> Any:
+    env = fold.env(t) | {("state", n, 0): v for n, v in fold.before[t + 1].items()}
+    env |= {("let", back.outputs[n], 0): v for n, v in fold.d_outputs[t].items()}
+    env |= {("let", back.state[n], 0): v for n, v in cotangent.items()}
+    return {k: v.detach() for k, v in env.items()}
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_step_backward(name: str, carried: bool) -> None:
+    agg, live = SPECS[name]
+    fold = Fold(agg, live, carried)
+    tokens = [{n: torch.zeros_like(v) for n, v in token.items()} for token in fold.tokens]
+    params = {n: torch.zeros_like(v) for n, v in fold.params.items()}
+    cotangent = dict(fold.d_last)
+    for t in reversed(range(LENGTH)):
+        back = step_backward(agg, live, first=t == 0 and not carried)
+        out = Evaluator(backward_env(fold, t, back, cotangent)).run(back.block)
+        for n, result in back.inputs.items():
+            tokens[t][n] = tokens[t][n] + out[result]
+        for (n, lag), result in back.taps.items():
+            if t >= lag:
+                tokens[t - lag][n] = tokens[t - lag][n] + out[result]
+        for n, result in back.params.items():
+            params[n] = params[n] + out[result]
+        cotangent = {n: out[result] for n, result in back.prev.items()}
+    actual = [*(v for token in tokens for v in token.values()), *params.values()]
+    actual += [cotangent[n] for n in fold.start] if carried else []
+    assert carried or not cotangent
+    for got, want in zip(actual, fold.expected(), strict=True):
+        torch.testing.assert_close(got.to(want.dtype).expand(want.shape), want, rtol=1e-9, atol=1e-11)
