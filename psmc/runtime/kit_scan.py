@@ -1,0 +1,471 @@
+"""Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative.
+
+An element is a flat dict of tensors, [B, T, *lanes, *dims] each (expanded views are welcome); a state is the same
+without T and holds only the live components. `combine(l, r)` maps two elements to an element, `advance(s, r)` a
+state and an element to a state; both are batched over the leading axes.
+
+The identity is never combined in. A token that does not count, a restart, a missing initial state: all are *selected*,
+with both operands of an unselected combine replaced by a real element that carries no gradient, so that neither values
+nor gradients are poisoned by what is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+GO_ON, RESTART = -2, -1  # what `entry` says of a token besides the row of the initial state that enters there
+SEGMENT_BYTES = 8 << 20  # elements lifted at once: near the size of a cache
+RECOMPUTE_BYTES = 256 << 20  # elements of a whole call from which on backward recomputes them
+
+
+Values = dict[str, Tensor]
+Rule = Callable[[Values, Values], Values]
+
+
+class Scan(NamedTuple):
+    """`prefix`, `previous`: [B, T, ...]; `carry`: the state after the last token, [B, ...]; `exists` [B]: whether any
+    element or initial state is in `carry` (None: in all of them)."""
+
+    prefix: Values
+    previous: Values | None
+    carry: Values
+    exists: Tensor | None
+
+
+def scan_entries(
+    batch: int,
+    length: int,
+    *,
+    reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial: bool = False,
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """[B, T] int64: GO_ON, RESTART (from nothing), or the row of the initial state that enters at this token.
+
+    `reset` [B, T] bool; `cu_seqlens` [N + 1]: N sequences in one row; `initial`: there are initial states [N, ...].
+    None if no token restarts. Without `cu_seqlens` an initial state is the scan's carry, not an entry.
+    """
+    if reset is None and cu_seqlens is None:
+        return None
+    device = cu_seqlens.device if cu_seqlens is not None else reset.device if reset is not None else device
+    entry = torch.full((batch, length), GO_ON, dtype=torch.int64, device=device)
+    if cu_seqlens is not None:
+        token = torch.arange(length, device=device)
+        row = torch.searchsorted(cu_seqlens, token, right=True) - 1
+        starts = cu_seqlens[row] == token
+        inside = row < cu_seqlens.numel() - 1
+        entry = torch.where(starts, torch.where(inside, row, RESTART) if initial else RESTART, entry)
+    return entry if reset is None else torch.where(reset, RESTART, entry)
+
+
+def fill_masked(tensors: Values, valid: Tensor | None) -> Values:
+    """Replace what masked tokens hold (it may be NaN) by a valid token's values, without gradient. valid: [B, T]."""
+    if valid is None or valid.numel() == 0:
+        return tensors
+    donor = _donor(tensors, valid)
+    return {k: torch.where(_flag(valid, x), x, donor[k]) for k, x in tensors.items()}
+
+
+def blocked_scan(
+    combine: Rule,
+    advance: Rule,
+    elements: Values,
+    empty: Values,
+    *,
+    carry: Values | None = None,
+    exists: Tensor | None = None,
+    initial: Values | None = None,
+    initial_exists: Tensor | None = None,
+    valid: Tensor | None = None,
+    entry: Tensor | None = None,
+    previous: bool = False,
+    block: int | None = None,
+) -> Scan:
+    """All prefixes of an associative rule: three passes over about sqrt(T) steps, each batched over all blocks.
+
+    elements  the tokens, all components          empty    the live components before anything, [*dims]: only selected
+    carry     the state before token 0, [B, ...]  exists   [B] bool: rows of `carry` that hold something (None: all)
+    valid     [B, T] bool: tokens that count      entry    [B, T] of `scan_entries`: restarts
+    initial   rows that `entry` names, [N, ...]   initial_exists   [N] bool, as `exists`
+    block     tokens a block; None chooses        previous   also return the prefixes before each token
+    """
+    live = tuple(empty)
+    batch, length = _leading(elements)
+    if length == 0:
+        return _nothing(elements, empty, carry, exists, previous)
+    before, before_exists = carry, exists
+    pieces: list[Values] = []
+    if valid is None and entry is None and exists is None:
+        lengths = _pieces(length, carry is None, block)
+        for (count, size), x in zip(lengths, _split(elements, [c * s for c, s in lengths]), strict=True):
+            if carry is None:
+                prefix = {k: x[k] for k in live}  # one token: it is the first prefix
+                carry = {k: x[k][:, 0] for k in live}
+            else:
+                prefix, carry = _plain_piece(combine, advance, x, carry, count, size)
+            pieces.append(prefix)
+    else:
+        like = next(iter(elements.values()))
+        valid = torch.ones((batch, length), dtype=torch.bool, device=like.device) if valid is None else valid
+        entry = torch.full((batch, length), GO_ON, device=like.device) if entry is None else entry
+        donor = _donor(elements, valid)
+        before = _start(elements, empty) if carry is None else carry
+        if exists is None:
+            exists = torch.full((batch,), carry is not None, device=like.device)
+        before_exists, carry = exists, before
+        rule = _Guarded(combine, advance, empty, donor, initial, initial_exists)
+        lengths = _pieces(length, False, block)
+        sizes = [c * s for c, s in lengths]
+        parts = zip(
+            lengths, _split(elements, sizes), torch.split(valid, sizes, 1), torch.split(entry, sizes, 1), strict=True
+        )
+        for (count, size), x, v, e in parts:
+            prefix, carry, exists = _guarded_piece(rule, x, v, e, carry, exists, count, size)
+            pieces.append(prefix)
+    prefix = _cat(pieces)
+    shifted = _previous(prefix, before, before_exists, empty, entry, initial, initial_exists) if previous else None
+    return Scan(prefix, shifted, carry or {}, exists)
+
+
+def sequential_scan(
+    advance: Rule,
+    elements: Values,
+    empty: Values,
+    *,
+    carry: Values | None = None,
+    initial: Values | None = None,
+    valid: Tensor | None = None,
+    entry: Tensor | None = None,
+    previous: bool = False,
+) -> Scan:
+    """`order: left`: one token after another is the meaning, and the start `empty` is combined with the first token."""
+    live = tuple(empty)
+    length = _leading(elements)[1]
+    if length == 0:
+        return _nothing(elements, empty, carry, None, previous)
+    start = _start(elements, empty)
+    before = start if carry is None else carry
+    state, states = before, []
+    donor = None if valid is None else _donor(elements, valid)
+    flags = [None] * length if valid is None else valid.unbind(1)
+    entries = [None] * length if entry is None else entry.unbind(1)
+    for x, v, e in zip(_unbind(elements), flags, entries, strict=True):
+        if e is not None:
+            rows, named = _rows(start, initial, None, e)
+            state = _pick(e == GO_ON, state, _pick(named, rows, start))
+        if v is None or donor is None:
+            state = _fit(advance(state, x), x, live)
+        else:
+            state = _pick(v, advance(state, _pick(v, x, donor)), state)
+        states.append(state)
+    prefix = {k: torch.stack([s[k] for s in states], 1) for k in live}
+    shifted = _previous(prefix, before, None, empty, entry, initial, None) if previous else None
+    return Scan(prefix, shifted, state, None)
+
+
+def scan_tokens(
+    lift: Callable[[Values], Values],
+    combine: Rule,
+    advance: Rule,
+    output: Callable[[Values, Values | None, Values], Values] | None,
+    inputs: Values,
+    empty: Values,
+    initial: Values | None = None,
+    *,
+    initial_exists: Tensor | None = None,
+    valid: Tensor | None = None,
+    reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    previous: bool = False,
+    left: bool = False,
+    segment: int | None = None,
+    recompute: bool | None = None,
+) -> tuple[Values, Values]:
+    """A whole layer, some tokens at a time, so that elements of matrix states never fill the memory.
+
+    inputs      [B, T, ...] each (taps as shifted copies); masked tokens are filled here, before `lift` sees them
+    lift        inputs -> elements;  output   (prefix, previous or None, inputs) -> outputs; None: outputs is {}
+    initial     [B, ...], or [N, ...] with cu_seqlens [N + 1] (then B is 1);  initial_exists   [B] or [N] bool
+    left        the sequential scan instead of the blocked one
+    segment     tokens lifted at once; None: by the size of an element
+    recompute   keep only the states between segments for backward; None: where the elements would take over 256 MB
+
+    Returns (outputs, 0 at masked tokens; final state, [B, ...] or [N, ...]).
+    """
+    inputs = fill_masked(inputs, valid)
+    batch, length = _leading(inputs)
+    entry = scan_entries(batch, length, reset=reset, cu_seqlens=cu_seqlens, initial=initial is not None)
+    with torch.no_grad():
+        size = sum(v.numel() * v.element_size() for v in lift({k: x[:, :1] for k, x in inputs.items()}).values())
+    segment = segment or max(16, min(length, SEGMENT_BYTES // max(size, 1)))
+    if recompute is None:
+        recompute = size * length > RECOMPUTE_BYTES and length > segment
+    ends = None if cu_seqlens is None else _Ends(cu_seqlens, length, segment)
+
+    def body(x: Values, v: Any, e: Any, carry: Any, exists: Any, rows: Any) -> tuple[Any, ...]:
+        if left:
+            scan = sequential_scan(
+                advance, lift(x), empty, carry=carry, initial=entering, valid=v, entry=e, previous=previous
+            )
+        else:
+            scan = blocked_scan(
+                combine, advance, lift(x), empty, carry=carry, exists=exists, initial=entering,
+                initial_exists=initial_exists, valid=v, entry=e, previous=previous,
+            )  # fmt: skip
+        outputs = {} if output is None else output(scan.prefix, scan.previous, x)
+        if v is not None:
+            outputs = {k: torch.where(_flag(v, o), o, torch.zeros_like(o)) for k, o in outputs.items()}
+        final = {} if rows is None else {k: s[0].index_select(0, rows) for k, s in scan.prefix.items()}
+        return outputs, scan.carry, scan.exists, final
+
+    carry, exists, entering = (None, None, initial) if ends else (initial, initial_exists if initial else None, None)
+    sizes = [min(segment, length - at) for at in range(0, length, segment)] or [0]
+    masks = [None] * len(sizes) if valid is None else torch.split(valid, sizes, 1)
+    entries = [None] * len(sizes) if entry is None else torch.split(entry, sizes, 1)
+    rows = [None] * len(sizes) if ends is None else ends.rows.unbind(0)
+    outputs, finals = [], []
+    for args in zip(_split(inputs, sizes), masks, entries, rows, strict=True):
+        x, v, e, r = args
+        if recompute and torch.is_grad_enabled():
+            out, carry, exists, final = checkpoint(body, x, v, e, carry, exists, r, use_reentrant=False)
+        else:
+            out, carry, exists, final = body(x, v, e, carry, exists, r)
+        outputs.append(out)
+        finals.append(final)
+    return _cat(outputs), ends.gather(_cat(finals, 0), initial, empty) if ends else carry or {}
+
+
+class _Ends:
+    """Where packed sequences end, segment by segment: `rows` [segments, W] are the last tokens of the (at most W)
+    sequences that end in a segment, so that their states are kept and no others. No host sync."""
+
+    def __init__(self, cu_seqlens: Tensor, length: int, segment: int) -> None:
+        count, device = cu_seqlens.numel() - 1, cu_seqlens.device
+        self.last = cu_seqlens[1:] - 1
+        self.nonempty = cu_seqlens[1:] > cu_seqlens[:-1]
+        segments, width = max(1, -(-length // segment)), min(count, segment)
+        total = segments * segment
+        end = torch.zeros(total + 1, dtype=torch.int64, device=device)
+        end = end.scatter(0, torch.where(self.nonempty, self.last, total).long(), 1)[:-1].view(segments, segment)
+        slot = end.cumsum(1) - 1
+        token = torch.arange(segment, device=device).expand(segments, segment)
+        rows = torch.zeros(segments, width + 1, dtype=torch.int64, device=device)
+        self.rows = rows.scatter(1, torch.where(end > 0, slot, width), token)[:, :width]
+        last = self.last.clamp(min=0)
+        self.place = torch.where(self.nonempty, last // segment * width + slot.reshape(-1)[last], 0)
+        if length == 0:
+            self.rows = self.rows[:, :0]
+
+    def gather(self, kept: Values, initial: Values | None, empty: Values) -> Values:
+        """[N, ...]: the state after each sequence's last token; of an empty sequence what it started from."""
+        final = {}
+        for k, s in kept.items():
+            start = empty[k].to(s.dtype) if initial is None else initial[k]
+            if s.shape[0] == 0:
+                final[k] = start.expand(self.last.numel(), *s.shape[1:])
+            else:
+                final[k] = torch.where(_flag(self.nonempty, s), s.index_select(0, self.place), start)
+        return final
+
+
+class _Guarded(NamedTuple):
+    """The rule and what stands in for operands that are not there."""
+
+    combine: Rule
+    advance: Rule
+    empty: Values
+    donor: Values
+    initial: Values | None
+    initial_exists: Tensor | None
+
+    def join(self, rule: Rule, both: Tensor, l: Values, r: Values) -> Values:  # noqa: E741
+        """rule(l, r) where `both`, and a value of no consequence elsewhere."""
+        return _fit(rule(_pick(both, l, self.donor), _pick(both, r, self.donor)), r, tuple(l))
+
+    def attach(
+        self, carry: Values, exists: Tensor, y: Values, has: Tensor, cut: Tensor, row: Tensor
+    ) -> tuple[Values, Tensor]:
+        """The prefix from what precedes a block (`carry` where it `exists`) and the block's own product y (where it
+        `has` one) since the last restart, if the block has one (`cut`), which let in the initial state `row`."""
+        if self.initial is None:
+            base, base_exists = carry, exists & ~cut
+        else:
+            entered, entered_exists = _rows(self.empty, self.initial, self.initial_exists, row)
+            base, base_exists = _pick(cut, entered, carry), torch.where(cut, entered_exists, exists)
+        joined = self.join(self.advance, base_exists & has, base, y)
+        alone = _pick(has, {k: y[k] for k in carry}, _pick(base_exists, base, self.empty))
+        return _pick(base_exists & has, joined, alone), base_exists | has
+
+
+def _plain_piece(
+    combine: Rule,
+    advance: Rule,
+    elements: Values,
+    carry: Values,
+    count: int,
+    size: int,
+) -> tuple[Values, Values]:
+    """Every token counts and none restarts: `count` blocks of `size` tokens after `carry`."""
+    live = tuple(carry)
+    local: list[Values] = []  # within each block, [B, count, ...] each
+    for x in _unbind(_blocks(elements, count, size), 2):
+        local.append(_fit(combine(local[-1], x), x, tuple(x)) if local else x)
+    carries = [carry]  # before each block, and after the last
+    for total in _unbind(local[-1]):
+        carries.append(_fit(advance(carries[-1], total), total, live))
+    before, after = _stack(carries[:-1], 1), _stack(carries[1:], 1)
+    prefixes = [_fit(advance(before, y), y, live) for y in local[:-1]]
+    return {k: v.flatten(1, 2) for k, v in _stack([*prefixes, after], 2).items()}, carries[-1]
+
+
+def _guarded_piece(
+    rule: _Guarded,
+    elements: Values,
+    valid: Tensor,
+    entry: Tensor,
+    carry: Values,
+    exists: Tensor,
+    count: int,
+    size: int,
+) -> tuple[Values, Values, Tensor]:
+    """As `_plain_piece`, with tokens that do not count, restarts, and a carry that need not exist."""
+    local: list[tuple[Values, Tensor, Tensor, Tensor]] = []
+    flags = zip(*(torch.unflatten(f, 1, (count, size)).unbind(2) for f in (valid, entry)), strict=True)
+    for x, (v, e) in zip(_unbind(_blocks(elements, count, size), 2), flags, strict=True):
+        start = e != GO_ON
+        if not local:
+            local.append((x, v, start, e))
+            continue
+        y, has, cut, row = local[-1]
+        both = has & v & ~start
+        y = _pick(both, rule.join(rule.combine, both, y, x), _pick(v, x, y))
+        local.append((y, v | (has & ~start), cut | start, torch.where(start, e, row)))
+    totals, *marks = local[-1]
+    carries, known = [carry], [exists]
+    for y, has, cut, row in zip(_unbind(totals), *(m.unbind(1) for m in marks), strict=True):
+        state, some = rule.attach(carries[-1], known[-1], y, has, cut, row)
+        carries.append(state)
+        known.append(some)
+    before, before_exists, after = _stack(carries[:-1], 1), torch.stack(known[:-1], 1), _stack(carries[1:], 1)
+    prefixes = [rule.attach(before, before_exists, *part)[0] for part in local[:-1]]
+    return {k: v.flatten(1, 2) for k, v in _stack([*prefixes, after], 2).items()}, carries[-1], known[-1]
+
+
+def _pieces(length: int, peel: bool, block: int | None) -> list[tuple[int, int]]:
+    """(blocks, tokens a block) of each piece: one token alone if there is nothing before it, then a square that takes
+    the fewest steps (two passes over a block, one over the blocks), then what that leaves."""
+    pieces = [(1, 1)] if peel else []
+    length -= len(pieces)
+    while length:
+        size = max(1, min(block or isqrt(length // 2), length))
+        pieces.append((length // size, size))
+        length %= size
+    return pieces
+
+
+def _previous(
+    prefix: Values,
+    before: Values | None,
+    exists: Tensor | None,
+    empty: Values,
+    entry: Tensor | None,
+    initial: Values | None,
+    initial_exists: Tensor | None,
+) -> Values:
+    """The prefixes before each token: shifted by one, and the start again at every restart."""
+    first = _start(prefix, empty)
+    if before is not None:
+        first = before if exists is None else _pick(exists, before, first)
+    shifted = {k: torch.cat([first[k].unsqueeze(1), p[:, :-1]], 1) for k, p in prefix.items()}
+    if entry is None:
+        return shifted
+    if initial is None:
+        return _pick(entry == GO_ON, shifted, empty)
+    rows, rows_exist = _rows(empty, initial, initial_exists, entry)
+    return _pick(entry == GO_ON, shifted, _pick(rows_exist, rows, empty))
+
+
+def _rows(empty: Values, initial: Values | None, initial_exists: Tensor | None, row: Tensor) -> tuple[Values, Tensor]:
+    """The initial states `row` names (any, where it names none) and whether it names one that exists."""
+    index = row.clamp(min=0)
+    named = row >= 0 if initial_exists is None else (row >= 0) & initial_exists[index]
+    return (empty if initial is None else {k: initial[k][index] for k in empty}), named
+
+
+def _donor(tensors: Values, valid: Tensor) -> Values:
+    """The first token that counts, without gradient and leading axes; ones (zeros for integers) if none does."""
+    flat, length = valid.reshape(-1), valid.shape[1]
+    first, some = flat.to(torch.int8).argmax().reshape(1), flat.any()
+    found = {k: x.detach()[first // length, first % length][0] for k, x in tensors.items()}
+    return {k: torch.where(some, x, torch.full_like(x, x.is_floating_point())) for k, x in found.items()}
+
+
+def _nothing(
+    elements: Values,
+    empty: Values,
+    carry: Values | None,
+    exists: Tensor | None,
+    previous: bool,
+) -> Scan:
+    """The scan of no tokens."""
+    prefix = {k: elements[k] for k in empty}
+    carry = _start(elements, empty) if carry is None else carry
+    return Scan(prefix, prefix if previous else None, carry, exists)
+
+
+def _start(elements: Values, empty: Values) -> Values:
+    """`empty` as a state of the elements' batch and lanes."""
+    return {k: e.to(elements[k].dtype).expand(elements[k].shape[:1] + elements[k].shape[2:]) for k, e in empty.items()}
+
+
+def _fit(values: Values, like: Values, names: tuple[str, ...]) -> Values:
+    """What a rule returned, at the full shape of its right operand (a constant comes without leading axes)."""
+    return {k: values[k] if values[k].shape == like[k].shape else values[k].expand_as(like[k]) for k in names}
+
+
+def _pick(flag: Tensor, yes: Values, no: Values) -> Values:
+    """torch.where by component; the flag's axes are the leading ones."""
+    return {k: torch.where(_flag(flag, y if y.dim() >= no[k].dim() else no[k]), y, no[k]) for k, y in yes.items()}
+
+
+def _flag(flag: Tensor, like: Tensor) -> Tensor:
+    return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
+
+
+def _leading(tensors: Values) -> tuple[int, int]:
+    """(B, T)."""
+    shape = next(iter(tensors.values())).shape
+    return shape[0], shape[1]
+
+
+def _blocks(elements: Values, count: int, size: int) -> Values:
+    return {k: torch.unflatten(x, 1, (count, size)) for k, x in elements.items()}
+
+
+def _unbind(tensors: Values, dim: int = 1) -> list[Values]:
+    """One dict a position; backward is one stack, where indexing would add up full-size zeros."""
+    rows = zip(*(x.unbind(dim) for x in tensors.values()), strict=True)
+    return [dict(zip(tensors, row, strict=True)) for row in rows]
+
+
+def _split(tensors: Values, sizes: list[int]) -> list[Values]:
+    """Consecutive stretches of time."""
+    if len(sizes) == 1:
+        return [tensors]
+    parts = zip(*(torch.split(x, sizes, 1) for x in tensors.values()), strict=True)
+    return [dict(zip(tensors, part, strict=True)) for part in parts]
+
+
+def _stack(rows: list[Values], dim: int) -> Values:
+    return {k: torch.stack([row[k] for row in rows], dim) for k in rows[0]}
+
+
+def _cat(rows: list[Values], dim: int = 1) -> Values:
+    return rows[0] if len(rows) == 1 else {k: torch.cat([row[k] for row in rows], dim) for k in rows[0]}
