@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from math import inf as INF
 
 from psmc.diagnostics import fail
 from psmc.frontend import surface as s
 from psmc.source import Span
 
+INF = float("inf")
 MAX_DIGITS = 64
 MAX_EXPONENT = 400  # fp64 ends at 1e308: beyond it a literal can only be a mistake
 _MAX_BITS = 4096
@@ -43,7 +43,8 @@ def fold(node: s.ExprNode) -> Value:
             return -fold(arg)
         case s.Binary(op=op, left=left, right=right) if op in ("add", "sub", "mul", "div", "pow"):
             return _arithmetic(op, fold(left), fold(right), node.span)
-    fail("PSM106", "a bound of an interval is a constant", node.span, helps=("write a number, such as -1/2 or 1e-3, or inf",))
+    help_ = "write a number, such as -1/2 or 1e-3, or inf"
+    fail("PSM106", "a bound of an interval is a constant", node.span, helps=(help_,))
 
 
 def _arithmetic(op: str, a: Value, b: Value, span: Span) -> Value:

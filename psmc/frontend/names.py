@@ -1,4 +1,4 @@
-"""Which words may be names. Names are printed into generated code, so what Python or Triton reads specially is refused."""
+"""Which words may be names: they are printed into generated code, so Python's and Triton's own are refused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ MAX_NAME_LENGTH = 64
 
 # Words of the language; `grammar/psm.lark` is the source, a test holds this table to it.
 KEYWORDS = frozenset(
-    "aggregator dim input param state lift combine extern recurrence output associative order const let fn use for in "
-    "and or not inf sum max prod".split()
+    (
+        *("aggregator", "dim", "input", "param", "state", "lift", "combine", "extern", "recurrence", "output"),
+        *("associative", "order", "const", "let", "fn", "use", "for", "in"),
+        *("and", "or", "not", "inf", "sum", "max", "prod"),
+    )
 )
 
 # Names that generated code uses for itself or that Python or Triton would read specially.
@@ -25,7 +28,7 @@ _TAKEN = {
     "cls": "generated classes use it",
     "nan": "it is not a number of the language",
 }
-_ADVICE = {
+ADVICE = {
     "lambda": "'lam' or 'decay' say the same",
     "True": "booleans come from comparisons",
     "False": "booleans come from comparisons",
@@ -48,7 +51,7 @@ def name_problem(text: str, span: Span | None) -> Diagnostic | None:
     why = _reason(text)
     if why is None:
         return None
-    advice = _ADVICE.get(text)
+    advice = ADVICE.get(text)
     helps = (advice,) if advice else (f"rename it, for example to '{text.strip('_').lower() or 'x'}_0'",)
     return Diagnostic("PSM104", f"'{text}' cannot be a name: {why}", span, helps=helps)
 

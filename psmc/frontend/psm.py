@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,8 @@ def read(path: str | Path) -> SourceFile:
     except FileNotFoundError:
         fail("PSM102", f"{name}: there is no such file", helps=("check the path",))
     except OSError as error:
-        fail("PSM102", f"{name}: {(error.strerror or 'it cannot be read').lower()}", helps=("give the path of a .psm file",))
+        why = (error.strerror or "it cannot be read").lower()
+        fail("PSM102", f"{name}: {why}", helps=("give the path of a .psm file",))
     if size > MAX_SOURCE_BYTES:
         fail(
             "PSM501",
@@ -41,7 +43,8 @@ def read(path: str | Path) -> SourceFile:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        fail("PSM102", f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} on line {line}", helps=("save it as UTF-8",))
+        message = f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} on line {line}"
+        fail("PSM102", message, helps=("save it as UTF-8",))
     return SourceFile(str(name), text)
 
 
@@ -107,15 +110,18 @@ def _scanner() -> Scanner:
 
 
 def _tree(source: SourceFile, found: Tokens, start: str, end: int | None = None) -> Any:
-    parser = grammar().parse_interactive(start=start)
     stop = len(source.text) if end is None else end
-    last = Token("$END", "", stop, 0, 0, 0, 0, stop)
-    state = parser.parser_state
+    code = (*found.code, Token("$END", "", stop, 0, 0, 0, 0, stop))
     at = 0
-    try:
-        for at, token in enumerate(found.code):  # noqa: B007
+    with suppress(UnexpectedToken):
+        state = grammar().parse_interactive(start=start).parser_state
+        for at, token in enumerate(code[:-1]):  # noqa: B007
             state.feed_token(token)
-        at = len(found.code)
-        return state.feed_token(last, True)
-    except UnexpectedToken:
-        explain(source, (*found.code, last), at, parser.accepts())
+        at = len(code) - 1
+        return state.feed_token(code[at], True)
+    # LALR may have reduced under the wrong token before it saw the mistake, so ask a parser that has not met it.
+    parser = grammar().parse_interactive(start=start)
+    for token in code[:at]:
+        parser.parser_state.feed_token(token)
+    accepts: set[str] = parser.accepts()  # type: ignore[no-untyped-call]
+    explain(source, code, at, accepts)

@@ -8,84 +8,42 @@ from typing import NoReturn
 from lark import Token
 
 from psmc.diagnostics import Label, fail
-from psmc.frontend.names import KEYWORDS, name_problem
+from psmc.frontend.names import ADVICE, KEYWORDS, name_problem
 from psmc.frontend.tokens import OPENERS
 from psmc.source import SourceFile, Span
 
-_SECTIONS = frozenset("DIM INPUT PARAM STATE LIFT COMBINE RECURRENCE OUTPUT ASSOCIATIVE ORDER CONST FN".split())
-_OPERATORS = frozenset("PLUS MINUS TIMES DIVIDE POWER COMPARE AND OR".split())
-_ATOMS = frozenset("NAME NUMBER INF LPAR".split())
+_SECTIONS = {
+    *("DIM", "INPUT", "PARAM", "STATE", "LIFT", "COMBINE", "RECURRENCE", "OUTPUT", "ASSOCIATIVE", "ORDER", "CONST"),
+    "FN",
+}
+_OPERATORS = {"PLUS", "MINUS", "TIMES", "DIVIDE", "POWER", "COMPARE", "AND", "OR"}
+_ATOMS = {"NAME", "NUMBER", "INF", "LPAR"}
+_CLOSERS = {close: opener for opener, close in OPENERS.items()}
 _TEXT = {
-    "NAME": "a name", "NUMBER": "a number", "STRING": 'a path in "quotes"', "DOC": "a docstring", "$END": "the end of the file",
-    "LPAR": "'('", "RPAR": "')'", "LSQB": "'['", "RSQB": "']'", "LBRACE": "'{'", "RBRACE": "'}'", "EQUAL": "'='",
-    "COMMA": "','", "COLON": "':'", "DOT": "'.'", "MINUS": "'-'",
-}  # fmt: skip
-
-
-def explain(source: SourceFile, code: tuple[Token, ...], at: int, accepts: set[str]) -> NoReturn:
-    """Raise the diagnostic for `code[at]`, which the grammar cannot take; `accepts` are the terminals it could."""
-    token = code[at]
-    span = _span(source, token)
-    previous = code[at - 1] if at else None
-    opener = _innermost(code[:at])
-    shown = "the end of the file" if token.type == "$END" else f"'{_clip(token)}'"
-    wanted = _wanted(accepts)
-
-    if opener is not None and (token.type == "$END" or _closes_too_late(token, opener, code[:at])):
-        close = OPENERS[str(opener)]
-        place = Span(source, _span(source, previous).end - 1, _span(source, previous).end) if previous else span
-        fail(
-            "PSM101",
-            f"'{opener}' is never closed: {shown} comes first",
-            place if token.type == "$END" else span,
-            labels=(Label(_span(source, opener), "opened here"),),
-            helps=(f"add '{close}' before it" if token.type != "$END" else f"add the missing '{close}'",),
-        )
-    if token.type in ("RBRACE", "RPAR", "RSQB") and opener is None:
-        fail("PSM101", f"{shown} closes nothing", span, helps=("delete it, or look for a bracket that closed too early",))
-    if "NAME" in accepts and str(token) in KEYWORDS and not _ATOMS <= accepts | {"INF"} or _names_a_thing(token, code, at):
-        problem = name_problem(str(token), span)
-        if problem:
-            fail(problem.code, problem.message, span, helps=problem.helps)
-    fail("PSM101", f"expected {wanted}, found {shown}", span, helps=_helps(source, code, at, accepts))
-
-
-def _names_a_thing(token: Token, code: tuple[Token, ...], at: int) -> bool:
-    """A keyword where an expression or a statement would have had a name: `state = 1`, `x * order`."""
-    if str(token) not in KEYWORDS or token.type == "REDUCE":
-        return False
-    following = code[at + 1].type if at + 1 < len(code) else "$END"
-    return following in ("EQUAL", "LSQB", "PLUS", "TIMES", "DIVIDE") and token.type not in ("AND", "OR", "NOT", "IN")
-
-
-def _helps(source: SourceFile, code: tuple[Token, ...], at: int, accepts: set[str]) -> tuple[str, ...]:
-    token = code[at]
-    previous = code[at - 1] if at else None
-    words = {t.lower() for t in accepts if t.lower() in KEYWORDS} | ({"sum", "prod", "max"} if "REDUCE" in accepts else set())
-    if token.type == "NAME" or str(token) in KEYWORDS:
-        near = get_close_matches(str(token).lower(), sorted(words), 1, 0.7)
-        if near:
-            return (f"did you mean '{near[0]}'?",)
-    if token.type == "COMPARE" and "EQUAL" in accepts:
-        return ("a definition is written with one '='",)
-    if token.type == "COMPARE":
-        return ("comparisons do not chain: write a < b and b < c",)
-    if previous is None:
-        return ()
-    if previous.type == "NAME":  # what was read as the name of a statement may be a misspelt keyword
-        near = get_close_matches(str(previous).lower(), sorted(KEYWORDS), 1, 0.75)
-        if near and near[0] != previous:
-            return (f"did you mean '{near[0]}' instead of '{previous}'?",)
-    if str(previous) + str(token) in _DOUBLED:
-        return (_DOUBLED[str(previous) + str(token)],)
-    if token.type == "REDUCE" and "LPAR" in accepts:
-        return ("put the reduction in parentheses, or last in its product",)
-    if "EQUAL" in accepts and _same_line(source, code, at):
-        return ("every statement is 'name[indices] = expression'; is an operator such as '*' missing before it?",)
-    return ()
-
-
-_DOUBLED = {
+    "NAME": "a name",
+    "NUMBER": "a number",
+    "STRING": 'a path in "quotes"',
+    "LPAR": "'('",
+    "RPAR": "')'",
+    "LSQB": "'['",
+    "RSQB": "']'",
+    "LBRACE": "'{'",
+    "RBRACE": "'}'",
+    "EQUAL": "'='",
+    "COMMA": "','",
+    "COLON": "':'",
+    "DOT": "'.'",
+    "MINUS": "'-'",
+}
+# What comes after a keyword where it is one; followed by anything else, it was meant as a name.
+_FOLLOWS = {
+    **dict.fromkeys(("DIM", "INPUT", "PARAM", "STATE", "OUTPUT", "CONST", "FN", "LET", "FOR", "AGGREGATOR"), ("NAME",)),
+    **dict.fromkeys(("LIFT", "RECURRENCE"), ("LBRACE",)),
+    **dict.fromkeys(("ASSOCIATIVE", "ORDER"), ("COLON",)),
+    "COMBINE": ("LPAR", "EXTERN"),
+    "USE": ("STRING",),
+}
+_PAIRS = {
     "**": "a power is written x ^ y",
     "//": "comments start with '#'",
     "<-": "a definition is written 'name = expression'",
@@ -93,11 +51,131 @@ _DOUBLED = {
     "*=": "write S = S * …",
     "-=": "write S = S - …",
     "/=": "write S = S / …",
+    "==": "a definition is written with one '='",
+    ":=": "a definition is written with a plain '='",
 }
 
 
-def _same_line(source: SourceFile, code: tuple[Token, ...], at: int) -> bool:
-    """Is the unfinished statement before `at` on the same line as the end of an expression?"""
+def explain(source: SourceFile, code: tuple[Token, ...], at: int, accepts: set[str]) -> NoReturn:
+    """Raise the diagnostic for `code[at]`, which the grammar cannot take; `accepts` are the terminals it could."""
+    token = code[at]
+    span = _span(source, token)
+    opened = _open_brackets(code[:at])
+    following = code[at + 1].type if at + 1 < len(code) else "$END"
+    shown = "the end of the file" if token.type == "$END" else f"'{_clip(token)}'"
+    problem = name_problem(str(token), span) if _is_meant_as_name(token, following, accepts) else None
+    if problem:
+        fail(problem.code, problem.message, span, helps=problem.helps)
+    if opened and _is_too_late(token, opened):
+        _unclosed(source, code, at, opened[-1], shown)
+    if str(token) in _CLOSERS and _CLOSERS[str(token)] not in opened:
+        fail("PSM101", f"{shown} closes nothing", span, helps=("delete it, or find a bracket that closed too early",))
+    fail("PSM101", f"expected {_wanted(accepts)}, found {shown}", span, helps=_helps(source, code, at, accepts))
+
+
+def _unclosed(source: SourceFile, code: tuple[Token, ...], at: int, opener: Token, shown: str) -> NoReturn:
+    close = OPENERS[str(opener)]
+    end = _span(source, code[at - 1]).end
+    place = Span(source, end - 1, end) if code[at].type == "$END" else _span(source, code[at])
+    fail(
+        "PSM101",
+        f"'{opener}' is never closed: {shown} comes first",
+        place,
+        labels=(Label(_span(source, opener), "opened here"),),
+        helps=(f"add the missing '{close}'" + (" after this" if code[at].type == "$END" else " before it"),),
+    )
+
+
+def _open_brackets(code: tuple[Token, ...]) -> list[Token]:
+    opened: list[Token] = []
+    for token in code:
+        if str(token) in OPENERS:
+            opened.append(token)
+        elif str(token) in _CLOSERS and opened:
+            opened.pop()
+    return opened
+
+
+def _is_too_late(token: Token, opened: list[Token]) -> bool:
+    """Does `token` show that the closing bracket was forgotten?"""
+    if token.type in ("$END", "AGGREGATOR", "USE"):
+        return True
+    inner = str(opened[-1])
+    if token.type in _SECTIONS or token.type in ("LET", "FOR"):
+        return inner != "{" or (len(opened) > 1 and token.type in _SECTIONS)
+    return str(token) in _CLOSERS and _CLOSERS[str(token)] != inner and _CLOSERS[str(token)] in opened
+
+
+def _is_meant_as_name(token: Token, following: str, accepts: set[str]) -> bool:
+    """A keyword where only a name fits (`input state[K]`), or used like one (`order = 1`, `x * for + 1`)."""
+    if str(token) not in KEYWORDS or "NAME" not in accepts:
+        return False
+    if token.type in _FOLLOWS and "LIFT" not in accepts:
+        return following not in _FOLLOWS[token.type]
+    return "INF" not in accepts and "LET" not in accepts
+
+
+def _helps(source: SourceFile, code: tuple[Token, ...], at: int, accepts: set[str]) -> tuple[str, ...]:
+    """Advice for the usual mistakes, most telling first."""
+    token = code[at]
+    previous = code[at - 1] if at else Token("$START", "")
+    help_ = _misspelt(token, previous, accepts) or _misused(code, at, previous, accepts)
+    if help_ is None and accepts & {"EQUAL"}:
+        gap = _continues_a_line(source, code, at)
+        help_ = "a statement is 'name[indices] = expression'" + ("; is an operator missing before it?" if gap else "")
+    if help_ is None and "USE" in accepts:
+        help_ = "a file holds 'aggregator name { … }', and 'const', 'fn' and 'use' before it"
+    return (help_,) if help_ else ()
+
+
+def _misspelt(token: Token, previous: Token, accepts: set[str]) -> str | None:
+    words = {t.lower() for t in accepts if t.lower() in KEYWORDS}
+    if "REDUCE" in accepts:
+        words |= {"sum", "prod", "max"}
+    near = _near(token, words)
+    if near:
+        return f"did you mean '{near}'?"
+    if str(previous) in ADVICE:
+        return ADVICE[str(previous)]
+    near = _near(previous, KEYWORDS)  # what was read as a name may be a misspelt keyword
+    return f"did you mean '{near}' instead of '{previous}'?" if near else None
+
+
+def _misused(code: tuple[Token, ...], at: int, previous: Token, accepts: set[str]) -> str | None:
+    token = code[at]
+    for first, second in ((previous, token), (token, code[min(at + 1, len(code) - 1)])):
+        if first.end_pos == second.start_pos and f"{first}{second}" in _PAIRS:
+            return _PAIRS[f"{first}{second}"]
+    match previous.type, token.type:
+        case (_, "REDUCE") | ("REDUCE", "LSQB"):
+            return "put the reduction in parentheses, or last in its product"
+        case (_, "COMPARE") if "AND" in accepts:
+            return "comparisons do not chain: write a < b and b < c"
+        case (_, "COMPARE") if token == "==" and "EQUAL" in accepts:
+            return _PAIRS["=="]
+        case (_, "EQUAL") if "COMPARE" in accepts:
+            return "equality is written '=='"
+        case ("RSQB", "LSQB"):
+            return "several subscripts share one pair of brackets: S[i, j]"
+        case ("LSQB" | "COMMA", "NUMBER") if "NAME" in accepts:
+            return "what is assigned or summed over has index names in its brackets, not numbers"
+        case ("COMBINE", _):
+            return "name the two sides, the earlier one first: combine (l, r) { … }"
+        case (_, "NAME") if accepts >= {"COMMA", "LIFT"}:
+            return "declarations of one section are separated by commas"
+    return None
+
+
+def _near(token: Token, words: set[str] | frozenset[str]) -> str | None:
+    text = str(token).lower()
+    if token.type != "NAME" or len(text) < 3:
+        return None
+    swapped = [w for w in sorted(words) if sorted(w) == sorted(text)]
+    return next(iter(swapped + get_close_matches(text, sorted(words), 1, 0.75)), None)
+
+
+def _continues_a_line(source: SourceFile, code: tuple[Token, ...], at: int) -> bool:
+    """Does the unfinished statement before `at` begin on the line where an expression ended?"""
     start = at - 1
     if start >= 0 and code[start].type == "RSQB":
         while start > 0 and code[start].type != "LSQB":
@@ -105,56 +183,32 @@ def _same_line(source: SourceFile, code: tuple[Token, ...], at: int) -> bool:
         start -= 1
     if start < 1 or code[start].type != "NAME" or code[start - 1].type not in ("NAME", "NUMBER", "RSQB", "RPAR"):
         return False
-    before, this = code[start - 1].end_pos or 0, code[start].start_pos or 0
-    return "\n" not in source.text[before:this]
+    return "\n" not in source.text[code[start - 1].end_pos : code[start].start_pos]
 
 
 def _wanted(accepts: set[str]) -> str:
     """'an expression', or a short list of what could stand here."""
-    rest = set(accepts)
+    rest = accepts - {"SEMICOLON", "DOC"}
     parts: list[str] = []
-    if rest >= _ATOMS:
-        parts.append("an expression")
-        rest -= _ATOMS | {"MINUS", "NOT", "REDUCE"}
-    if rest >= {"TIMES", "PLUS"}:
-        rest -= _OPERATORS | {"LSQB", "LBRACE", "LPAR", "DOT", "COMPARE"}
-        parts.append("an operator")
-    if "USE" in rest and "AGGREGATOR" in rest:
-        rest -= {"USE", "AGGREGATOR", "CONST", "FN", "SEMICOLON"}
-        parts.append("'aggregator'")
-    if rest >= {"LIFT", "OUTPUT"}:
-        rest -= _SECTIONS | {"LET", "SEMICOLON"}
-        parts.append("a section such as 'state' or 'output'")
-    if rest >= {"LET", "FOR", "NAME"}:
-        rest -= {"LET", "FOR", "NAME", "SEMICOLON"}
-        parts.append("a statement")
-    if "EXTERN" in rest:
-        parts.append("'(l, r)' or 'extern'")
-        rest -= {"EXTERN", "LPAR"}
-    parts += [_TEXT.get(t, f"'{t.lower()}'") for t in sorted(rest - {"SEMICOLON", "DOC"})]
+    for found, covers, words in _GROUPS:
+        if found <= rest:
+            rest -= covers
+            parts.append(words)
+    parts += sorted(_TEXT.get(t, f"'{t.lower()}'") for t in rest if t != "$END")
     if not parts:
-        return "something else"
+        return "the end of the file"
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} or {parts[-1]}"
 
 
-def _innermost(code: tuple[Token, ...]) -> Token | None:
-    opened: list[Token] = []
-    for token in code:
-        if str(token) in OPENERS:
-            opened.append(token)
-        elif str(token) in OPENERS.values() and opened:
-            opened.pop()
-    return opened[-1] if opened else None
-
-
-def _closes_too_late(token: Token, opener: Token, code: tuple[Token, ...]) -> bool:
-    """A section inside a block or a bracket, or an aggregator inside anything: the closing bracket was forgotten."""
-    if token.type in ("AGGREGATOR", "USE"):
-        return True
-    depth = sum((str(t) in OPENERS) - (str(t) in OPENERS.values()) for t in code)
-    if token.type in _SECTIONS and depth > 1:
-        return True
-    return token.type == "RBRACE" and str(opener) != "{"
+# (terminals that show it, terminals it covers, how to say it), tried in order
+_GROUPS: tuple[tuple[set[str], set[str], str], ...] = (
+    (_ATOMS, _ATOMS | {"MINUS", "NOT", "REDUCE"}, "an expression"),
+    ({"TIMES", "PLUS"}, _OPERATORS | {"LSQB", "LBRACE", "LPAR", "DOT"}, "an operator"),
+    ({"USE", "AGGREGATOR"}, {"USE", "AGGREGATOR", "CONST", "FN"}, "'aggregator'"),
+    ({"LIFT", "OUTPUT"}, _SECTIONS | {"LET"}, "a section ('state', 'output', …)"),
+    ({"LET", "FOR", "NAME"}, {"LET", "FOR", "NAME"}, "a statement"),
+    ({"EXTERN", "LPAR"}, {"EXTERN", "LPAR"}, "'(l, r)' or 'extern'"),
+)
 
 
 def _span(source: SourceFile, token: Token) -> Span:

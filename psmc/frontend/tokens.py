@@ -75,7 +75,7 @@ class Scanner:
         self._regex = re.compile("|".join(f"(?P<{t.name}>{t.pattern.to_regexp()})" for t in patterns))
 
     def scan(self, source: SourceFile, start: int = 0, end: int | None = None) -> Tokens:
-        """Tokens of `source.text[start:end]`. Raises PsmcError 1xx for text outside the language, 5xx for our limits."""
+        """Tokens of `source.text[start:end]`. Raises PsmcError: 1xx outside the language, 5xx for our limits."""
         text = source.text
         stop = len(text) if end is None else end
         code: list[Token] = []
@@ -98,6 +98,8 @@ class Scanner:
                     _refuse_character(source, at)
             elif kind == "NUMBER" and at < stop and (text[at].isalnum() or text[at] in "._"):
                 _refuse_number(source, begin)
+            elif kind == "STRING" and text.startswith('"""', begin):
+                _refuse_character(source, begin)
             token = Token(kind, value, begin, 0, 0, 0, 0, at)
             if value in OPENERS:
                 opened.append(token)
@@ -134,8 +136,9 @@ def _refuse_number(source: SourceFile, start: int) -> NoReturn:
     assert found is not None
     span = Span(source, start, found.end())
     word = re.fullmatch(r"([0-9.]+)([A-Za-z_]\w*)", found.group())
-    multiply = word is not None and word[2].lower() not in ("e", "x", "b", "f", "j", "l")
-    help_ = f"a product needs its sign: {word[1]} * {word[2]}" if word and multiply else "numbers look like 2, 0.5 or 1e-6"
+    help_ = "numbers look like 2, 0.5 or 1e-6"
+    if word and word[2].lower() != "e" and word[1] != "0":
+        help_ = f"a product needs its sign: {word[1]} * {word[2]}"
     fail("PSM105", f"'{found.group()[:40]}' is not a number", span, helps=(help_,))
 
 
@@ -146,14 +149,16 @@ def _refuse_character(source: SourceFile, at: int) -> NoReturn:
         triple = text.startswith('"""', at)
         quote = '"""' if triple else '"'
         where = "" if triple else " on its line"
-        fail("PSM101", f"text in quotes has no closing {quote}{where}", Span(source, at, at + len(quote)), label="opened here")
+        message = f"text in quotes has no closing {quote}{where}"
+        fail("PSM101", message, Span(source, at, at + len(quote)), label="opened here")
     for slip, advice in _SLIPS.items():
         if text.startswith(slip, at):
             fail("PSM101", f"'{slip}' is not part of the language", Span(source, at, at + len(slip)), helps=(advice,))
     if char.isalpha() or unicodedata.category(char).startswith(("M", "N")):
         word = re.compile(r"\w+").search(text, at)
-        span = Span(source, at, max(at + 1, word.end() if word and word.start() == at else at + 1))
-        fail("PSM104", f"'{span.text[:40]}' is not ASCII: names are ASCII letters, digits and underscores", span, helps=_spelled(char))
+        span = Span(source, at, word.end() if word and word.start() == at else at + 1)
+        message = f"'{span.text[:40]}' is not ASCII: names are ASCII letters, digits and underscores"
+        fail("PSM104", message, span, helps=_spelled(char))
     shown = char if char.isprintable() else f"U+{ord(char):04X}"
     fail("PSM101", f"the character '{shown}' is not part of the language", Span(source, at, at + 1))
 
@@ -162,5 +167,5 @@ def _spelled(char: str) -> tuple[str, ...]:
     """'β' -> beta."""
     name = unicodedata.name(char, "").split(" ")
     if name[:1] == ["GREEK"] and name[-2:-1] == ["LETTER"]:
-        return (f"write '{name[-1].lower()}'",)
+        return ("write 'lam'",) if name[-1] == "LAMDA" else (f"write '{name[-1].lower()}'",)
     return ()
