@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from psmc.derive.adjoint import StepBackward, step, step_backward
+from psmc.derive.realify import realify, split
 from psmc.derive.simplify import make, simplify
 from psmc.derive.vjp import ROWS, vjp
+from psmc.diagnostics import PsmcError
 from psmc.ir import (
     OPS,
     Aggregator,
@@ -653,3 +655,129 @@ def test_step_backward(name: str, carried: bool) -> None:
     assert carried or not cotangent
     for got, want in zip(actual, fold.expected(), strict=True):
         torch.testing.assert_close(got.to(want.dtype).expand(want.shape), want, rtol=1e-9, atol=1e-11)
+
+
+# --- complex to real ---------------------------------------------------------------------------------
+
+Z, W, R = x("z", kind="complex"), x("w", kind="complex"), x("r")
+COMPLEX: dict[str, Expr] = {
+    "mul": Op("mul", (Z, W)),
+    "mul by real": Op("mul", (R, Z)),
+    "div": Op("div", (Z, W)),
+    "div by real": Op("div", (Z, R)),
+    "real over complex": Op("div", (R, Z)),
+    "sub": Op("sub", (R, Op("neg", (Z,)))),
+    "conj": Op("mul", (Op("conj", (Z,)), W)),
+    "abs": Op("abs", (Op("sub", (Z, W)),)),
+    "exp": Op("exp", (Op("complex", (Op("neg", (R,)), Op("imag", (Z,)))),)),
+    "parts": Op("sub", (Op("real", (Z,)), Op("real", (R,)))),
+    "where": Op("where", (Op("gt", (R, c(0))), Op("mul", (Z, W)), R)),
+    "ne": Op("where", (Op("ne", (Z, W)), Z, W)),
+    "square": Op("pow", (Z, c(2))),
+    "seventh": Op("pow", (Z, c(7))),
+    "inverse square": Op("pow", (Z, c(-2))),
+    "stop": Op("mul", (Op("stop", (Z,)), W)),
+    "s4d": Op("mul", (Op("div", (Op("sub", (Op("exp", (Z,)), c(1))), Z)), R)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(COMPLEX))
+def test_realify_values_and_gradients(name: str) -> None:
+    """Values and torch's own complex gradients, its real part by re and its imaginary part by im."""
+    generator = torch.Generator().manual_seed(3)
+    whole = {n: torch.randn((), dtype=torch.complex128, generator=generator).requires_grad_() for n in "zw"}
+    whole["r"] = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    out = Evaluator({("input", n, 0): v for n, v in whole.items()})(COMPLEX[name], {})
+    parts = {("input", "r", 0): whole["r"].detach()}
+    for n in "zw":
+        parts |= {("input", f"{n}_re", 0): whole[n].detach().real, ("input", f"{n}_im", 0): whole[n].detach().imag}
+    re, im = split(COMPLEX[name])
+    assert all(node.kind != "complex" for node in walk(re, im))
+    evaluate = Evaluator(parts)
+    got = torch.complex(evaluate(re, {}), evaluate(im, {}))
+    torch.testing.assert_close(got, out.to(torch.complex128))
+
+    ct = torch.randn((), dtype=torch.complex128, generator=generator)
+    (out * ct.conj()).real.backward()
+    names = [f"{n}_{p}" for n in "zw" for p in ("re", "im")] + ["r"]
+    grads = vjp([re, im], [Ref("let", "c_re", ()), Ref("let", "c_im", ())], [x(n) for n in names])
+    evaluate = Evaluator(parts | {("let", "c_re", 0): ct.real, ("let", "c_im", 0): ct.imag})
+    actual = {n: torch.tensor(0.0).double() if g is None else evaluate(g, {}) for n, g in zip(names, grads, strict=True)}
+    for n in "zw":
+        want = torch.zeros_like(whole[n]) if whole[n].grad is None else whole[n].grad
+        torch.testing.assert_close(torch.complex(actual[f"{n}_re"], actual[f"{n}_im"]), want)
+    torch.testing.assert_close(actual["r"], torch.zeros(()).double() if whole["r"].grad is None else whole["r"].grad)
+
+
+def test_realified_abs_has_gradient_zero_at_zero() -> None:
+    re, _ = split(Op("abs", (Z,)))
+    grads = vjp([re], [c(1)], [x("z_re"), x("z_im")])
+    zero = torch.zeros((), dtype=torch.float64)
+    evaluate = Evaluator({("input", "z_re", 0): zero, ("input", "z_im", 0): zero})
+    assert [float(evaluate(g, {})) for g in grads if g is not None] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("node", [Op("log", (Z,)), Op("pow", (Z, c("1/2"))), Op("pow", (Z, R))])
+def test_realify_refuses_by_name(node: Op) -> None:
+    with pytest.raises(PsmcError) as caught:
+        split(node)
+    assert caught.value.diagnostics[0].code == "PSM510"
+    assert f"'{node.op}'" in caught.value.diagnostics[0].message
+
+
+def join(values: Mapping[str, torch.Tensor], names: Mapping[str, tuple[str, str]], name: str) -> torch.Tensor:
+    if name not in names:
+        return values[name]
+    return torch.complex(*(values[part].expand_as(values[names[name][0]]) for part in names[name]))
+
+
+def test_realify_aggregator() -> None:
+    """The realified fold equals the complex one, and its token backwards gives torch's complex gradients."""
+    agg, live = SPECS["complex"]
+    real_agg, names = realify(agg)
+    assert names.keys() == {"x", "a", "h", "c", "z"}
+    assert all(t.kind == "real" for t in (*real_agg.inputs, *real_agg.params))
+    assert all(component.kind == "real" for component in real_agg.state)
+    real_live = tuple(part for n in live for part in names.get(n, (n,)))
+    fold = Fold(agg, live, True)
+
+    def parts(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = {}
+        for n, v in values.items():
+            out |= {names[n][0]: v.real, names[n][1]: v.imag} if n in names else {n: v}
+        return {n: v.detach() for n, v in out.items()}
+
+    params = parts(fold.params)
+    state = parts(fold.start)
+    states = [state]
+    for t in range(LENGTH):
+        env = {("prev", n, 0): v for n, v in state.items()} | {("param", n, 0): v for n, v in params.items()}
+        env |= {("input", n, 0): v for n, v in parts(fold.tokens[t]).items()}
+        state = Evaluator(env).run(step(real_agg, real_live))
+        out = Evaluator(env | {("state", n, 0): v for n, v in state.items()}).run(real_agg.output)
+        for n, v in fold.outputs[t].items():
+            torch.testing.assert_close(join(out, names, n), v.detach())
+        states.append(state)
+    back = step_backward(real_agg, real_live)
+    cotangent = parts(fold.d_last)
+    found: dict[str, torch.Tensor] = {n: torch.zeros(()).double() for n in params}
+    tokens: list[dict[str, torch.Tensor]] = []
+    for t in reversed(range(LENGTH)):
+        env = {("prev", n, 0): v for n, v in states[t].items()} | {("param", n, 0): v for n, v in params.items()}
+        env |= {("state", n, 0): v for n, v in states[t + 1].items()}
+        env |= {("input", n, 0): v for n, v in parts(fold.tokens[t]).items()}
+        env |= {("let", back.outputs[n], 0): v for n, v in parts(fold.d_outputs[t]).items()}
+        env |= {("let", back.state[n], 0): v for n, v in cotangent.items()}
+        got = Evaluator(env).run(back.block)
+        found = {n: v + got[back.params[n]] for n, v in found.items()}
+        tokens.insert(0, {n: got[result] for n, result in back.inputs.items()})
+        cotangent = {n: got[result] for n, result in back.prev.items()}
+    actual = [join(token, names, n) for token in tokens for n in fold.tokens[0]]
+    actual += [join(found, names, n) for n in fold.params] + [join(cotangent, names, n) for n in fold.start]
+    for value, want in zip(actual, fold.expected(), strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-11)
+
+
+def test_realify_leaves_real_specs_alone() -> None:
+    agg, _ = SPECS["softmax average"]
+    assert realify(agg) == (agg, {})

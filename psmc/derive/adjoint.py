@@ -11,12 +11,15 @@ With s_t = F(s_{t-1}, x_t) and o_t = R(s_t, s_{t-1}, x_t), and λ_t the cotangen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from psmc.derive.names import declared_names, fresh_name
 from psmc.derive.simplify import ZERO, make
 from psmc.derive.vjp import vjp
 from psmc.ir import Aggregator, Assign, Block, Expr, Index, Kind, Op, Reduce, Ref
+from psmc.ir.canonical import prune
+from psmc.ir.query import restrict
 from psmc.ir.rewrite import inline, instantiate, map_values, refs, replace_refs
 
 _CANONICAL = ("i", "j", "m", "n", "p", "s", "t", "u")
@@ -49,11 +52,11 @@ def step(agg: Aggregator, live: Sequence[str]) -> Block:
     renamed where lift and combine use the same name; those that no live component needs are dropped.
     """
     if agg.recurrence is not None:
-        return _needed(agg.recurrence, live)
+        return restrict(agg.recurrence, tuple(live))
     assert isinstance(agg.combine, Block), "step: an extern combine has no expressions"
     taken = declared_names(agg)
     leaf = _rename_lets(agg.leaf, taken)
-    combine = _rename_lets(_needed(agg.combine, live), taken)
+    combine = _rename_lets(restrict(agg.combine, tuple(live)), taken)
     values = {a.name: a for a in leaf.results}
     lets = {
         a.name: replace(a, name=fresh_name(f"x_{a.name}", taken))
@@ -70,7 +73,7 @@ def step(agg: Aggregator, live: Sequence[str]) -> Block:
         return instantiate(values[ref.name], ref.subs) if ref.space == "right" else None
 
     body = map_values(combine, lambda e: replace_refs(e, rule))
-    return _prune(replace(body, lets=(*leaf.lets, *lets.values(), *body.lets)))
+    return prune(replace(body, lets=(*leaf.lets, *lets.values(), *body.lets)))
 
 
 def step_backward(agg: Aggregator, live: Sequence[str], first: bool = False) -> StepBackward:
@@ -79,7 +82,7 @@ def step_backward(agg: Aggregator, live: Sequence[str], first: bool = False) -> 
     first   the token starts a sequence without an initial state: the state after it is the lifted token itself, so
             nothing but the readout's Ref('prev') (the identity element then) stands before it, and `prev` is empty
     """
-    update = inline(_needed(agg.leaf, live) if first else step(agg, live))
+    update = inline(restrict(agg.leaf, tuple(live)) if first else step(agg, live))
     readout = inline(agg.output)
     taken = declared_names(agg) | {a.name for b in (update, readout) for a in (*b.lets, *b.results)}
     smooth = [c for c in agg.state if c.name in live and c.kind in ("real", "complex")]
@@ -119,27 +122,10 @@ def step_backward(agg: Aggregator, live: Sequence[str], first: bool = False) -> 
             taps[ref.name, ref.lag] = name
         else:
             {"prev": prev, "param": params}.get(ref.space, inputs)[ref.name] = name
-    return StepBackward(_prune(Block(tuple(lets), tuple(results))), outputs, state, prev, inputs, taps, params)
+    return StepBackward(prune(Block(tuple(lets), tuple(results))), outputs, state, prev, inputs, taps, params)
 
 
 # --- names and blocks --------------------------------------------------------------------------------
-
-
-def declared_names(agg: Aggregator) -> set[str]:
-    """Every name the spec declares: dims, tensors, components, outputs, indices of the components."""
-    names = {d.name for d in agg.dims} | {t.name for t in (*agg.inputs, *agg.params)}
-    names |= {c.name for c in agg.state} | {a.name for a in agg.output.results}
-    return names | {i.name for c in agg.state for i in c.identity.indices}
-
-
-def fresh_name(base: str, taken: set[str]) -> str:
-    """`base`, or base_1, base_2, ...: the first that is not taken. It is taken afterwards."""
-    name, number = base, 0
-    while name in taken:
-        number += 1
-        name = f"{base}_{number}"
-    taken.add(name)
-    return name
 
 
 def _rename_lets(block: Block, taken: set[str]) -> Block:
@@ -152,21 +138,6 @@ def _rename_lets(block: Block, taken: set[str]) -> Block:
         return block
     renamed = map_values(block, lambda e: replace_refs(e, rule))
     return replace(renamed, lets=tuple(replace(a, name=names[a.name]) for a in renamed.lets))
-
-
-def _needed(block: Block, names: Iterable[str]) -> Block:
-    """The results of these names, in this order, and the lets they need."""
-    return _prune(replace(block, results=tuple(block.result(n) for n in names)))
-
-
-def _prune(block: Block) -> Block:
-    needed = {r.name for a in block.results for r in refs(a.value) if r.space == "let"}
-    kept: list[Assign] = []
-    for let in reversed(block.lets):
-        if let.name in needed:
-            kept.append(let)
-            needed |= {r.name for r in refs(let.value) if r.space == "let"}
-    return replace(block, lets=tuple(reversed(kept)))
 
 
 # --- small things ------------------------------------------------------------------------------------

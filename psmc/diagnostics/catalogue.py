@@ -31,4 +31,9 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM502": ("nested too deeply", "Brackets and expressions nest at most 200 deep; a chain a + b + … counts each operator."),
     "PSM503": ("name too long", "Names have at most 64 characters."),
     "PSM504": ("number out of range", "Literals have at most 64 digits and a decimal exponent within ±400."),
+    "PSM510": (
+        "complex operator without a real form",
+        "Fused kernels compute complex values as pairs of reals. Sums, products, quotients, conj, abs, exp, where and "
+        "whole powers have such a form; other functions of a complex value do not.",
+    ),
 }
