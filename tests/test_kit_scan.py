@@ -8,7 +8,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from psmc.runtime.kit_scan import SEGMENT_BYTES, blocked_scan, scan_tokens, sequential_scan
+from psmc.runtime.kit_layer import SEGMENT_BYTES, scan_tokens
+from psmc.runtime.kit_scan import blocked_scan, sequential_scan
 
 DOUBLE = torch.float64
 LENGTHS = (0, 1, 2, 3, 5, 17, 65)
