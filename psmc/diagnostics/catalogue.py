@@ -1,13 +1,16 @@
-"""The catalogue of diagnostic codes: 1xx syntax, 2xx names and shapes, 3xx algebra, 4xx derivation, 5xx our limits, 6xx run time, 9xx our bug."""
+"""The catalogue of diagnostic codes.
+
+1xx syntax, 2xx names and shapes, 3xx algebra, 4xx derivation, 5xx our limits, 6xx run time, 9xx our bug.
+"""
 
 from __future__ import annotations
 
 # code -> (title, what the user should know). `psmc explain-code` and docs print this table; every
 # code has one bad file in tests/bad/ whose rendered text is pinned.
 CATALOGUE: dict[str, tuple[str, str]] = {
-    "PSM101": ("unexpected text", "The file does not follow the grammar at this place."),
+    "PSM101": ("unexpected text", "The file does not follow the grammar here; the help names the usual cause."),
     "PSM102": ("file cannot be read", "The file is missing, not UTF-8, or holds NUL bytes."),
-    "PSM103": ("misplaced or repeated section", "An aggregator has at most one lift, combine and recurrence."),
+    "PSM103": ("misplaced or repeated section", "An aggregator has at most one lift, combine, recurrence, 'associative' and 'order'."),
     "PSM104": (
         "word that cannot be a name",
         "Words of the language, Python keywords and a few names that generated code uses are reserved; "
@@ -28,7 +31,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM110": ("value on an input or param", "Only a state has '= …', which gives its identity element."),
     "PSM111": ("reduction without an index", "A reduction names the index it runs over: sum[i] x[i]."),
     "PSM501": ("source too large", "psmc reads files of at most a megabyte; a spec is some 10 to 20 lines."),
-    "PSM502": ("nested too deeply", "Brackets and expressions nest at most 200 deep; a chain a + b + … counts each operator."),
+    "PSM502": (
+        "nested too deeply",
+        "Brackets and expressions nest at most 200 deep; a chain a + b + … counts each operator.",
+    ),
     "PSM503": ("name too long", "Names have at most 64 characters."),
     "PSM504": ("number out of range", "Literals have at most 64 digits and a decimal exponent within ±400."),
     "PSM510": (

@@ -151,16 +151,17 @@ def _refuse_character(source: SourceFile, at: int) -> NoReturn:
         where = "" if triple else " on its line"
         message = f"text in quotes has no closing {quote}{where}"
         fail("PSM101", message, Span(source, at, at + len(quote)), label="opened here")
+    shown = f"'{char}'" if char.isprintable() else f"the character U+{ord(char):04X}"
     for slip, advice in _SLIPS.items():
         if text.startswith(slip, at):
-            fail("PSM101", f"'{slip}' is not part of the language", Span(source, at, at + len(slip)), helps=(advice,))
+            what = f"'{slip}'" if slip.isprintable() else shown
+            fail("PSM101", f"{what} is not part of the language", Span(source, at, at + len(slip)), helps=(advice,))
     if char.isalpha() or unicodedata.category(char).startswith(("M", "N")):
         word = re.compile(r"\w+").search(text, at)
         span = Span(source, at, word.end() if word and word.start() == at else at + 1)
         message = f"'{span.text[:40]}' is not ASCII: names are ASCII letters, digits and underscores"
         fail("PSM104", message, span, helps=_spelled(char))
-    shown = char if char.isprintable() else f"U+{ord(char):04X}"
-    fail("PSM101", f"the character '{shown}' is not part of the language", Span(source, at, at + 1))
+    fail("PSM101", f"{shown} is not part of the language", Span(source, at, at + 1))
 
 
 def _spelled(char: str) -> tuple[str, ...]:
