@@ -26,7 +26,7 @@ Slot = tuple[str, str, int]  # space, name, lag
 
 @dataclass(frozen=True)
 class Env:
-    """Tensors `[..., *dims]` by (space, name, lag), leading axes broadcasting; `dtype` is the real dtype to compute in."""
+    """Tensors `[..., *dims]` by (space, name, lag), leading axes broadcasting; `dtype` is the real dtype of the work."""
 
     values: Mapping[Slot, Tensor]
     dims: Mapping[str, int]
@@ -105,7 +105,7 @@ class _Evaluation:
         raise AssertionError(node)
 
     def apply(self, node: Op, frame: Frame) -> Tensor:
-        """Operands take the result's kind where that is the larger one, conditions and the parts of a complex excepted."""
+        """Operands take the result's kind where that is larger, conditions and the parts of a complex excepted."""
         values = []
         for arg in node.args:
             kind = arg.kind if arg.kind == "bool" else "real" if node.op == "complex" else join((arg.kind, node.kind))
@@ -141,7 +141,7 @@ class _Evaluation:
         rank = len(ref.subs)
         if not any(isinstance(s, Expr | int) for s in ref.subs) and len(set(ref.subs)) == rank:
             order = [tensor.dim() - rank + ref.subs.index(i) for i in frame if i in ref.subs]
-            view = tensor.permute(*range(tensor.dim() - rank), *order)
+            view = tensor.permute([*range(tensor.dim() - rank), *order])
             return view[(..., *(slice(None) if i in ref.subs else None for i in frame))]
         return _gather(tensor, rank, [self.position(s, frame) for s in ref.subs], len(frame))
 

@@ -1,0 +1,1 @@
+"""From IR to source: ordered assignments, printers, templates."""

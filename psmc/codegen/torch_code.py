@@ -1,0 +1,182 @@
+"""The mathematics of a spec as the source of plain torch functions, for the generated module.
+
+    lift(x, p, n)  combine(l, r, p, n)  advance(l, r, p, n)  output(s, prev, x, p, n)  identity(n, like)  start(n, like)
+
+x, p, l, r, s and prev are namespaces of tensors `[..., *dims]` whose leading axes broadcast; n holds the sizes of the
+dims. Each returns a dict of tensors: trailing axes in full, leading ones as far as what was read has them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from psmc.codegen.linearise import Axes, linearise
+from psmc.codegen.torch_expr import ExprPrinter, Like, Printed, lagged, slot
+from psmc.codegen.torch_ops import ATOM, HELPERS
+from psmc.ir import Aggregator, Assign, Block, Kind, Ref
+from psmc.ir.query import restrict, taps
+from psmc.ir.rewrite import refs
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+RESERVED = frozenset({"torch", "math", "max", "min", "abs", "int", "complex", "like", "prev", *"xplrsn"})
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A function's parameters, and the tensors that it can be sure to have, best first."""
+
+    name: str
+    parameters: str
+    tensors: tuple[Like, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One function's text and the pasted functions that it calls."""
+
+    text: str
+    helpers: frozenset[str] = frozenset()
+
+
+def print_lift(agg: Aggregator) -> Source:
+    """Inputs and params to an element with all components."""
+    return print_block(agg, agg.leaf, Signature("lift", "x, p, n", _inputs(agg)))
+
+
+def print_combine(agg: Aggregator) -> Source:
+    """Two elements to an element; of all components."""
+    assert isinstance(agg.combine, Block)
+    return print_block(agg, agg.combine, Signature("combine", "l, r, p, n", _components(agg, "r")))
+
+
+def print_advance(agg: Aggregator, live: tuple[str, ...]) -> Source:
+    """`combine` on the live components; `l` has only those."""
+    assert isinstance(agg.combine, Block)
+    block = restrict(agg.combine, live)
+    read = {r.name for a in (*block.lets, *block.results) for r in refs(a.value) if r.space == "left"}
+    assert read <= set(live), f"{agg.name}: {sorted(read - set(live))} are read of l but not live"
+    return print_block(agg, block, Signature("advance", "l, r, p, n", _components(agg, "r")))
+
+
+def print_recurrence(agg: Aggregator) -> Source:
+    """The state before a token to the one after, for a recurrence that is run as it stands."""
+    assert agg.recurrence is not None
+    return print_block(agg, agg.recurrence, Signature("recurrence", "prev, x, p, n", _components(agg, "prev")))
+
+
+def print_output(agg: Aggregator) -> Source:
+    """The state after (s) and before (prev) a token, its inputs and the params to the outputs."""
+    return print_block(agg, agg.output, Signature("output", "s, prev, x, p, n", _inputs(agg)))
+
+
+def print_identity(agg: Aggregator) -> Source:
+    """The identity element, `[*dims]` each; `like` gives the device and the real dtype."""
+    return _constants(agg, "identity", tuple(c.identity for c in agg.state))
+
+
+def print_start(agg: Aggregator) -> Source:
+    """Where decoding starts: the identity unless the spec says otherwise."""
+    return _constants(agg, "start", tuple(c.start for c in agg.state))
+
+
+def print_functions(agg: Aggregator, live: tuple[str, ...]) -> str:
+    """All functions of an aggregator, after the helpers that they call. A rule from Python has no combine and advance, a
+    recurrence that is run as it stands has `recurrence` instead of these and lift; `start` is there where it is not the
+    identity. The text needs `import math` and `import torch`."""
+    sources = [print_recurrence(agg)] if agg.recurrence is not None else [print_lift(agg)]
+    if isinstance(agg.combine, Block):
+        sources += [print_combine(agg), print_advance(agg, live)]
+    sources += [print_output(agg), print_identity(agg)]
+    if any(c.initial is not None for c in agg.state):
+        sources.append(print_start(agg))
+    return join(sources)
+
+
+def join(sources: Sequence[Source]) -> str:
+    """Helpers first, then the functions."""
+    used = frozenset().union(*(s.helpers for s in sources))
+    return "\n\n".join([*(text for name, text in HELPERS.items() if name in used), *(s.text for s in sources)])
+
+
+def print_block(agg: Aggregator, block: Block, signature: Signature) -> Source:
+    """A block as one function."""
+    program = linearise(block, RESERVED | HELPERS.keys())
+    kinds = _kinds(agg, block, signature.name)
+    held = {step: kinds[result] for result, step in reversed(program.results)}
+    helpers: set[str] = set()
+    local: dict[str, Printed] = {}
+    printer = ExprPrinter(_like(block, signature), local, program.definition, helpers)
+    lines: list[str] = []
+    for step in program.steps:
+        assert _IDENTIFIER.fullmatch(step.name), step.name
+        value = printer.show(step.value, step.axes)
+        if step.axes or step.name in held:
+            value = _whole(printer, value, step.axes)
+        if step.name in held:
+            value = _of_kind(printer, value, held[step.name])
+        plain = isinstance(step.value, Ref) and value.text == slot(step.value)
+        local[step.name] = Printed(value.text if plain else step.name, ATOM, value.axes, value.kind)
+        if not plain:
+            lines.append(f"{step.name} = {value.text}")
+    returned = ", ".join(f'"{result}": {local[step].text}' for result, step in program.results)
+    lines.append(f"return {{{returned}}}")
+    body = "".join(f"    {line}\n" for line in lines)
+    return Source(f"def {signature.name}({signature.parameters}):\n{body}", frozenset(helpers))
+
+
+def _whole(printer: ExprPrinter, value: Printed, axes: Axes) -> Printed:
+    """A tensor with exactly these trailing axes, in full."""
+    dims = [f"n.{i.dim}" for i in axes]
+    if value.axes is None:
+        shape = f"({dims[0]},)" if len(dims) == 1 else f"({', '.join(dims)})"
+        full = printer.like.full(shape, value)
+        return Printed(full.text, ATOM, axes, full.kind)
+    aligned = printer.align(value, axes)
+    if set(value.axes) == set(axes):
+        return aligned
+    printer.helpers.add("_expand")
+    return Printed(f"_expand({aligned.text}, {', '.join(dims)})", ATOM, axes, value.kind)
+
+
+def _of_kind(printer: ExprPrinter, value: Printed, kind: Kind) -> Printed:
+    if value.kind == kind:
+        return value
+    if kind == "complex":
+        real = _of_kind(printer, value, "real")
+        return Printed(f"torch.complex({real.text}, torch.zeros_like({real.text}))", ATOM, value.axes, kind)
+    dtype = {"int": "torch.int64", "bool": "torch.bool", "real": printer.like.dtype}[kind]
+    return Printed(f"{value.within(ATOM)}.to({dtype})", ATOM, value.axes, kind)
+
+
+def _kinds(agg: Aggregator, block: Block, function: str) -> dict[str, Kind]:
+    """The element type of each result: the component's, or what an output's expression has."""
+    declared: dict[str, Kind] = {} if function == "output" else {c.name: c.kind for c in agg.state}
+    return {r.name: declared.get(r.name, r.value.kind) for r in block.results}
+
+
+def _like(block: Block, signature: Signature) -> Like:
+    """A real tensor if there is one, rather one that the block reads."""
+    preference = {"real": 0, "complex": 1, "int": 2}
+    read = (r for a in (*block.lets, *block.results) for r in refs(a.value) if r.space != "let")
+    return min((*(Like(slot(r), r.value_kind) for r in read), *signature.tensors), key=lambda t: preference[t.kind])
+
+
+def _inputs(agg: Aggregator) -> tuple[Like, ...]:
+    return tuple(Like(f"x.{t.name}", t.kind) for t in agg.leaf_inputs)
+
+
+def _components(agg: Aggregator, space: str) -> tuple[Like, ...]:
+    return tuple(Like(f"{space}.{c.name}", c.kind) for c in agg.state)
+
+
+def _constants(agg: Aggregator, name: str, values: tuple[Assign, ...]) -> Source:
+    block = Block(results=values)
+    return print_block(agg, block, Signature(name, "n, like", (Like("like", "real"),)))
+
+
+__all__ = [
+    "Signature", "Source", "join", "lagged", "print_advance", "print_block", "print_combine", "print_functions",
+    "print_identity", "print_lift", "print_output", "print_recurrence", "print_start", "taps",
+]  # fmt: skip
