@@ -1,0 +1,267 @@
+"""Declarations: dims, inputs, params, the state with its identity, aggregator-level lets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from psmc import ir
+from psmc.diagnostics import Label, fail
+from psmc.frontend import surface as sf
+from psmc.frontend.elaborate import Budget, Elaborator
+from psmc.frontend.expand import delay
+from psmc.frontend.indices import Indices
+from psmc.frontend.scope import Errors, Handle, Library, Meaning, Namespace, check_argument, suggest
+from psmc.ir.ops import join
+from psmc.source import Span
+
+MAX_DIM = 2**31 - 1  # generated code indexes an axis with 32-bit integers
+MAX_RANK = 8
+
+
+@dataclass
+class Declarations:
+    """What an aggregator declares. `state` has placeholders for the identities until `identities` ran."""
+
+    library: Library
+    names: Namespace
+    budget: Budget = field(default_factory=Budget)
+    dims: dict[str, ir.Dim] = field(default_factory=dict)
+    inputs: dict[str, ir.Tensor] = field(default_factory=dict)
+    params: dict[str, ir.Tensor] = field(default_factory=dict)
+    state: dict[str, ir.Tensor] = field(default_factory=dict)
+    lets: dict[str, sf.Assign] = field(default_factory=dict)
+    origin: dict[str, Span] = field(default_factory=dict)
+
+    def handle(self, space: ir.Space, tensor: ir.Tensor) -> Handle:
+        return Handle(space, tensor.name, tensor.dims, tensor.kind)
+
+
+def declare(node: sf.Aggregator, library: Library, errors: Errors) -> Declarations:
+    """Everything but identities and blocks."""
+    names = Namespace()
+    for name, span in library.const_spans.items():
+        names.adopt(name, "const", span)
+    found = Declarations(library, names)
+    for item in node.items:
+        if isinstance(item, sf.Dim):
+            with errors:
+                _dim(found, item)
+    for item in node.items:
+        with errors:
+            match item:
+                case sf.Declared():
+                    _tensor(found, item)
+                case sf.Assign():
+                    names.declare(item.target, "let")
+                    found.lets[item.target.text] = item
+    if not found.state and not errors:
+        fail(
+            "PSM213",
+            f"aggregator '{node.name.text}' has no state",
+            node.name.span,
+            helps=("declare what is carried from token to token: state S[K, V] = 0",),
+        )
+    with errors:
+        found.lets = {let.target.text: let for let in _ordered(found.lets)}
+    return found
+
+
+def _dim(found: Declarations, item: sf.Dim) -> None:
+    found.names.declare(item.name, "dim")
+    if item.size is not None and not 1 <= item.size <= MAX_DIM:
+        fail("PSM219", f"dim '{item.name.text}' has size {item.size}; sizes are 1 to {MAX_DIM}", item.name.span)
+    found.dims[item.name.text] = ir.Dim(item.name.text, item.size)
+    found.origin[f"dim {item.name.text}"] = item.name.span
+
+
+def _tensor(found: Declarations, item: sf.Declared) -> None:
+    found.names.declare(item.name, item.role)
+    name = item.name.text
+    if item.role != "state":
+        check_argument(item.name)
+    for dim in item.dims:
+        if dim.text not in found.dims:
+            fail(
+                "PSM201",
+                f"unknown dim '{dim.text}'",
+                dim.span,
+                helps=suggest(dim.text, found.dims) or (f"declare it: dim {dim.text}",),
+            )
+    if len(item.dims) > MAX_RANK:
+        fail("PSM203", f"'{name}' has {len(item.dims)} dims; psmc takes at most {MAX_RANK}", item.span)
+    if item.kind == "complex" and item.interval is not None:
+        fail(
+            "PSM223",
+            "complex numbers have no order, so no interval",
+            item.interval.span,
+            helps=("delete the interval.",),
+        )
+    if item.role == "state" and item.identity is None:
+        zero = f"state {name}{'[' + ', '.join(d.text for d in item.dims) + ']' if item.dims else ''} = 0"
+        fail(
+            "PSM222",
+            f"component '{name}' has no identity element",
+            item.span,
+            label="'= …' is missing",
+            helps=(f"say what combines to nothing, for example: {zero}",),
+        )
+    tensor = ir.Tensor(name, tuple(d.text for d in item.dims), item.kind, _interval(item.interval))
+    {"input": found.inputs, "param": found.params, "state": found.state}[item.role][name] = tensor
+    found.origin[f"{item.role} {name}"] = item.span
+
+
+def _interval(node: sf.Interval | None) -> ir.Interval | None:
+    """None for no restriction at all."""
+    if node is None or (node.lo is None and node.hi is None):
+        return None
+    empty = (
+        node.lo is not None
+        and node.hi is not None
+        and (node.lo > node.hi or (node.lo == node.hi and (node.lo_open or node.hi_open)))
+    )
+    if empty:
+        fail("PSM223", "this interval is empty", node.span, helps=("write the smaller bound first.",))
+    return ir.Interval(node.lo, node.hi, node.lo is None or node.lo_open, node.hi is None or node.hi_open)
+
+
+# --- aggregator-level lets ----------------------------------------------------------------------
+
+
+def _ordered(lets: dict[str, sf.Assign]) -> list[sf.Assign]:
+    """In dependency order, else as written. Fails on a cycle."""
+    done: dict[str, sf.Assign] = {}
+    path: list[str] = []
+
+    def visit(name: str) -> None:
+        if name in done:
+            return
+        if name in path:
+            cycle = path[path.index(name) :]
+            others = tuple(Label(lets[n].target.span, f"'{n}' is part of the cycle") for n in cycle[1:])
+            fail(
+                "PSM215",
+                f"let '{name}' is defined by itself: {' -> '.join((*cycle, name))}",
+                lets[name].target.span,
+                labels=others,
+                helps=("a value of the token before is a state, or a tap of an input: x{-1}.",),
+            )
+        path.append(name)
+        for read in plain_names(lets[name].value):
+            if read in lets:
+                visit(read)
+        path.pop()
+        done[name] = lets[name]
+
+    for name in lets:
+        visit(name)
+    return list(done.values())
+
+
+def plain_names(root: sf.ExprNode) -> Iterator[str]:
+    """Names an expression reads without an owner, in source order."""
+    stack: list[sf.ExprNode] = [root]
+    while stack:
+        match stack.pop():
+            case sf.Access(owner=owner, name=name, subs=subs):
+                if owner is None:
+                    yield name.text
+                stack.extend(reversed(subs or ()))
+            case sf.Call(args=args, subs=subs):
+                stack.extend(reversed((*args, *(subs or ()))))
+            case sf.Unary(arg=arg):
+                stack.append(arg)
+            case sf.Binary(left=left, right=right):
+                stack.extend((right, left))
+            case sf.Reduction(body=body):
+                stack.append(body)
+
+
+# --- identities ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _IdentityScope:
+    """An identity is made of numbers, dims, `eye` and `iota`."""
+
+    found: Declarations
+    indices: tuple[ir.Index, ...]
+
+    @property
+    def library(self) -> Library:
+        return self.found.library
+
+    def read(self, node: sf.Access) -> Meaning:
+        name = node.name.text
+        if node.owner is None:
+            special = self._special(name, node)
+            if special is not None:
+                return special
+            if name in self.library.consts:
+                return delay(self.library.consts[name], node)
+            if name in self.found.dims:
+                return delay(ir.DimValue(name), node)
+        if self.found.names.role(name) is not None:
+            fail(
+                "PSM222",
+                f"an identity element cannot read '{name}'",
+                node.span,
+                helps=("it is made of numbers, consts, dims, 'eye' and 'iota'.",),
+            )
+        fail("PSM201", f"unknown name '{name}'", node.span, helps=suggest(name, [*self.library.consts, "eye", "iota"]))
+
+    def _special(self, name: str, node: sf.Access) -> ir.Expr | None:
+        rank = {"eye": 2, "iota": 1}.get(name)
+        if rank is None or name in self.found.names:
+            return None
+        if len(self.indices) != rank or len({i.dim for i in self.indices}) != 1:
+            shape = "a square matrix, as in A[K, K]" if rank == 2 else "a vector, as in p[N]"
+            fail("PSM222", f"'{name}' is the identity of {shape}", node.span)
+        return ir.Eye(*self.indices) if rank == 2 else ir.IndexValue(self.indices[0])
+
+    def knows(self, name: str) -> bool:
+        return name in self.found.names
+
+    def namespace(self) -> Namespace:
+        return self.found.names
+
+    def size(self, dim: str) -> int | None:
+        found = self.found.dims.get(dim)
+        return found.size if found else None
+
+
+def components(node: sf.Aggregator, found: Declarations, errors: Errors) -> tuple[ir.Component, ...]:
+    """The state, with each identity as a definition over its own indices."""
+    out: list[ir.Component] = []
+    for item in node.items:
+        if not isinstance(item, sf.Declared) or item.identity is None or item.name.text not in found.state:
+            continue
+        with errors:
+            tensor = found.state[item.name.text]
+            indices = tuple(ir.Index(f"#{n}", dim) for n, dim in enumerate(tensor.dims))
+            unknown = Indices()
+            scope = _IdentityScope(found, indices)
+            value = unknown.finish(Elaborator(scope, unknown, found.budget).expr(item.identity, {}))
+            check_kind(value, tensor, item.identity.span, "its identity")
+            found.origin[f"identity {tensor.name}"] = item.identity.span
+            identity = ir.Assign(tensor.name, indices, value)
+            out.append(ir.Component(tensor.name, tensor.dims, tensor.kind, tensor.interval, identity))
+    return tuple(out)
+
+
+def check_kind(value: ir.Expr, tensor: ir.Tensor, span: Span, what: str) -> None:
+    """A component holds values of its own kind or a smaller one."""
+    if value.kind == "bool":
+        fail(
+            "PSM208",
+            f"component '{tensor.name}' is {tensor.kind}, and {what} is a condition",
+            span,
+            helps=("turn a condition into a number: where(condition, 1, 0).",),
+        )
+    if join((value.kind, tensor.kind)) != tensor.kind:
+        help_ = (
+            f"declare it complex: state {tensor.name} : complex"
+            if value.kind == "complex"
+            else f"declare '{tensor.name}' real."
+        )
+        fail("PSM208", f"component '{tensor.name}' is {tensor.kind}, and {what} is {value.kind}", span, helps=(help_,))

@@ -1,0 +1,256 @@
+"""Surface AST to typed IR: what every name, index and kind means. The one resolver of both frontends."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+from psmc import ir
+from psmc.diagnostics import Label, fail
+from psmc.frontend import surface as sf
+from psmc.frontend.blocks import BlockResolver
+from psmc.frontend.declare import Declarations, components, declare
+from psmc.frontend.library import Load, extend, file_library
+from psmc.frontend.scope import BlockKind, Errors, Library
+from psmc.ir.canonical import canonical
+from psmc.source import Span
+
+T = TypeVar("T")
+
+
+def resolve(file: sf.File, *, load: Load | None = None) -> tuple[ir.Aggregator, ...]:
+    """The aggregators of a file, in order, in canonical form.
+
+    `load(path, span)` gives the file that `use "path"` names; whoever passes it decides which paths may be read.
+    Raises PsmcError with every 2xx mistake that can be told apart.
+    """
+    errors = Errors()
+    library = file_library(file, load, errors)
+    seen: dict[str, sf.Name] = {}
+    out: list[ir.Aggregator] = []
+    for node in file.aggregators:
+        with errors:
+            first = seen.setdefault(node.name.text, node.name)
+            if first is not node.name:
+                fail(
+                    "PSM202",
+                    f"aggregator '{node.name.text}' is defined twice",
+                    node.name.span,
+                    labels=(Label(first.span, "first defined here"),),
+                    helps=("rename one of the two.",),
+                )
+            out.append(_aggregator(node, library))
+    errors.flush()
+    return tuple(out)
+
+
+def _aggregator(node: sf.Aggregator, outer: Library) -> ir.Aggregator:
+    errors = Errors()
+    consts = [i for i in node.items if isinstance(i, sf.Const)]
+    fns = [i for i in node.items if isinstance(i, sf.Fn)]
+    library = extend(outer, consts, fns, errors) if consts or fns else outer
+    found = declare(node, library, errors)
+    found.origin["name"] = node.name.span
+    state = components(node, found, errors)
+    errors.flush()  # what follows would only repeat them
+
+    lift = _one(node, sf.Lift)
+    recurrence = _one(node, sf.Recurrence)
+    combine = _one(node, sf.Combine) or _one(node, sf.CombineExtern)
+    with errors:
+        _check_sections(node, lift, combine, recurrence)
+    claim, order = _claim(node, combine, recurrence, found, errors)
+
+    blocks: dict[BlockKind, ir.Block] = {}
+    used: set[str] = set()
+    sections: dict[BlockKind, sf.Lift | sf.Combine | sf.CombineExtern | sf.Recurrence | None] = {
+        "lift": lift,
+        "combine": combine,
+        "recurrence": recurrence,
+    }
+    for kind, section in sections.items():
+        if isinstance(section, sf.CombineExtern):
+            found.origin["combine"] = section.span
+        elif section is not None:
+            with errors:
+                blocks[kind] = _block(found, kind, section, errors, used)
+    readout = _readout(node, found, errors, used)
+    errors.flush()
+    agg = ir.Aggregator(
+        name=node.name.text,
+        dims=tuple(found.dims.values()),
+        inputs=tuple(found.inputs.values()),
+        params=tuple(found.params.values()),
+        state=state,
+        lift=blocks.get("lift"),
+        combine=ir.Extern() if isinstance(combine, sf.CombineExtern) else blocks.get("combine"),
+        recurrence=blocks.get("recurrence"),
+        readout=readout,
+        claim=claim,
+        order=order,
+        doc=node.doc,
+        origin=dict(sorted(found.origin.items())),
+    )
+    _check_dims(agg, found)
+    return canonical(agg)
+
+
+def _one(node: sf.Aggregator, kind: type[T]) -> T | None:
+    """The section of this kind; the frontends refuse a second one."""
+    return next((item for item in node.items if isinstance(item, kind)), None)
+
+
+def _check_sections(
+    node: sf.Aggregator,
+    lift: sf.Lift | None,
+    combine: sf.Combine | sf.CombineExtern | None,
+    recurrence: sf.Recurrence | None,
+) -> None:
+    name = node.name
+    if combine is None and recurrence is None:
+        fail(
+            "PSM213",
+            f"aggregator '{name.text}' has neither a combine nor a recurrence",
+            name.span,
+            helps=(
+                "say how two elements combine: combine (l, r) { … }, or how a token changes the state: recurrence { … }",
+            ),
+        )
+    if recurrence is None:
+        return
+    if combine is not None:
+        fail(
+            "PSM213",
+            f"aggregator '{name.text}' has a combine and a recurrence",
+            _head(recurrence),
+            labels=(Label(_head(combine), "the combine"),),
+            helps=("keep one: a recurrence is lifted to a combine for you.",),
+        )
+    if lift is not None:
+        fail(
+            "PSM213",
+            "a recurrence reads the inputs itself and takes no lift",
+            _head(lift),
+            labels=(Label(_head(recurrence), "the recurrence"),),
+            helps=("move the lift's statements into the recurrence as lets.",),
+        )
+
+
+def _head(section: sf.Lift | sf.Combine | sf.CombineExtern | sf.Recurrence) -> Span:
+    """The keyword that opens a section."""
+    word = re.match(r"\w*", section.span.text)
+    return Span(section.span.source, section.span.start, section.span.start + (word.end() if word else 0))
+
+
+def _claim(
+    node: sf.Aggregator,
+    combine: sf.Combine | sf.CombineExtern | None,
+    recurrence: sf.Recurrence | None,
+    found: Declarations,
+    errors: Errors,
+) -> tuple[ir.Claim, ir.Order]:
+    """What is claimed of the rule, and the order that is its meaning if nothing is."""
+    claim, order = _one(node, sf.Claim), _one(node, sf.Order)
+    with errors:
+        if claim is None:
+            fail(
+                "PSM214",
+                f"aggregator '{node.name.text}' does not say whether its rule is associative",
+                node.name.span,
+                helps=("add 'associative: yes' to have it proved, or 'associative: no' to fix an order.",),
+            )
+        found.origin["claim"] = claim.span
+        if isinstance(combine, sf.CombineExtern) and claim.value == "yes":
+            fail(
+                "PSM214",
+                "nothing can be proved of a rule that Python gives",
+                claim.span,
+                labels=(Label(_head(combine), "the rule is extern"),),
+                helps=("write 'associative: assume' to vouch for it, or 'associative: no' for a fixed order.",),
+            )
+        if order is not None:
+            found.origin["order"] = order.span
+            if claim.value != "no":
+                fail(
+                    "PSM214",
+                    f"an order is only meant with 'associative: no'; '{claim.value}' leaves it free",
+                    order.span,
+                    labels=(Label(claim.span, "claimed here"),),
+                    helps=("delete one of the two.",),
+                )
+            if recurrence is not None and order.value == "tree":
+                fail(
+                    "PSM214",
+                    "a recurrence that is not associative can only run from left to right",
+                    order.span,
+                    labels=(Label(_head(recurrence), "the recurrence"),),
+                    helps=("write 'order: left'.",),
+                )
+    if claim is None:
+        return "no", "tree"
+    if claim.value == "no" and recurrence is not None:
+        return "no", "left"
+    return claim.value, order.value if order else "tree"
+
+
+def _block(
+    found: Declarations,
+    kind: BlockKind,
+    section: sf.Lift | sf.Combine | sf.Recurrence,
+    errors: Errors,
+    used: set[str],
+) -> ir.Block:
+    found.origin[kind] = section.span
+    resolver = BlockResolver(found, kind, errors, taken=set(found.names.names()))
+    if isinstance(section, sf.Combine):
+        if section.left.text == section.right.text:
+            fail(
+                "PSM202",
+                f"both operands are called '{section.left.text}'",
+                section.right.span,
+                helps=("name them apart: combine (l, r)",),
+            )
+        resolver.operands = {section.left.text: "left", section.right.text: "right"}
+    resolver.run(section.body)
+    used.update(resolver.shared)
+    missing = resolver.missing()
+    if missing:
+        shown = "; ".join(f"{m}{_subscripts(len(found.state[m].dims))} = …" for m in missing)
+        with errors:
+            fail(
+                "PSM211",
+                f"the {kind} never assigns {', '.join(repr(m) for m in missing)}",
+                _head(section),
+                labels=tuple(Label(found.origin[f"state {m}"], "declared here") for m in missing),
+                helps=(f"every component needs a value: {shown}",),
+            )
+    return resolver.block()
+
+
+def _subscripts(rank: int) -> str:
+    return f"[{', '.join('ijmnpstu'[:rank])}]" if rank else ""
+
+
+def _readout(node: sf.Aggregator, found: Declarations, errors: Errors, used: set[str]) -> ir.Block:
+    """The outputs; lets that no block reads are checked here, where all names can be read."""
+    resolver = BlockResolver(found, "output", errors, taken=set(found.names.names()))
+    resolver.run(tuple(a for item in node.items if isinstance(item, sf.Output) for a in item.body))
+    block = resolver.block()
+    for name, let in found.lets.items():
+        if name not in used and name not in resolver.shared:
+            with errors:
+                resolver.read(sf.Access(None, let.target, None, 0, let.target.span))
+    return block
+
+
+def _check_dims(agg: ir.Aggregator, found: Declarations) -> None:
+    """Every dim must get its size from the spec or from a tensor that the caller passes."""
+    known = {d for tensor in (*agg.leaf_inputs, *agg.params) for d in tensor.dims}
+    for dim in agg.dims:
+        if dim.size is None and dim.name not in known:
+            fail(
+                "PSM229",
+                f"nothing gives the size of dim '{dim.name}': no input or param has it",
+                found.origin[f"dim {dim.name}"],
+                helps=(f"fix it: dim {dim.name} = 16; or delete it if it is not used.",),
+            )
