@@ -1,12 +1,12 @@
-"""The backward of a scan, from its combine: one token's update, its transpose, and the adjoint recurrence.
+"""The adjoint recurrence of a scan, as a scan: an aggregator that runs from the last token to the first.
 
-With s_t = F(s_{t-1}, x_t) and o_t = R(s_t, s_{t-1}, x_t), and λ_t the cotangent of s_t from everything after token t,
+With s_t = F(s_{t-1}, x_t), o_t = R(s_t, s_{t-1}, x_t), and λ_t the cotangent of s_t from everything after token t,
 
-    Λ_t     = λ_t + (∂R/∂s_t)ᵀ do_t
-    λ_{t-1} = (∂F/∂s_{t-1})ᵀ Λ_t + (∂R/∂s_{t-1})ᵀ do_t
-    dx_t    = (∂F/∂x_t)ᵀ Λ_t     + (∂R/∂x_t)ᵀ do_t
+    λ_{t-1} = J_tᵀ λ_t + g_t      J_t = ∂F/∂s_{t-1}      g_t = J_tᵀ (∂R/∂s_t)ᵀ do_t + (∂R/∂s_{t-1})ᵀ do_t
 
-`step` is F, `step_backward` all three lines.
+is affine in λ with per-token coefficients, whatever F is. For one component it is the familiar a_t λ_t + g_t. In
+general only those entries of J are carried that are structurally non-zero in some product; the cross terms between
+components are among them. `step.step_backward` turns each λ_t into the gradients of token t.
 """
 
 from __future__ import annotations
@@ -15,165 +15,214 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from psmc.derive.names import declared_names, fresh_name
-from psmc.derive.simplify import ZERO, make
+from psmc.derive.simplify import ONE, ZERO, make, sum_over, total
+from psmc.derive.step import step
 from psmc.derive.vjp import vjp
-from psmc.ir import Aggregator, Assign, Block, Expr, Index, Kind, Op, Reduce, Ref
-from psmc.ir.canonical import prune
-from psmc.ir.query import restrict
-from psmc.ir.rewrite import inline, instantiate, map_values, refs, replace_refs
-
-_CANONICAL = ("i", "j", "m", "n", "p", "s", "t", "u")
+from psmc.ir import Aggregator, Assign, Block, Component, Expr, Index, Ref, Space, Tensor
+from psmc.ir.canonical import Names, canonical
+from psmc.ir.rewrite import inline, instantiate, refs, replace_refs
 
 
 @dataclass(frozen=True)
-class StepBackward:
-    """The transpose of one token's update and readout.
+class Adjoint:
+    """The recurrence of λ as an aggregator, to be run from the last token to the first.
 
-    `block` reads Ref('prev', c), Ref('state', c), inputs, params, and cotangents as lets that the caller provides:
-    `outputs[o]` of each differentiable output and `state[c]` of each live component (λ_t, without this token's
-    readout). Its results are λ_{t-1} as `prev[c]` (every differentiable live component), this token's share of each
-    input as `inputs[x]`, of an input read `lag` tokens earlier as `taps[x, lag]`, and of each param as `params[p]`.
-    A tensor that is in no mapping has gradient zero. Gradients have their tensor's dims, summed over all others.
+    Its inputs are per-token tensors: `prev[c]` and `state[c]` (live components before and after the token),
+    `inputs[x, lag]` (what the spec reads as x that many tokens earlier) and `outputs[o]` (the cotangent of an
+    output); only what is needed is there. Its params are the spec's. The component `cotangent[c]` of the prefix after
+    token t is λ_{t-1}; started from λ_T, the cotangent of the final state. `jacobian[b, c]` carries the product of
+    ∂s_t[c]/∂s_{t-1}[b]; pairs that are 0 in every product, and diagonal ones that are 1, have no component.
     """
 
-    block: Block
-    outputs: Mapping[str, str]
-    state: Mapping[str, str]
+    aggregator: Aggregator
     prev: Mapping[str, str]
-    inputs: Mapping[str, str]
-    taps: Mapping[tuple[str, int], str]
-    params: Mapping[str, str]
+    state: Mapping[str, str]
+    inputs: Mapping[tuple[str, int], str]
+    outputs: Mapping[str, str]
+    cotangent: Mapping[str, str]
+    jacobian: Mapping[tuple[str, str], str]
 
 
-def step(agg: Aggregator, live: Sequence[str]) -> Block:
-    """One token: the live components after it, from Ref('prev', c) of the live ones, inputs and params.
+def adjoint(agg: Aggregator, live: Sequence[str]) -> Adjoint:
+    """The adjoint recurrence of a lane-wise real spec: combine is the composition of affine maps.
 
-    A combine's left operand becomes the state before the token and its right one the lifted token. Lets are kept,
-    renamed where lift and combine use the same name; those that no live component needs are dropped.
+    Lane-wise: a live component reads the live components at its own indices only (it may have more dims than what it
+    reads). Asserts that it is so, and that there is no complex component (`realify` comes first).
     """
-    if agg.recurrence is not None:
-        return restrict(agg.recurrence, tuple(live))
-    assert isinstance(agg.combine, Block), "step: an extern combine has no expressions"
-    taken = declared_names(agg)
-    leaf = _rename_lets(agg.leaf, taken)
-    combine = _rename_lets(restrict(agg.combine, tuple(live)), taken)
-    values = {a.name: a for a in leaf.results}
-    lets = {
-        a.name: replace(a, name=fresh_name(f"x_{a.name}", taken))
-        for a in leaf.results
-        if isinstance(a.value, Op | Reduce)
-    }
-
-    def rule(ref: Ref) -> Expr | None:
-        if ref.space == "left":
-            assert ref.name in live, f"step: '{ref.name}' is read of the left operand but not live"
-            return Ref("prev", ref.name, ref.subs, ref.value_kind)
-        if ref.space == "right" and ref.name in lets:
-            return Ref("let", lets[ref.name].name, ref.subs, ref.value_kind)
-        return instantiate(values[ref.name], ref.subs) if ref.space == "right" else None
-
-    body = map_values(combine, lambda e: replace_refs(e, rule))
-    return prune(replace(body, lets=(*leaf.lets, *lets.values(), *body.lets)))
+    return _AdjointBuilder(agg, live).build()
 
 
-def step_backward(agg: Aggregator, live: Sequence[str], first: bool = False) -> StepBackward:
-    """The transpose of `step` and of the readout, in one block; see `StepBackward`.
+class _AdjointBuilder:
+    def __init__(self, agg: Aggregator, live: Sequence[str]) -> None:
+        self.agg = agg
+        self.components = [c for c in agg.state if c.name in live and c.kind == "real"]
+        assert all(c.kind != "complex" for c in agg.state), "adjoint: realify first"
+        self.taken = declared_names(agg)
+        names = Names(self.taken)
+        self.lane = {d.name: Index(names[n], d.name) for n, d in enumerate(agg.dims)}
+        self.axes = {c.name: tuple(self.lane[d] for d in c.dims) for c in self.components}
+        assert all(len(set(axes)) == len(axes) for axes in self.axes.values()), "adjoint: a dim occurs twice"
+        update = inline(step(agg, live))
+        self.update = {n: instantiate(update.result(n), axes) for n, axes in self.axes.items()}
+        self.readout = inline(agg.output)
+        self.order = [c.name for c in self.components]
+        self.slopes = self._slopes()
+        self.reach = self._reach()
 
-    first   the token starts a sequence without an initial state: the state after it is the lifted token itself, so
-            nothing but the readout's Ref('prev') (the identity element then) stands before it, and `prev` is empty
-    """
-    update = inline(restrict(agg.leaf, tuple(live)) if first else step(agg, live))
-    readout = inline(agg.output)
-    taken = declared_names(agg) | {a.name for b in (update, readout) for a in (*b.lets, *b.results)}
-    smooth = [c for c in agg.state if c.name in live and c.kind in ("real", "complex")]
-    outputs = {a.name: fresh_name(f"d_{a.name}", taken) for a in readout.results if _smooth(a.value.kind)}
-    state = {c.name: fresh_name(f"d_{c.name}", taken) for c in smooth}
-    tokens = _token_refs(agg, [a.value for a in (*update.results, *readout.results)])
-    before = [] if first else [Ref("prev", c.name, c.identity.indices, c.kind) for c in smooth]
-    after = [Ref("state", c.name, c.identity.indices, c.kind) for c in smooth]
+    def _slopes(self) -> dict[tuple[str, str], Expr]:
+        """(b, c) -> ∂s_t[c]/∂s_{t-1}[b] where it is not structurally zero."""
+        before = [Ref("prev", b, self.axes[b]) for b in self.order]
+        slopes: dict[tuple[str, str], Expr] = {}
+        for c in self.order:
+            axes = self.axes[c]
+            for b, slope in zip(self.order, vjp([self.update[c]], [ONE], before, keep=axes), strict=True):
+                if slope is not None and slope != ZERO:
+                    assert slope.free | set(self.axes[b]) <= set(axes), f"adjoint: '{c}' is not lane-wise in '{b}'"
+                    slopes[b, c] = slope
+        return slopes
 
-    read = [a for a in readout.results if a.name in outputs]
-    direct = vjp([a.value for a in read], [_let(outputs[a.name], a) for a in read], [*after, *before, *tokens])
-    lets: list[Assign] = []
-    moved: list[Expr] = []  # Λ_t
-    for component, share in zip(smooth, direct, strict=False):
-        cotangent = _let(state[component.name], component.identity, component.kind)
-        if share is not None:
-            whole = make("add", cotangent, share)
-            lets.append(Assign(fresh_name(f"d_new_{component.name}", taken), component.identity.indices, whole))
-            cotangent = _let(lets[-1].name, component.identity, component.kind)
-        moved.append(cotangent)
-    rows = [_aligned(update.result(c.name), c.identity.indices) for c in smooth]
-    through = vjp(rows, moved, [*before, *tokens])
-    shares = [_plus(a, b) for a, b in zip(direct[len(after) :], through, strict=True)]
+    def _reach(self) -> set[tuple[str, str]]:
+        """Pairs that are non-zero in some product of Jacobians, the diagonal included."""
+        reach = set(self.slopes) | {(c, c) for c in self.order}
+        for mid in self.order:
+            reach |= {(b, c) for b in self.order for c in self.order if (b, mid) in reach and (mid, c) in reach}
+        return reach
 
-    prev: dict[str, str] = {}
-    inputs: dict[str, str] = {}
-    taps: dict[tuple[str, int], str] = {}
-    params: dict[str, str] = {}
-    results: list[Assign] = []
-    for ref, grad in zip([*before, *tokens], shares, strict=True):
-        if grad is None and ref.space != "prev":
-            continue
-        base = {"prev": "g_prev_", "param": "g_param_"}.get(ref.space, "g_") + ref.name
-        name = fresh_name(f"{base}_lag{ref.lag}" if ref.lag else base, taken)
-        results.append(Assign(name, _indices(ref), ZERO if grad is None else grad))
-        if ref.lag:
-            taps[ref.name, ref.lag] = name
+    def _stays_one(self, c: str) -> bool:
+        """A diagonal entry that is 1 in every product: 1 at each token, and no other path leads back to c."""
+        cycle = any(b != c and (b, c) in self.reach and (c, b) in self.reach for b in self.order)
+        return self.slopes.get((c, c)) == ONE and not cycle
+
+    def build(self) -> Adjoint:
+        pairs = [(b, c) for b in self.order for c in self.order if (b, c) in self.reach]
+        jacobian = {
+            (b, c): fresh_name(f"J_{b}_{c}", self.taken) for b, c in pairs if b != c or not self._stays_one(c)
+        }
+        cotangent = {c: fresh_name(f"adj_{c}", self.taken) for c in self.order}
+        one_step = self._shift(jacobian, cotangent)
+        state = [self._component(jacobian[p], p[1], ONE if p[0] == p[1] else ZERO) for p in pairs if p in jacobian]
+        state += [self._component(cotangent[c], c, ZERO) for c in self.order]
+        inputs = _Inputs(self.agg, self.taken)
+        lift = Block(results=tuple(replace(a, value=inputs.rewrite(a.value)) for a in one_step))
+        readout = [Assign(fresh_name(f"g_{c}", self.taken), axes, Ref("state", cotangent[c], axes))
+                   for c, axes in self.axes.items()]  # fmt: skip
+        params = {r.name for a in lift.results for r in refs(a.value) if r.space == "param"}
+        aggregator = Aggregator(
+            name=fresh_name(f"{self.agg.name}_adjoint", self.taken),
+            dims=self.agg.dims,
+            inputs=inputs.tensors(),
+            params=tuple(p for p in self.agg.params if p.name in params),
+            state=tuple(state),
+            lift=lift,
+            combine=Block(results=self._compose(pairs, jacobian, cotangent)),
+            recurrence=None,
+            readout=Block(results=tuple(readout)),
+            claim="yes",
+        )
+        return Adjoint(
+            aggregator=canonical(aggregator),
+            prev=inputs.of("prev"),
+            state=inputs.of("state"),
+            inputs=inputs.tokens(),
+            outputs=inputs.of("let"),
+            cotangent=cotangent,
+            jacobian=jacobian,
+        )
+
+    def _component(self, name: str, like: str, identity: Expr) -> Component:
+        axes = self.axes[like]
+        return Component(name, tuple(i.dim for i in axes), "real", None, Assign(name, axes, identity))
+
+    def _shift(self, jacobian: Mapping[tuple[str, str], str], cotangent: Mapping[str, str]) -> list[Assign]:
+        """One token's affine map λ_t ↦ Jᵀ λ_t + g: its entries, then g = Jᵀ (∂R/∂s_t)ᵀ do + (∂R/∂s_{t-1})ᵀ do."""
+        out = [Assign(n, self.axes[c], self.slopes.get((b, c), ZERO)) for (b, c), n in jacobian.items()]
+        before = [Ref("prev", c, self.axes[c]) for c in self.order]
+        after = [Ref("state", c, self.axes[c]) for c in self.order]
+        read = [a for a in self.readout.results if a.value.kind == "real"]
+        direct = vjp([a.value for a in read], [Ref("let", a.name, a.indices) for a in read], [*after, *before])
+        moved = [ZERO if share is None else share for share in direct[: len(after)]]
+        through = vjp([self.update[c] for c in self.order], moved, before)
+        for c, a, b in zip(self.order, through, direct[len(after) :], strict=True):
+            out.append(Assign(cotangent[c], self.axes[c], total([share for share in (a, b) if share is not None])))
+        return out
+
+    def _compose(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        jacobian: Mapping[tuple[str, str], str],
+        cotangent: Mapping[str, str],
+    ) -> tuple[Assign, ...]:
+        """(J, g) of the token (right) after (J, g) of all later tokens (left)."""
+
+        def entry(space: Space, b: str, c: str) -> Expr:
+            name = jacobian.get((b, c))
+            if name is None:
+                return ONE if b == c else ZERO
+            return Ref(space, name, self.axes[c])
+
+        out: list[Assign] = []
+        for b, c in pairs:
+            if (b, c) in jacobian:
+                terms = [make("mul", entry("right", b, mid), entry("left", mid, c)) for mid in self.order]
+                out.append(Assign(jacobian[b, c], self.axes[c], total(terms)))
+        for b in self.order:
+            shares = [
+                sum_over(
+                    tuple(set(self.axes[c]) - set(self.axes[b])),
+                    make("mul", entry("right", b, c), Ref("left", cotangent[c], self.axes[c])),
+                )
+                for c in self.order
+                if (b, c) in self.reach
+            ]
+            new = Ref("right", cotangent[b], self.axes[b])
+            out.append(Assign(cotangent[b], self.axes[b], total([*shares, new])))
+        return tuple(out)
+
+
+class _Inputs:
+    """Turns what one token's backward reads into inputs of the adjoint: prefixes, taps and output cotangents too."""
+
+    def __init__(self, agg: Aggregator, taken: set[str]) -> None:
+        self.agg, self.taken = agg, taken
+        self.names: dict[tuple[str, str, int], str] = {}
+        self.found: dict[tuple[str, str, int], Tensor] = {}
+
+    def rewrite(self, value: Expr) -> Expr:
+        def rule(ref: Ref) -> Expr | None:
+            if ref.space == "param":
+                return None
+            key = (ref.space, ref.name, ref.lag)
+            if key not in self.names:
+                self._declare(ref, key)
+            return Ref("input", self.names[key], ref.subs, ref.value_kind)
+
+        return replace_refs(value, rule)
+
+    def _declare(self, ref: Ref, key: tuple[str, str, int]) -> None:
+        if ref.space == "input":
+            tensor = next(t for t in self.agg.leaf_inputs if t.name == ref.name)
+            name = fresh_name(f"{ref.name}_lag{ref.lag}", self.taken) if ref.lag else ref.name
+            self.found[key] = replace(tensor, name=name, interval=None if ref.lag else tensor.interval)
+        elif ref.space == "let":
+            dims = tuple(i.dim for i in self.agg.output.result(ref.name).indices)
+            self.found[key] = Tensor(fresh_name(f"d_{ref.name}", self.taken), dims)
         else:
-            {"prev": prev, "param": params}.get(ref.space, inputs)[ref.name] = name
-    return StepBackward(prune(Block(tuple(lets), tuple(results))), outputs, state, prev, inputs, taps, params)
+            component = self.agg.component(ref.name)
+            name = fresh_name(f"{ref.space}_{ref.name}", self.taken)
+            self.found[key] = Tensor(name, component.dims, component.kind)
+        self.names[key] = self.found[key].name
 
+    def _sorted(self) -> list[tuple[str, str, int]]:
+        spaces = ("prev", "state", "input", "let")
+        return sorted(self.found, key=lambda key: (spaces.index(key[0]), key[1:]))
 
-# --- names and blocks --------------------------------------------------------------------------------
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self.found[key] for key in self._sorted())
 
+    def of(self, space: Space) -> dict[str, str]:
+        """Original name -> input name, of what was read from one space."""
+        return {key[1]: self.names[key] for key in self._sorted() if key[0] == space}
 
-def _rename_lets(block: Block, taken: set[str]) -> Block:
-    names = {let.name: fresh_name(let.name, taken) for let in block.lets}
-
-    def rule(ref: Ref) -> Expr | None:
-        return Ref("let", names[ref.name], ref.subs, ref.value_kind) if ref.space == "let" else None
-
-    if all(old == new for old, new in names.items()):
-        return block
-    renamed = map_values(block, lambda e: replace_refs(e, rule))
-    return replace(renamed, lets=tuple(replace(a, name=names[a.name]) for a in renamed.lets))
-
-
-# --- small things ------------------------------------------------------------------------------------
-
-
-def _smooth(kind: Kind) -> bool:
-    return kind in ("real", "complex")
-
-
-def _let(name: str, like: Assign, kind: Kind | None = None) -> Ref:
-    return Ref("let", name, like.indices, kind or like.value.kind)
-
-
-def _aligned(assign: Assign, indices: tuple[Index, ...]) -> Expr:
-    return instantiate(assign, indices)
-
-
-def _plus(a: Expr | None, b: Expr | None) -> Expr | None:
-    return b if a is None else a if b is None else make("add", a, b)
-
-
-def _indices(ref: Ref) -> tuple[Index, ...]:
-    return tuple(s for s in ref.subs if isinstance(s, Index))
-
-
-def _token_refs(agg: Aggregator, values: Sequence[Expr]) -> list[Ref]:
-    """One Ref at plain indices for each differentiable input (and lag) and param that is read, as declared."""
-    seen = {(r.space, r.name, r.lag) for r in refs(*values)}
-    taken = declared_names(agg) - {i.name for c in agg.state for i in c.identity.indices}
-    letters = [n for n in _CANONICAL if n not in taken]
-    out: list[Ref] = []
-    for space, tensors in (("input", agg.leaf_inputs), ("param", agg.params)):
-        for tensor in tensors:
-            names = letters + [f"{n}_{k}" for k in range(1, 1 + len(tensor.dims)) for n in ("i", "j", "m")]
-            subs = tuple(Index(n, d) for n, d in zip(names, tensor.dims, strict=False))
-            for _, _, lag in sorted(key for key in seen if key[:2] == (space, tensor.name)):
-                if _smooth(tensor.kind):
-                    out.append(Ref(space, tensor.name, subs, tensor.kind, lag))  # type: ignore[arg-type]
-    return out
+    def tokens(self) -> dict[tuple[str, int], str]:
+        """(input, lag) -> input name."""
+        return {key[1:]: self.names[key] for key in self._sorted() if key[0] == "input"}
