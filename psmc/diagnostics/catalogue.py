@@ -91,4 +91,5 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "Fused kernels compute complex values as pairs of reals. Sums, products, quotients, conj, abs, exp, where and "
         "whole powers have such a form; other functions of a complex value do not.",
     ),
+    "PSM690": ("arguments do not fit the spec", "The reference fold was called with tensors that the spec does not allow."),
 }

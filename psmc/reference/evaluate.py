@@ -26,7 +26,7 @@ Slot = tuple[str, str, int]  # space, name, lag
 
 @dataclass(frozen=True)
 class Env:
-    """Tensors `[..., *dims]` by (space, name, lag), leading axes broadcasting; `dtype` is the real dtype of the work."""
+    """Tensors `[..., *dims]` by (space, name, lag), leading axes broadcasting; `dtype` is the real dtype to use."""
 
     values: Mapping[Slot, Tensor]
     dims: Mapping[str, int]
