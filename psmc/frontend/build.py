@@ -94,7 +94,9 @@ class Builder(ExpressionBuilder):
     def _aggregator(self, span: Span, name: Token, doc: Token | None, *groups: Any) -> s.Aggregator:
         items = tuple(item for group in groups for item in (group if isinstance(group, tuple) else (group,)))
         self._check_sections(items)
-        return s.Aggregator(self._name(name), "" if doc is None else inspect.cleandoc(str(doc)[3:-3]), items, span)
+        return s.Aggregator(
+            self._name(name), "" if doc is None else inspect.cleandoc(str(doc)[3:-3].replace("\r\n", "\n")), items, span
+        )
 
     def _check_sections(self, items: tuple[s.Item, ...]) -> None:
         seen: dict[str, Span] = {}
