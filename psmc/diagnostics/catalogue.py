@@ -79,6 +79,28 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM226": ("reserved argument name", "Inputs and params may not be called like a keyword of the compiled function."),
     "PSM227": ("literal subscript out of range", "A literal position needs a dim of fixed size that holds it."),
     "PSM229": ("dim of unknown size", "A dim without a fixed size takes it from an input or a param."),
+    "PSM250": ("shapes that do not fit", "In a traced method, shapes broadcast from the right as in numpy, over dim names instead of sizes."),
+    "PSM251": ("value of another shape", "A method returns each component with the dims it is declared with; a scalar fills them all."),
+    "PSM252": (
+        "traced array used as a value",
+        "A method runs once, on arrays whose numbers are not known yet: no if, float(), iteration, numpy or torch call on them.",
+    ),
+    "PSM253": ("wrong result of a method", "Methods return a dict of named arrays; 'output' may return one bare array."),
+    "PSM254": ("exception in a traced method", "The method's own Python code raised; the exception is chained."),
+    "PSM255": ("wrong method", "An aggregator class has let(x), lift(x), combine(l, r), recurrence(s, x), output(s, x): no self."),
+    "PSM256": ("array of another method", "A traced method reads its own arguments only."),
+    "PSM257": ("unusable subscript or axis", "Subscripts are ':', None, '...', whole numbers and one int array; axes are whole numbers."),
+    "PSM258": ("wrong argument of the decorator", "Declarations are strings, as a .psm file writes them."),
+    "PSM401": (
+        "recurrence that is not affine",
+        "A recurrence is lifted to a scan if it is affine in the state, in (+, *), (max, +), (min, +) or (logaddexp, +).",
+    ),
+    "PSM402": ("recurrence on several indices", "A transition mixes the entries of a state along one index only."),
+    "PSM403": (
+        "coefficient that depends on the state",
+        "An affine recurrence may read another component only affinely, or as a scale exp(prev.m + f - m).",
+    ),
+    "PSM404": ("coupled components of different shapes", "Components that depend on each other have the same dims."),
     "PSM501": ("source too large", "psmc reads files of at most a megabyte; a spec is some 10 to 20 lines."),
     "PSM502": (
         "nested too deeply",
