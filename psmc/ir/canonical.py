@@ -4,7 +4,8 @@ Two things and no more, so that the floating-point order of the user's products 
 
 - constants fold exactly (`1/3` is one rational), and a factor of a sum's product chain that does not depend on the
   bound index leaves the sum: `sum[i] q[i] * S[i, j] / c` is `(sum[i] q[i] * S[i, j]) / c`;
-- indices are renamed: the left-hand side's take the first free names of `i j m n p s t u`, bound ones the next by depth.
+- indices are renamed: the left-hand side's take the first free names of `i j m n p s t u`, bound ones the next ones by
+  depth.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from psmc.ir.rewrite import refs, transform
 
 POOL = ("i", "j", "m", "n", "p", "s", "t", "u")
 ONE = Const(Fraction(1))
-_MAX_FOLD_BITS = 4096  # a folded constant never grows beyond this; larger powers stay symbolic
+_FOLD_BITS = 200  # numerator and denominator of a folded constant; what is larger stays an operation
 
 
 # --- constants ----------------------------------------------------------------------------------
@@ -43,15 +44,22 @@ def fold(op: str, args: tuple[Expr, ...]) -> Expr:
     """`Op(op, args)` with exact rational arithmetic done. Raises TypeError as `Op` does."""
     if op == "neg" and isinstance(args[0], Infinity):
         return Infinity(not args[0].negative)
+    if op == "neg" and isinstance(args[0], Const):
+        return Const(-args[0].value)
     values = [a.value for a in args if isinstance(a, Const)]
-    folded = _arithmetic(op, values) if len(values) == len(args) else None
-    return Op(op, args) if folded is None else Const(folded)
+    if len(values) == len(args) and all(_bits(v) <= _FOLD_BITS for v in values):
+        folded = _arithmetic(op, values)
+        if folded is not None and _bits(folded) <= _FOLD_BITS:
+            return Const(folded)
+    return Op(op, args)
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
 def _arithmetic(op: str, values: list[Fraction]) -> Fraction | None:
     match op, values:
-        case "neg", [x]:
-            return -x
         case "add", [x, y]:
             return x + y
         case "sub", [x, y]:
@@ -60,9 +68,8 @@ def _arithmetic(op: str, values: list[Fraction]) -> Fraction | None:
             return x * y
         case "div", [x, y] if y:
             return x / y
-        case "pow", [x, y] if y.denominator == 1 and (x or y >= 0):
-            bits = max(x.numerator.bit_length(), x.denominator.bit_length()) * abs(int(y))
-            return Fraction(x ** int(y)) if bits <= _MAX_FOLD_BITS else None
+        case "pow", [x, y] if y.denominator == 1 and (x or y >= 0) and (_bits(x) - 1) * abs(y) <= _FOLD_BITS:
+            return Fraction(x ** int(y))
     return None
 
 
@@ -94,10 +101,8 @@ def chain(node: Expr) -> list[tuple[str, Expr]]:
 
 def _product(start: Expr | None, factors: Iterable[tuple[str, Expr]]) -> Expr | None:
     for op, factor in factors:
-        if start is None:
-            start = factor if op == "mul" else fold("div", (ONE, factor))
-        else:
-            start = fold(op, (start, factor))
+        leads = start is None and op == "mul"
+        start = factor if leads else fold(op, (start or ONE, factor))
     return start
 
 
