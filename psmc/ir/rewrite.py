@@ -81,45 +81,66 @@ def fresh(index: Index, taken: Iterable[str]) -> Index:
     return Index(f"{base}_{number}", index.dim)
 
 
+_Env = tuple[tuple[Index, Sub], ...]  # a substitution, sorted by index
+
+
 def rename(root: Expr, subs: Mapping[Index, Sub]) -> Expr:
-    """Substitute free indices, capture-free: bound indices that clash are renamed."""
+    """Substitute free indices, capture-free: bound indices that clash are renamed. Iterative: gradients are deep."""
     incoming = {s.name for s in subs.values() if isinstance(s, Index)} | {
         i.name for s in subs.values() if isinstance(s, Expr) for i in s.free
     }
+    memo: dict[tuple[Expr, _Env], Expr] = {}
 
-    def index_sub(s: Sub, env: Mapping[Index, Sub]) -> Sub:
-        return env.get(s, s) if isinstance(s, Index) else go(s, env) if isinstance(s, Expr) else s
+    def live(node: Expr, env: _Env) -> _Env:
+        free = node.free
+        return env if all(k in free for k, _ in env) else tuple(kv for kv in env if kv[0] in free)
 
-    memo: dict[tuple[Expr, tuple[tuple[Index, Sub], ...]], Expr] = {}
+    def enter(node: Expr, env: _Env) -> _Env:
+        """The substitution below `node`: a reduction hides its own index, or gives it another name."""
+        if not isinstance(node, Reduce) or node.index.name not in incoming:
+            return env
+        bound = fresh(node.index, incoming | {i.name for i in node.body.free})
+        return tuple(sorted((*env, (node.index, bound)), key=lambda kv: kv[0]))
 
-    def go(node: Expr, env: Mapping[Index, Sub]) -> Expr:
-        live = {k: v for k, v in env.items() if k in node.free and v != k}
-        if not live:
-            return node
-        key = (node, tuple(sorted(live.items(), key=lambda kv: kv[0])))
-        if key in memo:
-            return memo[key]
-        out: Expr
+    def build(node: Expr, env: _Env) -> Expr:
+        def visit(child: Expr) -> Expr:
+            inner = live(child, env)
+            return memo[child, inner] if inner else child
+
         match node:
-            case IndexValue(index=index):
-                target = live[index]
-                out = IndexValue(target) if isinstance(target, Index) else _number(target)
+            case Op(op=op, args=args):
+                return Op(op, tuple([visit(a) for a in args]))
             case Reduce(op=op, index=index, body=body):
-                bound = fresh(index, incoming) if index.name in incoming else index
-                if bound != index:
-                    bound = fresh(index, incoming | {i.name for i in body.free})
-                    live = {**live, index: bound}
-                out = Reduce(op, bound, go(body, live))
-            case Ref():
-                out = Ref(node.space, node.name, tuple(index_sub(s, live) for s in node.subs), node.value_kind, node.lag)
-            case Eye(row=row, col=col):
-                out = Eye(index_sub(row, live), index_sub(col, live))
-            case _:
-                out = with_children(node, lambda child: go(child, live))
-        memo[key] = out
-        return out
+                bound = dict(env).get(index, index)
+                assert isinstance(bound, Index)
+                return Reduce(op, bound, visit(body))
+        moved = dict(env)
 
-    return go(root, dict(subs))
+        def sub(s: Sub) -> Sub:
+            return moved.get(s, s) if isinstance(s, Index) else visit(s) if isinstance(s, Expr) else s
+
+        match node:
+            case Ref():
+                return Ref(node.space, node.name, tuple(sub(s) for s in node.subs), node.value_kind, node.lag)
+            case Eye(row=row, col=col):
+                return Eye(sub(row), sub(col))
+            case IndexValue(index=index):
+                target = moved[index]
+                return IndexValue(target) if isinstance(target, Index) else _number(target)
+        return node
+
+    start = live(root, tuple(sorted(((k, v) for k, v in subs.items() if k != v), key=lambda kv: kv[0])))
+    stack: list[tuple[Expr, _Env]] = [(root, start)] if start else []
+    while stack:
+        node, env = stack[-1]
+        below = enter(node, env)
+        waiting = [(c, inner) for c in children(node) if (inner := live(c, below)) and (c, inner) not in memo]
+        if waiting:
+            stack += waiting
+        else:
+            memo[node, env] = build(node, below)
+            stack.pop()
+    return memo[root, start] if start else root
 
 
 def _number(sub: Sub) -> Expr:
