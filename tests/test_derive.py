@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -974,3 +975,23 @@ def test_derivations_do_not_depend_on_the_hash_seed() -> None:
         for seed in ("1", "2")
     }  # fmt: skip
     assert len(texts) == 1 and len(texts.pop()) > 1000
+
+
+def test_deep_expressions() -> None:
+    """As deep as the parser lets through (200), with the indices of an input renamed on the way."""
+    lanes = (Index("i", "D"), Index("j", "K"))
+    state = Ref("left", "h", lanes)
+    update: Expr = Op("add", (Ref("right", "h", lanes), state))
+    for _ in range(66):
+        update = Op("sin", (Op("add", (Op("mul", (update, state)), state)),))
+    leaf: Expr = x("x", lanes[1])
+    for _ in range(198):
+        leaf = Op("sin", (leaf,))
+    zero = Assign("h", lanes, c(0))
+    agg = Aggregator(
+        name="deep", dims=(Dim("D"), Dim("K")), inputs=(Tensor("x", ("K",)),), params=(),
+        state=(Component("h", ("D", "K"), "real", None, zero),), lift=Block((), (replace(zero, value=leaf),)),
+        combine=Block((), (replace(zero, value=update),)), recurrence=None, readout=Block(), claim="yes",
+    )  # fmt: skip
+    assert set(step_backward(agg, ("h",)).inputs) == {"x"}
+    assert set(adjoint(agg, ("h",)).jacobian) == {("h", "h")}

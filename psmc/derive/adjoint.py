@@ -19,7 +19,7 @@ from psmc.derive.simplify import ONE, ZERO, make, sum_over, total
 from psmc.derive.step import step
 from psmc.derive.vjp import vjp
 from psmc.ir import Aggregator, Assign, Block, Component, Expr, Index, Ref, Space, Tensor
-from psmc.ir.canonical import Names, canonical
+from psmc.ir.canonical import Names
 from psmc.ir.rewrite import inline, instantiate, refs, replace_refs
 
 
@@ -120,7 +120,7 @@ class _AdjointBuilder:
             claim="yes",
         )
         return Adjoint(
-            aggregator=canonical(aggregator),
+            aggregator=_positional(aggregator),
             prev=inputs.of("prev"),
             state=inputs.of("state"),
             inputs=inputs.tokens(),
@@ -177,6 +177,27 @@ class _AdjointBuilder:
             new = Ref("right", cotangent[b], self.axes[b])
             out.append(Assign(cotangent[b], self.axes[b], total([*shares, new])))
         return tuple(out)
+
+
+def _positional(agg: Aggregator) -> Aggregator:
+    """Left-hand indices named by position, as in every spec, where they were named by dim."""
+    names = Names(declared_names(agg))
+
+    def assign(a: Assign) -> Assign:
+        indices = tuple(Index(names[n], i.dim) for n, i in enumerate(a.indices))
+        return Assign(a.name, indices, instantiate(a, indices))
+
+    def block(b: Block) -> Block:
+        return Block(results=tuple(assign(a) for a in b.results))
+
+    assert isinstance(agg.combine, Block)
+    return replace(
+        agg,
+        state=tuple(replace(c, identity=assign(c.identity)) for c in agg.state),
+        lift=block(agg.leaf),
+        combine=block(agg.combine),
+        readout=block(agg.readout),
+    )
 
 
 class _Inputs:
