@@ -214,7 +214,7 @@ def _interval(interval: s.Interval) -> str:
     out = ""
     previous = "("
     for token in psm.tokens(source).code:
-        gap = token.type in ("PLUS", "MINUS", "TIMES", "DIVIDE") and previous not in "([,+-*/^"
+        gap = token.type in ("PLUS", "MINUS") and previous not in "([,+-*/^"
         after = previous == ","
         out += f" {token} " if gap else f" {token}" if after else str(token)
         previous = str(token)
