@@ -1,0 +1,188 @@
+"""Is a normal form identically zero? Denominators are cleared; maxima and comparisons are split into all consistent cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from psmc.algebra import lattice, ring as rg
+from psmc.algebra.extended import Infinite, Value
+from psmc.algebra.facts import Facts
+from psmc.algebra.lattice import facts_as_constraints, guard_of, is_positive
+from psmc.algebra.linear import feasible
+from psmc.algebra.normal import Normaliser
+from psmc.algebra.ring import OutOfBudgetError, Ring, SplitError, UndefinedError
+from psmc.algebra.terms import Atom, Poly
+from psmc.ir import Expr, Index
+from psmc.ir.rewrite import rename
+
+MAX_CASES = 4000
+MAX_DEPTH = 40
+_MAX_CLEARINGS = 24
+
+
+@dataclass
+class Outcome:
+    """Whether left = right. `cases` is how many were needed; otherwise `residual` is left - right where the proof stopped.
+
+    `undefined`: the law could not be evaluated there (0/0, inf - inf).
+    """
+
+    equal: bool
+    cases: int = 1
+    residual: Poly | None = None
+    facts: Facts | None = None
+    reason: str = ""
+    undefined: bool = False
+
+
+def decide(left: Expr, right: Expr, ring: Ring) -> Outcome:
+    """Prove left = right under the ring's facts."""
+    search = _Search(ring)
+    search.run(left, right, ring, 0)
+    return search.outcome
+
+
+class _Search:
+    def __init__(self, ring: Ring) -> None:
+        self.outcome = Outcome(True, cases=0)
+        self.ring = ring
+
+    def run(self, left: Expr, right: Expr, ring: Ring, depth: int) -> bool:
+        """One case; False once a case failed."""
+        self.outcome.cases += 1
+        if self.outcome.cases > MAX_CASES or depth > MAX_DEPTH:
+            raise OutOfBudgetError("too many cases")
+        try:
+            nf = Normaliser(ring)
+            x, y = nf(left), nf(right)
+            residual = _difference(x, y)
+            if residual is None:
+                return True
+            if isinstance(residual, Infinite):
+                return self._fail(ring, None, "one side is infinite, the other is not")
+            residual, zero = vanishes(ring, residual)
+            if zero:
+                return True
+            guard = next_guard(ring, residual)
+            if guard is None:
+                return self._fail(ring, residual, "the two sides have different normal forms")
+        except SplitError as split:
+            if split.guard is None:
+                return self._fail(ring, None, "a condition under a reduction could not be split on")
+            guard = split.guard
+        except UndefinedError as error:
+            self.outcome.undefined = True
+            return self._fail(ring, None, str(error))
+        return self._split(left, right, ring, guard, depth)
+
+    def _fail(self, ring: Ring, residual: Poly | None, reason: str) -> bool:
+        self.outcome.equal = False
+        self.outcome.residual, self.outcome.facts, self.outcome.reason = residual, ring.facts, reason
+        return False
+
+    def _split(self, left: Expr, right: Expr, ring: Ring, guard: Atom | Poly, depth: int) -> bool:
+        if isinstance(guard, Atom):
+            row, col = guard.args
+            if isinstance(row, Poly) or isinstance(col, Poly) or _is_bound(row) or _is_bound(col):
+                return self._fail(ring, None, "a condition on a bound index or a gather could not be split on")
+            old, new = (col, row) if isinstance(col, Index) else (row, col)
+            same = {old: new}
+            if not self.run(rename(left, same), rename(right, same), ring, depth + 1):
+                return False
+            return self.run(left, right, ring.under(ring.facts.apart(guard)), depth + 1)
+        if any(map(_is_bound, guard.free)):
+            return self._fail(ring, None, "a condition under a reduction could not be split on")
+        for poly, strict in ((guard, True), (-guard, False)):
+            facts = ring.facts.with_case(poly, strict=strict)
+            branch = ring.under(facts)
+            if not feasible(facts_as_constraints(branch, ())):
+                continue
+            branch = ring.under(replace(facts, values=_solved(branch)))
+            if not self.run(left, right, branch, depth + 1):
+                return False
+        return True
+
+
+def _is_bound(index: Index | int) -> bool:
+    return isinstance(index, Index) and index.name.startswith("~")
+
+
+def _difference(x: Value, y: Value) -> Poly | Infinite | None:
+    if isinstance(x, Infinite) or isinstance(y, Infinite):
+        return None if x == y else Infinite(1)
+    return x - y
+
+
+def _solved(ring: Ring) -> dict[Atom, Poly]:
+    """Elements that the case's assumptions fix: both P ≥ 0 and P ≤ 0 hold, and P is linear in a lone element."""
+    values = dict(ring.facts.values)
+    for case in ring.facts.cases:
+        if case.strict or not is_positive(ring, -case.poly, strict=False):
+            continue
+        for mono, coef in case.poly:
+            if len(mono.factors) != 1 or mono.bound or mono.factors[0][1] != 1 or mono.factors[0][0].tag != "elem":
+                continue
+            atom = mono.factors[0][0]
+            rest = Poly({m: c for m, c in case.poly if m is not mono}).scaled(-1 / coef)
+            if atom not in values and not mentions(rest, lambda a, atom=atom: a == atom or a in values):  # type: ignore[misc]
+                values[atom] = rest
+                break
+    return values
+
+
+def mentions(poly: Poly, test: Callable[[Atom], bool]) -> bool:
+    return any(test(a) for a in atoms(poly))
+
+
+def atoms(poly: Poly) -> list[Atom]:
+    """All atoms of a Poly, inner ones first, in a deterministic order."""
+    seen: dict[Atom, None] = {}
+
+    def visit(x: object) -> None:
+        if isinstance(x, Poly):
+            for mono, _ in x:
+                for atom, _ in mono.factors:
+                    if atom not in seen:
+                        visit(atom.args)
+                        seen[atom] = None
+        elif isinstance(x, tuple):
+            for y in x:
+                visit(y)
+        elif hasattr(x, "lits"):
+            visit(x.lits)
+
+    visit(poly)
+    return list(seen)
+
+
+def vanishes(ring: Ring, poly: Poly) -> tuple[Poly, bool]:
+    """(poly without denominators, whether it is zero)."""
+    for _ in range(_MAX_CLEARINGS):
+        if not poly:
+            return poly, True
+        if not any(a.tag == "base" and p < 0 and a.free.isdisjoint(m.bound) for m, _ in poly for a, p in m.factors):
+            break
+        (_, factors), _ = rg.content(ring, poly)
+        poly = rg.over_unit(ring, poly, (Fraction(1), tuple(f for f in factors if f[0].tag == "base")))
+    return poly, not poly
+
+
+def next_guard(ring: Ring, poly: Poly) -> Atom | Poly | None:
+    """The first thing to split on: an eye, comparison or maximum that holds no other one."""
+    for atom in atoms(poly):
+        if atom.tag not in ("eye", "pos", "max"):
+            continue
+        guard = guard_of(atom)
+        if guard is None or any(map(_is_bound, guard.free)):
+            continue
+        if isinstance(guard, Atom):
+            if not any(isinstance(a, Poly) for a in guard.args):
+                return guard
+        elif not is_positive(ring, guard) and not is_positive(ring, -guard, strict=False):
+            return guard
+    return None
+
+
+_ = lattice

@@ -1,0 +1,182 @@
+"""Counterexamples: exact evaluation of both sides of a law at small dims and small values, then minimised."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from psmc.algebra import numbers as nu
+from psmc.algebra.exact import Array, Position, Sizes, positions, run
+from psmc.algebra.numbers import Number
+from psmc.algebra.samples import Element, Sampler
+from psmc.algebra.values import element_text, formatted, nested
+from psmc.algebra.verdict import Counterexample
+from psmc.ir import Aggregator, Block
+
+Law = Literal["associativity", "left identity", "right identity"]
+_OPERANDS: dict[Law, tuple[str, ...]] = {
+    "associativity": ("a", "b", "c"),
+    "left identity": ("x",),
+    "right identity": ("x",),
+}
+_SIDES: dict[Law, tuple[str, str]] = {
+    "associativity": ("(a∘b)∘c", "a∘(b∘c)"),
+    "left identity": ("e∘x", "x"),
+    "right identity": ("x∘e", "x"),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Dim sizes, params and operands to evaluate a law at."""
+
+    sizes: Sizes
+    params: Element
+    operands: tuple[Element, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    component: str
+    position: Position
+    left: Number
+    right: Number
+
+
+class Refuter:
+    """Looks for points where a law of `agg` fails."""
+
+    def __init__(self, agg: Aggregator, sampler: Sampler) -> None:
+        self.agg, self.sampler = agg, sampler
+        self.components: frozenset[str] | None = None  # only these are compared, if set
+
+    def search(self, law: Law, trials: range, deadline: float) -> Counterexample | None:
+        for trial in trials:
+            if time.monotonic() > deadline:
+                return None
+            point = self._point(law, trial)
+            found = self.difference(law, point)
+            if found is not None:
+                point, found = self._minimised(law, point, found, deadline)
+                return self._counterexample(law, point, found)
+        return None
+
+    def _point(self, law: Law, trial: int) -> Point:
+        rng = random.Random(trial)
+        sizes = self.sampler.sizes(trial)
+        width = (4, 6, 9, 40)[trial // 4 % 4]
+        params = self.sampler.params(rng, sizes, width)
+        return Point(sizes, params, tuple(self.sampler.element(rng, sizes, width) for _ in _OPERANDS[law]))
+
+    def difference(self, law: Law, point: Point) -> Difference | None:
+        """The first place where both sides have values that certainly differ."""
+        left, right = self._sides(law, point)
+        for component in self.agg.state:
+            if self.components is not None and component.name not in self.components:
+                continue
+            for position in positions(component.dims, point.sizes):
+                x, y = left[component.name][position], right[component.name][position]
+                if x is not None and y is not None and nu.differ(x, y):
+                    return Difference(component.name, position, x, y)
+        return None
+
+    def _sides(self, law: Law, point: Point) -> tuple[Element, Element]:
+        if law == "associativity":
+            a, b, c = point.operands
+            return (
+                self.combine(point, self.combine(point, a, b), c),
+                self.combine(point, a, self.combine(point, b, c)),
+            )
+        (x,) = point.operands
+        e = self.identity(point)
+        return (self.combine(point, e, x) if law == "left identity" else self.combine(point, x, e)), x
+
+    def combine(self, point: Point, left: Element, right: Element) -> Element:
+        assert isinstance(self.agg.combine, Block)
+        store: dict[tuple[str, str], Array] = {("param", n): a for n, a in point.params.items()}
+        store |= {("left", n): a for n, a in left.items()} | {("right", n): a for n, a in right.items()}
+        return run(self.agg.combine, point.sizes, store)
+
+    def identity(self, point: Point) -> Element:
+        store = {("param", n): a for n, a in point.params.items()}
+        return run(Block(results=tuple(c.identity for c in self.agg.state)), point.sizes, store)
+
+    # --- minimisation ---------------------------------------------------------------------------
+
+    def _minimised(self, law: Law, point: Point, found: Difference, deadline: float) -> tuple[Point, Difference]:
+        """Greedy: each entry takes the simplest value that keeps some difference."""
+        rank = {n: {v: k for k, v in enumerate(self.sampler.choices(n, point.sizes))} for n in self._names()}
+        changed = True
+        while changed and time.monotonic() < deadline:
+            changed = False
+            for where, name, position in self._entries(point):
+                current = self._arrays(point)[where][name][position]
+                for value in self.sampler.choices(name, point.sizes):
+                    if value == current or rank[name][value] >= rank[name].get(current, 1000):  # type: ignore[arg-type]
+                        break
+                    candidate = self._with(point, where, name, position, value)
+                    difference = self.difference(law, candidate)
+                    if difference is not None:
+                        point, found, changed = candidate, difference, True
+                        break
+        return point, found
+
+    def _names(self) -> list[str]:
+        return [t.name for t in (*self.agg.state, *self.agg.params)]
+
+    def _arrays(self, point: Point) -> tuple[Element, ...]:
+        return (point.params, *point.operands)
+
+    def _entries(self, point: Point) -> list[tuple[int, str, Position]]:
+        return [(k, n, p) for k, e in enumerate(self._arrays(point)) for n, array in e.items() for p in array]
+
+    def _with(self, point: Point, where: int, name: str, position: Position, value: Number) -> Point:
+        arrays = list(self._arrays(point))
+        arrays[where] = {**arrays[where], name: {**arrays[where][name], position: value}}
+        return Point(point.sizes, arrays[0], tuple(arrays[1:]))
+
+    # --- text -----------------------------------------------------------------------------------
+
+    def _counterexample(self, law: Law, point: Point, found: Difference) -> Counterexample:
+        names = _OPERANDS[law]
+        shapes = {t.name: t.dims for t in (*self.agg.state, *self.agg.params)}
+        elements = [(n, e) for n, e in zip(names, point.operands, strict=True)]
+        given = [f"{d}={s}" for d, s in self._used_sizes(point)]
+        given += [f"{n}={formatted(nested(array, shapes[n], point.sizes))}" for n, array in point.params.items()]
+        given += [f"{n}={element_text(e, shapes, point.sizes)}" for n, e in elements]
+        place = found.component + (f"[{','.join(map(str, found.position))}]" if found.position else "")
+        left, right = _SIDES[law]
+        text = (
+            f"with {', '.join(given)}: {left} gives {place}={formatted(found.left)}, "
+            f"{right} gives {place}={formatted(found.right)}."
+        )
+        if law != "associativity":
+            identity = self.identity(point)
+            text = text.replace("with ", f"with e={element_text(identity, shapes, point.sizes)}, ", 1)
+            text = text.replace(f", {right} gives {place}=", f", not {place}=")
+        return Counterexample(
+            law,
+            tuple(sorted(point.sizes.items())),
+            tuple(
+                (n, tuple((c, nested(array, shapes[c], point.sizes)) for c, array in e.items()))
+                for n, e in [*elements, *([("params", point.params)] if point.params else [])]
+            ),
+            found.component,
+            found.position,
+            found.left,
+            found.right,
+            text,
+        )
+
+    def _used_sizes(self, point: Point) -> list[tuple[str, int]]:
+        used = {d for t in (*self.agg.state, *self.agg.params) for d in t.dims}
+        return [(d.name, point.sizes[d.name]) for d in self.agg.dims if d.size is None and d.name in used]
+
+
+def undefined_components(refuter: Refuter, point: Point, left: Element, right: Element) -> list[str]:
+    """Components of left ∘ right that have an entry without a value (floats give NaN there)."""
+    out: Mapping[str, Array] = refuter.combine(point, left, right)
+    return [n for n, array in out.items() if any(v is None for v in array.values())]
