@@ -121,7 +121,7 @@ def hoist(node: Reduce) -> Expr:
         return node
     body = _product(None, inner)
     assert body is not None
-    reduced = Reduce("sum", node.index, body)
+    reduced = hoist(Reduce("sum", node.index, body))  # a bracketed product may lead now
     left = _product(None, before)
     outer = _product(reduced if left is None else fold("mul", (left, reduced)), after)
     assert outer is not None

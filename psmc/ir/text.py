@@ -141,10 +141,12 @@ def _op(node: Op, open_right: bool) -> tuple[str, int, bool]:
     left, right = node.args
     left_text = _expr(left, left_least, product)
     if product and isinstance(right, Reduce):
-        return f"{left_text} {info.symbol} {_reduce(right)}", info.precedence, True
+        text = f"({_reduce(right)})" if open_right else _reduce(right)
+        return f"{left_text} {info.symbol} {text}", info.precedence, not open_right
     # a sign after an operator is bracketed: a - (-b)
     right_text = _expr(right, max(right_least, _SIGN + 1) if _signed(right) else right_least, False)
-    return f"{left_text} {info.symbol} {right_text}", info.precedence, False
+    space = "" if node.op == "pow" else " "
+    return f"{left_text}{space}{info.symbol}{space}{right_text}", info.precedence, False
 
 
 def _signed(node: Expr) -> bool:

@@ -84,7 +84,7 @@ class _Verifier:
     def _declarations(self) -> None:
         agg = self.agg
         _require(bool(agg.state), "no state")
-        tensors = (*agg.inputs, *agg.params, *agg.state)
+        tensors: list[Tensor | Component] = [*agg.inputs, *agg.params, *agg.state]
         self._unique("dims, inputs, params and components", [d.name for d in agg.dims] + [t.name for t in tensors])
         self.sizes = {d.name: d.size for d in agg.dims}
         for dim in agg.dims:
