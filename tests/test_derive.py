@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -23,6 +24,8 @@ from psmc.derive.simplify import make, simplify
 from psmc.derive.step import StepBackward, step, step_backward
 from psmc.derive.vjp import ROWS, vjp
 from psmc.diagnostics import PsmcError
+from psmc.frontend.psm import parse, read
+from psmc.frontend.resolve import resolve
 from psmc.ir import (
     OPS,
     Aggregator,
@@ -43,8 +46,11 @@ from psmc.ir import (
     Tensor,
 )
 from psmc.ir.rewrite import walk
+from psmc.ir.verify import verify
+from psmc.structure.analyse import analyse
+from psmc.structure.live import live_state
 
-SIZES = {"D": 3, "K": 4, "V": 2}
+SIZES = defaultdict(lambda: 2, {"D": 3, "K": 4})
 
 
 def _where_pair(pick: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -585,15 +591,21 @@ class Fold:
         self.agg, self.live, self.carried = agg, live, carried
         generator = torch.Generator().manual_seed(11)
 
-        def draw(dims: tuple[str, ...], kind: str) -> torch.Tensor:
-            shape = tuple(SIZES[n] for n in dims)
-            dtype = torch.complex128 if kind == "complex" else torch.float64
-            return (torch.randn(shape, dtype=dtype, generator=generator) * 0.7).requires_grad_()
+        def draw(tensor: Tensor | Component) -> torch.Tensor:
+            shape = tuple(SIZES[n] for n in tensor.dims)
+            dtype = torch.complex128 if tensor.kind == "complex" else torch.float64
+            value = torch.randn(shape, dtype=dtype, generator=generator) * 0.7
+            if tensor.interval is not None:  # a value inside, away from the ends
+                lo, hi = tensor.interval.lo, tensor.interval.hi
+                unit = 0.1 + 0.8 * torch.sigmoid(value)
+                low = float(lo) if lo is not None else float(hi or 0) - 2
+                value = low + unit * ((float(hi) if hi is not None else low + 2) - low)
+            return value.requires_grad_()
 
-        self.tokens = [{t.name: draw(t.dims, t.kind) for t in agg.leaf_inputs} for _ in range(LENGTH)]
-        self.params = {t.name: draw(t.dims, t.kind) for t in agg.params}
-        self.start = {n: draw(agg.component(n).dims, agg.component(n).kind) for n in live}
-        if "n" in live:
+        self.tokens = [{t.name: draw(t) for t in agg.leaf_inputs} for _ in range(LENGTH)]
+        self.params = {t.name: draw(t) for t in agg.params}
+        self.start = {n: draw(agg.component(n)) for n in live}
+        if "n" in live and not agg.component("n").dims:  # a count
             self.start["n"] = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
         identity = Block(results=tuple(c.identity for c in agg.state if c.name in live))
         self.before = [self.start if carried else Evaluator({}).run(identity)]
@@ -961,15 +973,41 @@ def test_random_specs(made: tuple[Aggregator, tuple[str, ...]], carried: bool) -
     check_adjoint(*made)
 
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DIFFERENTIABLE = sorted(p.stem for p in EXAMPLES.glob("*.psm") if p.stem not in ("transformer_psm", "s5_word"))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every example's token backwards, matrix states included; the adjoint recurrence of the lane-wise ones."""
+    for agg in resolve(parse(read(EXAMPLES / f"{name}.psm"))):
+        for dim in agg.dims:
+            if dim.size is not None:
+                monkeypatch.setitem(SIZES, dim.name, dim.size)
+        live = live_state(agg)
+        check_backward(agg, live, True)
+        adjoints = not any(component.kind == "complex" for component in agg.state)
+        if adjoints and analyse(agg).pointwise:
+            check_adjoint(agg, live)
+            verify(adjoint(agg, live).aggregator)
+        verify(realify(agg)[0])
+
+
 def test_derivations_do_not_depend_on_the_hash_seed() -> None:
-    program = (
-        "from tests.test_derive import SPECS, step_backward, adjoint\n"
-        "for n in ('softmax average', 'lanes and a tap'): print(step_backward(*SPECS[n]), adjoint(*SPECS[n]))"
-    )
-    root = Path(__file__).parent.parent
+    program = """
+from psmc.derive.adjoint import adjoint
+from psmc.derive.realify import realify
+from psmc.derive.step import step_backward
+from psmc.frontend.psm import parse, read
+from psmc.frontend.resolve import resolve
+from psmc.structure.live import live_state
+for name in ("softmax_average", "s4d", "gla"):
+    agg, _ = realify(resolve(parse(read(f"examples/{name}.psm")))[0])
+    print(step_backward(agg, live_state(agg)), adjoint(agg, live_state(agg)))
+"""
     texts = {
         subprocess.run(
-            [sys.executable, "-c", program], cwd=root, env=os.environ | {"PYTHONHASHSEED": seed},
+            [sys.executable, "-c", program], cwd=EXAMPLES.parent, env=os.environ | {"PYTHONHASHSEED": seed},
             capture_output=True, text=True, check=True,
         ).stdout
         for seed in ("1", "2")

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 from psmc.derive.names import declared_names, fresh_name
 from psmc.derive.simplify import ONE, ZERO, make, sum_over, total
-from psmc.derive.step import step
+from psmc.derive.step import step, unshadowed
 from psmc.derive.vjp import vjp
-from psmc.ir import Aggregator, Assign, Block, Component, Expr, Index, Ref, Space, Tensor
+from psmc.ir import Aggregator, Assign, Block, Component, Expr, Index, Reduce, Ref, Space, Tensor
 from psmc.ir.canonical import Names
-from psmc.ir.rewrite import inline, instantiate, refs, replace_refs
+from psmc.ir.rewrite import inline, instantiate, refs, replace_refs, walk
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,19 @@ class _AdjointBuilder:
         assert all(len(set(axes)) == len(axes) for axes in self.axes.values()), "adjoint: a dim occurs twice"
         update = inline(step(agg, live))
         self.update = {n: instantiate(update.result(n), axes) for n, axes in self.axes.items()}
+        self._check_lanes()
         self.readout = inline(agg.output)
         self.order = [c.name for c in self.components]
         self.slopes = self._slopes()
         self.reach = self._reach()
+
+    def _check_lanes(self) -> None:
+        for c, value in self.update.items():
+            for node in walk(value):
+                read = refs(node) if isinstance(node, Reduce) else [node] if isinstance(node, Ref) else []
+                before = [r for r in read if r.space == "prev" and r.name in self.axes]
+                elsewhere = isinstance(node, Reduce) or any(r.subs != self.axes[r.name] for r in before)
+                assert not before or not elsewhere, f"adjoint: '{c}' is not lane-wise"
 
     def _slopes(self) -> dict[tuple[str, str], Expr]:
         """(b, c) -> ∂s_t[c]/∂s_{t-1}[b] where it is not structurally zero."""
@@ -180,15 +189,16 @@ class _AdjointBuilder:
 
 
 def _positional(agg: Aggregator) -> Aggregator:
-    """Left-hand indices named by position, as in every spec, where they were named by dim."""
-    names = Names(declared_names(agg))
+    """Indices named by position, as in every spec, where they were named by dim."""
+    taken = declared_names(agg)
+    names = Names(taken)
 
     def assign(a: Assign) -> Assign:
         indices = tuple(Index(names[n], i.dim) for n, i in enumerate(a.indices))
         return Assign(a.name, indices, instantiate(a, indices))
 
     def block(b: Block) -> Block:
-        return Block(results=tuple(assign(a) for a in b.results))
+        return unshadowed(Block(results=tuple(assign(a) for a in b.results)), taken)
 
     assert isinstance(agg.combine, Block)
     return replace(

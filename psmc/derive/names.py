@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from psmc.ir import Aggregator
+from psmc.ir import Aggregator, Block
 
 
 def declared_names(agg: Aggregator) -> set[str]:
-    """Every name a spec declares: itself, dims, tensors, components, outputs, and its components' indices."""
+    """Every name a spec declares: itself, dims, tensors, components, lets and outputs."""
     names = {agg.name} | {d.name for d in agg.dims} | {t.name for t in (*agg.inputs, *agg.params)}
     names |= {c.name for c in agg.state} | {a.name for a in agg.output.results}
-    return names | {i.name for c in agg.state for i in c.identity.indices}
+    blocks = [b for b in (agg.lift, agg.combine, agg.recurrence, agg.readout) if isinstance(b, Block)]
+    return names | {let.name for b in blocks for let in b.lets}
 
 
 def fresh_name(base: str, taken: set[str]) -> str:

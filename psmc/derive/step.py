@@ -11,16 +11,16 @@ With s_t = F(s_{t-1}, x_t) and o_t = R(s_t, s_{t-1}, x_t), and λ_t the cotangen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from psmc.derive.names import declared_names, fresh_name
 from psmc.derive.simplify import ZERO, make
 from psmc.derive.vjp import vjp
 from psmc.ir import Aggregator, Assign, Block, Expr, Index, Kind, Op, Reduce, Ref
-from psmc.ir.canonical import Names, prune
+from psmc.ir.canonical import Names, canonical_assign, prune
 from psmc.ir.query import restrict
-from psmc.ir.rewrite import inline, instantiate, map_values, refs, replace_refs
+from psmc.ir.rewrite import inline, instantiate, map_values, refs, replace_refs, walk
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def step_backward(agg: Aggregator, live: Sequence[str], first: bool = False) -> 
             taps[ref.name, ref.lag] = name
         else:
             {"prev": prev, "param": params}.get(ref.space, inputs)[ref.name] = name
-    return StepBackward(prune(Block(tuple(lets), tuple(results))), outputs, state, prev, inputs, taps, params)
+    block = unshadowed(prune(Block(tuple(lets), tuple(results))), taken)
+    return StepBackward(block, outputs, state, prev, inputs, taps, params)
 
 
 def _rename_lets(block: Block, taken: set[str]) -> Block:
@@ -133,6 +134,19 @@ def _rename_lets(block: Block, taken: set[str]) -> Block:
         return block
     renamed = map_values(block, lambda e: replace_refs(e, rule))
     return replace(renamed, lets=tuple(replace(a, name=names[a.name]) for a in renamed.lets))
+
+
+def unshadowed(block: Block, taken: Iterable[str]) -> Block:
+    """The block with canonical index names where it has reductions: a cotangent may sum over an index that the
+    expression it multiplies binds again, which is well defined but is not how specs are written."""
+    if not any(isinstance(n, Reduce) for n in walk(*(a.value for a in (*block.lets, *block.results)))):
+        return block
+    names = Names(taken)
+
+    def assign(a: Assign) -> Assign:
+        return canonical_assign(a, names)
+
+    return Block(tuple(map(assign, block.lets)), tuple(map(assign, block.results)))
 
 
 # --- small things ------------------------------------------------------------------------------------
