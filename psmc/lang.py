@@ -18,8 +18,8 @@ from psmc.frontend.pysource import here
 from psmc.frontend.symbolic import Array, apply, node_of
 
 __all__ = [
-    "abs", "arange", "clamp", "complex", "conj", "cos", "einsum", "erf", "exp", "expm1", "eye", "gelu", "imag", "inf",
-    "let", "log", "log1p", "logaddexp", "logsigmoid", "maximum", "minimum", "outer", "real", "relu", "rsqrt", "sigmoid",
+    "abs", "arange", "clamp", "complex", "conj", "const", "cos", "einsum", "erf", "exp", "expm1", "eye", "gelu", "imag",
+    "inf", "let", "log", "log1p", "logaddexp", "logsigmoid", "maximum", "minimum", "outer", "real", "relu", "rsqrt", "sigmoid",
     "sign", "silu", "sin", "softplus", "sqrt", "stop", "tanh", "where",
 ]  # fmt: skip
 
@@ -226,6 +226,11 @@ def where(condition: Any, x: Any, y: Any) -> Any:
 
 
 # --- shapes -------------------------------------------------------------------------------------
+
+
+def const(value: Any) -> Any:
+    """An exact number: 1 - const(0.9) is 1/10, where 1 - 0.9 is what the floats make of it."""
+    return Array(node_of(value, here()))
 
 
 def let(name: str, value: Any) -> Any:
