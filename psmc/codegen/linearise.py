@@ -219,12 +219,17 @@ class _Lineariser:
         return Ref("let", held.name, tuple(free[place] for place in held.places), node.kind)
 
     def _step(self, wish: str, axes: Axes, value: Expr) -> str:
-        name = wish
-        while name in self.taken:
-            name += "_"
+        name = fresh(wish, self.taken)
         self.taken.add(name)
         self.steps.append(Step(name, axes, value))
         return name
+
+
+def fresh(wish: str, taken: Collection[str]) -> str:
+    """`wish`, with as many `_` as it takes."""
+    while wish in taken:
+        wish += "_"
+    return wish
 
 
 def _suggest(node: Expr) -> str:

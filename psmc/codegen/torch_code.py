@@ -9,17 +9,18 @@ dims. Each returns a dict of tensors: trailing axes in full, leading ones as far
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from psmc.codegen.linearise import Axes, linearise
+from psmc.codegen.linearise import Axes, Step, fresh, linearise
 from psmc.codegen.torch_expr import ExprPrinter, Like, Printed, lagged, slot
-from psmc.codegen.torch_ops import ATOM, HELPERS
+from psmc.codegen.torch_ops import ATOM, HELPERS, SUM
 from psmc.ir import Aggregator, Assign, Block, Kind, Ref
 from psmc.ir.query import restrict, taps
-from psmc.ir.rewrite import refs
+from psmc.ir.rewrite import refs, transform
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LINE = 100  # characters of a right-hand side
 RESERVED = frozenset({"torch", "math", "max", "min", "abs", "int", "complex", "like", "prev", *"xplrsn"})
 
 
@@ -82,9 +83,9 @@ def print_start(agg: Aggregator) -> Source:
 
 
 def print_functions(agg: Aggregator, live: tuple[str, ...]) -> str:
-    """All functions of an aggregator, after the helpers that they call. A rule from Python has no combine and advance, a
-    recurrence that is run as it stands has `recurrence` instead of these and lift; `start` is there where it is not the
-    identity. The text needs `import math` and `import torch`."""
+    """All functions of an aggregator, after the helpers that they call. A rule from Python has no combine and advance,
+    a recurrence that is run as it stands has `recurrence` instead of these and lift; `start` is there where it is not
+    the identity. The text needs `import math` and `import torch`."""
     sources = [print_recurrence(agg)] if agg.recurrence is not None else [print_lift(agg)]
     if isinstance(agg.combine, Block):
         sources += [print_combine(agg), print_advance(agg, live)]
@@ -109,13 +110,15 @@ def print_block(agg: Aggregator, block: Block, signature: Signature) -> Source:
     local: dict[str, Printed] = {}
     printer = ExprPrinter(_like(block, signature), local, program.definition, helpers)
     lines: list[str] = []
-    for step in program.steps:
+    for step in _split(program.steps, printer):
         assert _IDENTIFIER.fullmatch(step.name), step.name
         value = printer.show(step.value, step.axes)
+        kind = held.get(step.name, value.kind)
+        if value.axes is None and kind == "complex":
+            value = replace(value, kind=kind)
         if step.axes or step.name in held:
             value = _whole(printer, value, step.axes)
-        if step.name in held:
-            value = _of_kind(printer, value, held[step.name])
+        value = _of_kind(printer, value, kind)
         plain = isinstance(step.value, Ref) and value.text == slot(step.value)
         local[step.name] = Printed(value.text if plain else step.name, ATOM, value.axes, value.kind)
         if not plain:
@@ -124,6 +127,24 @@ def print_block(agg: Aggregator, block: Block, signature: Signature) -> Source:
     lines.append(f"return {{{returned}}}")
     body = "".join(f"    {line}\n" for line in lines)
     return Source(f"def {signature.name}({signature.parameters}):\n{body}", frozenset(helpers))
+
+
+def _split(steps: Iterable[Step], printer: ExprPrinter) -> Iterator[Step]:
+    """The same steps, parts of those that make too long a line before them. Each must be printed before the next."""
+    taken = {s.name for s in steps} | RESERVED | HELPERS.keys()
+    waiting = list(steps)[::-1]
+    while waiting:
+        step = waiting.pop()
+        part = printer.part(step.value, step.axes, _LINE)
+        if part is None:
+            yield step
+            continue
+        name = fresh("t", taken)
+        taken.add(name)
+        axes = tuple(sorted(part.free, key=printer.order.__getitem__))
+        ref = Ref("let", name, axes, part.kind)
+        whole = transform(step.value, lambda n, part=part, ref=ref: ref if n is part else None)  # type: ignore[misc]
+        waiting += [replace(step, value=whole), Step(name, axes, part)]
 
 
 def _whole(printer: ExprPrinter, value: Printed, axes: Axes) -> Printed:
@@ -144,8 +165,7 @@ def _of_kind(printer: ExprPrinter, value: Printed, kind: Kind) -> Printed:
     if value.kind == kind:
         return value
     if kind == "complex":
-        real = _of_kind(printer, value, "real")
-        return Printed(f"torch.complex({real.text}, torch.zeros_like({real.text}))", ATOM, value.axes, kind)
+        return Printed(f"{value.within(SUM)} + 0j", SUM, value.axes, kind)
     dtype = {"int": "torch.int64", "bool": "torch.bool", "real": printer.like.dtype}[kind]
     return Printed(f"{value.within(ATOM)}.to({dtype})", ATOM, value.axes, kind)
 

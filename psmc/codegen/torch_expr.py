@@ -41,6 +41,9 @@ class Printed:
     precedence: int
     axes: Axes | None
     kind: Kind
+    # If the text is a plain subscript: what it is of, and the entries after `...`.
+    base: str = ""
+    places: tuple[str, ...] = ()
 
     def within(self, precedence: int) -> str:
         return self.text if self.precedence >= precedence else f"({self.text})"
@@ -98,6 +101,20 @@ class ExprPrinter:
             self.done[node] = self.node(node)
         return self.done[root]
 
+    def part(self, root: Expr, axes: Axes, limit: int) -> Expr | None:
+        """Where `root` makes a text longer than `limit`: the part whose text is nearest to half of it."""
+        text = self.show(root, axes).text
+        if len(text) <= limit:
+            return None
+        kept = {root, *(n.args[0] for n in walk(root) if isinstance(n, Op) and n.op == "exp")}
+        parts: list[tuple[int, Expr]] = []
+        for node in walk(root):
+            own = self.done[node]
+            work = isinstance(node, Op | Reduce) and node not in kept and own.axes is not None
+            if work and len(own.text) > limit // 5 and own.text in text:
+                parts.append((abs(2 * len(own.text) - len(text)), node))
+        return min(parts, key=lambda p: p[0])[1] if parts else None
+
     def node(self, node: Expr) -> Printed:
         match node:
             case Const(value=value):
@@ -144,8 +161,8 @@ class ExprPrinter:
         if len(set(plain)) == len(plain) and all(f.axes is None for f in fixed):
             if not fixed:
                 return replace(base, axes=base.axes if base.axes is None else tuple(plain))
-            places = ", ".join(":" if isinstance(s, Index) else self.position(s).text for s in subs)
-            return Printed(f"{base.text}[..., {places}]", ATOM, tuple(plain), base.kind)
+            places = (":" if isinstance(s, Index) else self.position(s).text for s in subs)
+            return _subscript(base.text, tuple(places), tuple(plain), base.kind)
         if not fixed and len(plain) == 2:
             return Printed(f"{base.text}.diagonal(dim1=-2, dim2=-1)", ATOM, (plain[0],), base.kind)
         positions = [self.position(s) for s in subs]
@@ -201,9 +218,9 @@ class ExprPrinter:
             if arg.axes is not None and arg.kind == "int" and kind in ("real", "complex") and not promotes:
                 arg = Printed(f"{arg.within(ATOM)}.to({self.like.dtype})", ATOM, arg.axes, "real")
             # Two numbers make torch take its default dtype, whatever the dtype of the work is.
-            alone = arg.axes is None and all(a.axes is None or a.kind == "bool" for a in args)
-            number_fits = place in _TAKES_NUMBERS.get(node.op, ()) and not alone
-            out.append(self.like.full("()", arg) if arg.axes is None and not number_fits else arg)
+            takes = _TAKES_NUMBERS.get(node.op, ())
+            alone = place in takes[:1] and all(a.axes is None or a.kind == "bool" for a in args)
+            out.append(self.like.full("()", arg) if arg.axes is None and (alone or place not in takes) else arg)
         return out
 
     def apply(self, row: Row, args: Sequence[Printed], kind: Kind) -> Printed:
@@ -275,9 +292,18 @@ class ExprPrinter:
             else:
                 target = ", ".join(str(own.index(i) - len(own)) for i in value.axes)
                 text += f".movedim(({', '.join(str(n - len(own)) for n in range(len(own)))}), ({target}))"
-        if own != axes:
-            text += f"[..., {', '.join(':' if i in own else 'None' for i in axes)}]"
-        return Printed(text, ATOM, axes, value.kind)
+        if own == axes:
+            return Printed(text, ATOM, axes, value.kind)
+        if own != value.axes or not value.base:
+            return _subscript(text, tuple(":" if i in own else "None" for i in axes), axes, value.kind)
+        # One subscript for both: fixed places stay before the axis that they stood before.
+        rest = list(value.places)
+        places: list[str] = []
+        for index in axes:
+            while index in own and rest[0] != ":":
+                places.append(rest.pop(0))
+            places.append(rest.pop(0) if index in own else "None")
+        return _subscript(value.base, (*places, *rest), axes, value.kind)
 
 
 # Operators where torch itself takes an int tensor beside a real one.
@@ -317,6 +343,10 @@ def number(value: Fraction) -> Printed:
 
 def _atom(text: str, kind: Kind) -> Printed:
     return Printed(text, ATOM, None, kind)
+
+
+def _subscript(base: str, places: tuple[str, ...], axes: Axes, kind: Kind) -> Printed:
+    return Printed(f"{base}[..., {', '.join(places)}]", ATOM, axes, kind, base, places)
 
 
 def _factors(node: Expr) -> list[Expr]:
