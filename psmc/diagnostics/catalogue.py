@@ -10,7 +10,10 @@ from __future__ import annotations
 CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM101": ("unexpected text", "The file does not follow the grammar here; the help names the usual cause."),
     "PSM102": ("file cannot be read", "The file is missing, not UTF-8, or holds NUL bytes."),
-    "PSM103": ("misplaced or repeated section", "An aggregator has at most one lift, combine, recurrence, 'associative' and 'order'."),
+    "PSM103": (
+        "repeated section",
+        "An aggregator has at most one lift, combine, recurrence, 'associative' and 'order'.",
+    ),
     "PSM104": (
         "word that cannot be a name",
         "Words of the language, Python keywords and a few names that generated code uses are reserved; "

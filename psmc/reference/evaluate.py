@@ -61,7 +61,7 @@ class _Evaluation:
     def full(self, expr: Expr, indices: Frame) -> Tensor:
         value = self.value(expr, indices)
         lead = value.shape[: value.dim() - len(indices)]
-        return value.expand(*lead, *(self.env.dims[i.dim] for i in indices))
+        return value.expand((*lead, *(self.env.dims[i.dim] for i in indices)))
 
     def define(self, let: Assign) -> None:
         value = self.full(let.value, let.indices)

@@ -1,1 +1,1 @@
-"""What an aggregator's algebra allows: live state, layers, class of each layer, factored transitions. Read off the IR."""
+"""What an aggregator's algebra allows, read off the IR: live state, layers, classes, factored transitions."""

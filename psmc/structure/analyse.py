@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from psmc.derive.graph import layers
 from psmc.ir import Aggregator
 from psmc.ir.rewrite import inline
-from psmc.structure.graph import layers
 from psmc.structure.live import dependence, element_state, is_pointwise, lanes, live_state, relevant, update
 from psmc.structure.report import Layer, Structure
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from psmc.derive.graph import closure
 from psmc.ir import Aggregator, Assign, Block, Expr, Extern, Eye, Index, IndexValue, Reduce, Ref
 from psmc.ir.query import restrict
 from psmc.ir.rewrite import inline, refs, walk
-from psmc.structure.graph import closure
 
 
 def update(agg: Aggregator) -> Block | None:
@@ -37,7 +37,7 @@ def live_state(agg: Aggregator) -> tuple[str, ...]:
 
 
 def element_state(agg: Aggregator, live: Iterable[str]) -> tuple[str, ...]:
-    """What an element must carry so that elements can be combined with each other: `live`, closed over both operands."""
+    """What elements must carry so that they can be combined with each other: `live`, closed over both operands."""
     found = closure(live, dependence(agg, ("left", "right", "prev")))
     return tuple(c.name for c in agg.state if c.name in found)
 
@@ -90,8 +90,7 @@ def lanes(agg: Aggregator, element: tuple[str, ...]) -> tuple[str, ...]:
 def is_pointwise(definitions: Iterable[Assign]) -> bool:
     """No reduction, gather or Eye anywhere."""
     return not any(
-        isinstance(node, (Reduce, Eye))
-        or (isinstance(node, Ref) and any(isinstance(s, Expr) for s in node.subs))
+        isinstance(node, (Reduce, Eye)) or (isinstance(node, Ref) and any(isinstance(s, Expr) for s in node.subs))
         for definition in definitions
         for node in walk(definition.value)
     )

@@ -1,0 +1,198 @@
+"""Semirings in which a recurrence can be affine, and the split of an expression into a homogeneous part and the rest.
+
+In a semiring (⊕, ⊗) a map s ↦ A ⊗ s ⊕ b composes to (A2 A1, A2 b1 ⊕ b2). (+, *) covers the affine models, (max, +)
+running maxima with a decay (the stabiliser of an exponential gate), (logaddexp, +) log-sum-exp, (max, *) positive ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from psmc.derive.simplify import ONE, ZERO, make
+from psmc.ir import Expr, Eye, Infinity, Op, Reduce, Ref, Sub
+from psmc.ir.rewrite import walk
+
+IsState = Callable[[Ref], bool]
+
+
+@dataclass(frozen=True)
+class Semiring:
+    """⊕ is `plus`, ⊗ is `times`; `reduce` is ⊕ over an index, if the language has it."""
+
+    plus: str
+    times: str
+    zero: Expr
+    one: Expr
+    reduce: str | None = None
+    positive_factors: bool = False  # ⊗ keeps ⊕ only for factors that are > 0
+
+    def unit(self, row: Sub, col: Sub) -> Expr:
+        """The identity matrix at (row, col)."""
+        if self.reduce == "sum":
+            return Eye(row, col)
+        return make("where", Op("eq", (Eye(row, col), ONE)), self.one, self.zero)
+
+    def add(self, a: Expr | None, b: Expr | None) -> Expr | None:
+        """a ⊕ b, where None is the zero."""
+        if a is None or a == self.zero:
+            return b
+        return a if b is None or b == self.zero else make(self.plus, a, b)
+
+    def mul(self, a: Expr, b: Expr) -> Expr:
+        """a ⊗ b, simplified at the unit and the zero."""
+        if self.zero in (a, b):
+            return self.zero
+        if a == self.one:
+            return b
+        return a if b == self.one else make(self.times, a, b)
+
+
+PLUS_TIMES = Semiring("add", "mul", ZERO, ONE, "sum")
+MAX_PLUS = Semiring("max", "add", Infinity(True), ZERO, "max")
+MIN_PLUS = Semiring("min", "add", Infinity(False), ZERO)
+LOG_PLUS = Semiring("logaddexp", "add", Infinity(True), ZERO)
+MAX_TIMES = Semiring("max", "mul", Infinity(True), ONE, None, True)
+MIN_TIMES = Semiring("min", "mul", Infinity(False), ONE, None, True)
+
+# Tried in this order; a component that never meets max, min or logaddexp is judged by the first.
+SEMIRINGS = (PLUS_TIMES, MAX_PLUS, MIN_PLUS, LOG_PLUS, MAX_TIMES, MIN_TIMES)
+
+
+class NotAffineError(Exception):
+    """`node` is the smallest expression that is not affine in the state, `why` says so in words."""
+
+    def __init__(self, node: Expr, why: str) -> None:
+        super().__init__(why)
+        self.node = node
+        self.why = why
+
+
+class NotPositiveError(NotAffineError):
+    """It would be, were `node`'s factor known to be positive."""
+
+
+Parts = tuple[Expr | None, Expr | None]
+
+
+def split(root: Expr, is_state: IsState, ring: Semiring = PLUS_TIMES) -> Parts:
+    """(hom, rest) with root = hom ⊕ rest, hom homogeneous in the state, rest free of it; None stands for zero.
+
+    Raises NotAffineError.
+    """
+    done: dict[Expr, Parts] = {}
+    for node in walk(root):
+        done[node] = _split(node, is_state, ring, done)
+    return done[root]
+
+
+def _split(node: Expr, is_state: IsState, ring: Semiring, done: dict[Expr, Parts]) -> Parts:
+    match node:
+        case Ref(subs=subs):
+            if any(isinstance(s, Expr) and done[s][0] is not None for s in subs):
+                raise NotAffineError(node, "a gather at a position that depends on the state")
+            return (node, None) if is_state(node) else (None, node)
+        case Eye(row=row, col=col):
+            if any(isinstance(s, Expr) and done[s][0] is not None for s in (row, col)):
+                raise NotAffineError(node, "a position that depends on the state")
+        case Reduce(op=op, index=index, body=body):
+            hom, rest = done[body]
+            if hom is None:
+                return None, node
+            if op != ring.reduce:
+                raise NotAffineError(node, f"{op} over '{index.name}' of the state is not affine")
+            return Reduce(op, index, hom), None if rest is None else Reduce(op, index, rest)
+        case Op(op=op, args=args):
+            parts = [done[a] for a in args]
+            if all(hom is None for hom, _ in parts):
+                return None, node
+            return _operator(node, op, parts, ring)
+    return None, node
+
+
+def _operator(node: Op, op: str, parts: list[Parts], ring: Semiring) -> Parts:
+    if op == ring.plus:
+        (h1, r1), (h2, r2) = parts
+        return ring.add(h1, h2), ring.add(r1, r2)
+    if op == "where":
+        if parts[0][0] is not None:
+            raise NotAffineError(node, "a choice that depends on the state is not affine")
+        test, a, b = node.args[0], parts[1], parts[2]
+        hom, rest = (make("where", test, a[n] or ring.zero, b[n] or ring.zero) for n in (0, 1))
+        return hom, None if rest == ring.zero else rest
+    rules = _PLUS_TIMES if ring.times == "mul" and ring.plus == "add" else _SCALING[ring.times]
+    rule = rules.get(op)
+    if rule is None:
+        raise NotAffineError(node, _reason(op))
+    return rule(node, parts, ring)
+
+
+def _reason(op: str) -> str:
+    if op in ("lt", "le", "gt", "ge", "eq", "ne"):
+        return "a condition on the state is not affine"
+    words = {"max": "a maximum with", "min": "a minimum with", "mul": "a product with", "stop": "stop() of"}
+    return f"{words.get(op, f'{op} of')} the state is not affine"
+
+
+def _each(op: str, parts: list[Parts]) -> Parts:
+    """`op` applied to both parts; for operators that keep zero."""
+    ((hom, rest),) = parts
+    return None if hom is None else make(op, hom), None if rest is None else make(op, rest)
+
+
+def _neg(node: Op, parts: list[Parts], ring: Semiring) -> Parts:
+    return _each("neg", parts)
+
+
+def _sub(node: Op, parts: list[Parts], ring: Semiring) -> Parts:
+    def minus(a: Expr | None, b: Expr | None) -> Expr | None:
+        if b is None:
+            return a
+        return make("neg", b) if a is None else make("sub", a, b)
+
+    (h1, r1), (h2, r2) = parts
+    return minus(h1, h2), minus(r1, r2)
+
+
+def _complex(node: Op, parts: list[Parts], ring: Semiring) -> Parts:
+    hom, rest = (make("complex", *(p[n] or ZERO for p in parts)) for n in (0, 1))
+    return hom, rest
+
+
+def _scale(node: Op, parts: list[Parts], ring: Semiring) -> Parts:
+    """⊗ with one factor free of the state."""
+    (h1, r1), (h2, r2) = parts
+    if h1 is not None and h2 is not None:
+        raise NotAffineError(node, "a product of two terms that both read the state is not affine")
+    free = r1 if h1 is None else r2
+    assert free is not None
+    state = (h2, r2) if h1 is None else (h1, r1)
+    if ring.positive_factors and not is_positive(free):
+        raise NotPositiveError(node, "a factor not known to be positive does not pass through a maximum or minimum")
+    left = h1 is None
+    hom, rest = (None if x is None else make(node.op, *((free, x) if left else (x, free))) for x in state)
+    return hom, rest
+
+
+def _unscale(node: Op, parts: list[Parts], ring: Semiring) -> Parts:
+    """Division (or subtraction, in a semiring whose ⊗ is addition) by a term free of the state."""
+    if parts[1][0] is not None:
+        word = "division by" if node.op == "div" else "subtraction of"
+        raise NotAffineError(node, f"{word} a term that reads the state is not affine")
+    return _scale(node, parts, ring)
+
+
+_Rule = Callable[[Op, list[Parts], Semiring], Parts]
+_PLUS_TIMES: dict[str, _Rule] = {"sub": _sub, "neg": _neg, "complex": _complex, "mul": _scale, "div": _unscale}
+_SCALING: dict[str, dict[str, _Rule]] = {
+    "add": {"add": _scale, "sub": _unscale},
+    "mul": {"mul": _scale, "div": _unscale},
+}
+
+
+def is_positive(node: Expr) -> bool:
+    """> 0 by its form alone."""
+    return isinstance(node, Op) and (
+        node.op in ("exp", "sigmoid", "softplus", "rsqrt")
+        or (node.op in ("mul", "div", "add", "max", "min", "sqrt") and all(is_positive(a) for a in node.args))
+    )
