@@ -73,7 +73,7 @@ def _marks(span: Span, label: str, primary: bool) -> list[_Mark]:
         return [_Mark(line, column - 1, end - 1, label, primary)]
     text = span.source.line(last)
     indent = len(text) - len(text.lstrip())
-    first = _Mark(line, column - 1, len(span.source.line(line)), "" if label else "…", primary)
+    first = _Mark(line, column - 1, len(span.source.line(line)), "", primary)
     return [first, _Mark(last, indent, end - 1, label, primary)]
 
 

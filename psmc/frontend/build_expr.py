@@ -16,6 +16,7 @@ from psmc.source import SourceFile, Span
 
 MAX_TAP = 64
 _MAX_REPORTED = 10
+_ONCE_A_NAME = ("PSM104", "PSM503")
 _BINARY = {
     "or": "or", "and": "and", "<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq", "!=": "ne",
     "+": "add", "-": "sub", "*": "mul", "/": "div", "^": "pow",
@@ -44,7 +45,8 @@ class ExpressionBuilder:
     def _report(self) -> None:
         if self._problems:
             found = sorted(self._problems, key=lambda d: d.span.start if d.span else 0)
-            raise PsmcError(*found[:_MAX_REPORTED])
+            first = {d.message: d for d in reversed(found)}  # a bad name is reported where it stands first
+            raise PsmcError(*[d for d in found if d.code not in _ONCE_A_NAME or first[d.message] is d][:_MAX_REPORTED])
 
     def _refuse(self, code: str, message: str, span: Span, *helps: str, labels: tuple[Label, ...] = ()) -> None:
         self._problems.append(Diagnostic(code, message, span, labels=labels, helps=helps))

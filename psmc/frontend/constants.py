@@ -51,13 +51,14 @@ def _arithmetic(op: str, a: Value, b: Value, span: Span) -> Value:
     if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
         fail("PSM106", "arithmetic with inf has no exact value", span, helps=("write inf or -inf alone",))
     if op == "div" and b == 0:
-        fail("PSM106", "division by zero", span)
+        fail("PSM106", "division by zero", span, helps=("write inf or -inf where no bound is meant",))
     if op == "pow":
         if b.denominator != 1 or abs(b) > 64 or (a == 0 and b < 0):
-            fail("PSM106", "a power in a bound has a whole exponent from -64 to 64", span)
+            message = "a power in a bound has a whole exponent from -64 to 64, and 0 none below 0"
+        fail("PSM106", message, span, helps=("write the value as a decimal number",))
         result = a ** int(b)
     else:
         result = a + b if op == "add" else a - b if op == "sub" else a * b if op == "mul" else a / b
     if max(result.numerator.bit_length(), result.denominator.bit_length()) > _MAX_BITS:
-        fail("PSM504", "this number is out of range", span)
+        fail("PSM504", "this number is out of range", span, helps=("write inf where no bound is meant",))
     return result

@@ -66,11 +66,18 @@ def explain(source: SourceFile, code: tuple[Token, ...], at: int, accepts: set[s
     problem = name_problem(str(token), span) if _is_meant_as_name(token, following, accepts) else None
     if problem:
         fail(problem.code, problem.message, span, helps=problem.helps)
-    if opened and _is_too_late(token, opened):
+    if opened and (_is_too_late(token, opened) or (opened[-1] != "{" and _begins_a_line(source, code, at))):
         _unclosed(source, code, at, opened[-1], shown)
     if str(token) in _CLOSERS and _CLOSERS[str(token)] not in opened:
         fail("PSM101", f"{shown} closes nothing", span, helps=("delete it, or find a bracket that closed too early",))
-    fail("PSM101", f"expected {_wanted(accepts)}, found {shown}", span, helps=_helps(source, code, at, accepts))
+    if token.type in _SECTIONS and not opened and at and code[at - 1] == "}":
+        closer = (Label(_span(source, code[at - 1]), "this closed the aggregator"),)
+        fail("PSM101", f"{shown} stands outside of any aggregator", span, labels=closer, helps=("delete that '}'",))
+    start = _continues_a_line(source, code, at) if "EQUAL" in accepts else None
+    if start is not None:
+        help_ = "write the operator, such as '*', or ';' where a statement ends"
+        fail("PSM101", f"expected an operator, found '{start}'", _span(source, start), helps=(help_,))
+    fail("PSM101", f"expected {_wanted(accepts)}, found {shown}", span, helps=_helps(code, at, accepts))
 
 
 def _unclosed(source: SourceFile, code: tuple[Token, ...], at: int, opener: Token, shown: str) -> NoReturn:
@@ -101,7 +108,7 @@ def _is_too_late(token: Token, opened: list[Token]) -> bool:
     if token.type in ("$END", "AGGREGATOR", "USE"):
         return True
     inner = str(opened[-1])
-    if token.type in _SECTIONS or token.type in ("LET", "FOR"):
+    if token.type in _SECTIONS or token.type in ("LET", "FOR", "SEMICOLON"):
         return inner != "{" or (len(opened) > 1 and token.type in _SECTIONS)
     return str(token) in _CLOSERS and _CLOSERS[str(token)] != inner and _CLOSERS[str(token)] in opened
 
@@ -115,14 +122,13 @@ def _is_meant_as_name(token: Token, following: str, accepts: set[str]) -> bool:
     return "INF" not in accepts and "LET" not in accepts
 
 
-def _helps(source: SourceFile, code: tuple[Token, ...], at: int, accepts: set[str]) -> tuple[str, ...]:
+def _helps(code: tuple[Token, ...], at: int, accepts: set[str]) -> tuple[str, ...]:
     """Advice for the usual mistakes, most telling first."""
     token = code[at]
     previous = code[at - 1] if at else Token("$START", "")
     help_ = _misspelt(token, previous, accepts) or _misused(code, at, previous, accepts)
-    if help_ is None and accepts & {"EQUAL"}:
-        gap = _continues_a_line(source, code, at)
-        help_ = "a statement is 'name[indices] = expression'" + ("; is an operator missing before it?" if gap else "")
+    if help_ is None and "EQUAL" in accepts and "LIFT" not in accepts:
+        help_ = "a statement is 'name[indices] = expression'"
     if help_ is None and "USE" in accepts:
         help_ = "a file holds 'aggregator name { … }', and 'const', 'fn' and 'use' before it"
     return (help_,) if help_ else ()
@@ -174,16 +180,23 @@ def _near(token: Token, words: set[str] | frozenset[str]) -> str | None:
     return next(iter(swapped + get_close_matches(text, sorted(words), 1, 0.75)), None)
 
 
-def _continues_a_line(source: SourceFile, code: tuple[Token, ...], at: int) -> bool:
-    """Does the unfinished statement before `at` begin on the line where an expression ended?"""
+def _continues_a_line(source: SourceFile, code: tuple[Token, ...], at: int) -> Token | None:
+    """The name that the unfinished statement before `at` begins with, if an expression ends just before it."""
     start = at - 1
     if start >= 0 and code[start].type == "RSQB":
         while start > 0 and code[start].type != "LSQB":
             start -= 1
         start -= 1
     if start < 1 or code[start].type != "NAME" or code[start - 1].type not in ("NAME", "NUMBER", "RSQB", "RPAR"):
-        return False
-    return "\n" not in source.text[code[start - 1].end_pos : code[start].start_pos]
+        return None
+    known = _near(code[start], KEYWORDS) or str(code[start]) in ADVICE
+    return None if known or _begins_a_line(source, code, start) else code[start]
+
+
+def _begins_a_line(source: SourceFile, code: tuple[Token, ...], at: int) -> bool:
+    """Is `code[at]` a name at the beginning of a line?"""
+    gap = source.text[code[at - 1].end_pos : code[at].start_pos] if at else "\n"
+    return code[at].type == "NAME" and "\n" in gap
 
 
 def _wanted(accepts: set[str]) -> str:
