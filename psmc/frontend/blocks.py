@@ -31,7 +31,7 @@ _TITLE: dict[BlockKind, str] = {
     "output": "an output",
 }
 _WHY_NOT: dict[tuple[BlockKind, str], str] = {
-    ("combine", "input"): "it sees two elements, not a token: put what it needs into the state, in the lift.",
+    ("combine", "input"): "it sees two elements, not a token: put what it needs into the state, in the lift",
 }
 
 
@@ -124,7 +124,7 @@ class BlockResolver:
                 f"let '{self._in_shared}' reads the state, so {_TITLE[self.kind]} cannot use it",
                 node.span,
                 label=f"'{name}' is a component of the state",
-                helps=(f"write the let inside {_TITLE[self.kind]}, after '{name}' is assigned.",),
+                helps=(f"write the let inside {_TITLE[self.kind]}, after '{name}' is assigned",),
             )
         if self.kind == "recurrence":
             return self.found.handle("prev", self.found.state[name]) if name in self.found.state else self._silent()
@@ -134,15 +134,13 @@ class BlockResolver:
                 "PSM209",
                 f"'{name}' is not assigned yet in the combine",
                 node.span,
-                helps=(f"write {one}.{name} (the earlier element) or {two}.{name} (the later one).",),
+                helps=(f"write {one}.{name} (the earlier element) or {two}.{name} (the later one)",),
             )
         fail(
             "PSM209",
             f"'{name}' is not assigned yet in the lift",
             node.span,
-            helps=(
-                "a lift turns one token into one element and sees no state before it; a rule that does is a recurrence.",
-            ),
+            helps=("a lift turns one token into one element; a rule that sees the state before it is a recurrence",),
         )
 
     def _unknown(self, node: sf.Access) -> NoReturn:
@@ -150,9 +148,9 @@ class BlockResolver:
         known = [*self.found.names.names(), *self.local, *self.loops]
         hint = suggest(name, known)
         if name in ("eye", "iota"):
-            hint = ("write eye(i, j) here." if name == "eye" else "an index variable is a number: write i.",)
+            hint = ("write eye(i, j) here" if name == "eye" else "an index variable is a number: write i",)
         if name in self.outputs:
-            hint = (f"outputs cannot be read; name the value once: let x = …, output {name} = x.",)
+            hint = (f"outputs cannot be read; name the value once: let x = …, output {name} = x",)
         fail("PSM201", f"unknown name '{name}'", node.span, helps=hint)
 
     def _owned(self, node: sf.Access, owner: sf.Name) -> Meaning:
@@ -161,14 +159,14 @@ class BlockResolver:
             space = "prev"
         if space is None:
             if owner.text == "prev":
-                helps = ("'prev' is the state before this token, in a recurrence or an output.",)
+                helps = ("'prev' is the state before this token, in a recurrence or an output",)
             elif self.kind == "combine":
-                helps = (f"the operands are {' and '.join(self.operands)}.",)
+                helps = (f"the operands are {' and '.join(self.operands)}",)
             else:
                 helps = (
-                    "only 'prev.' may stand before a name here."
+                    "only 'prev.' may stand before a name here"
                     if self.kind != "lift"
-                    else "write the plain name of an input.",
+                    else "write the plain name of an input",
                 )
             fail("PSM210", f"{_TITLE[self.kind]} knows no '{owner.text}.'", owner.span, helps=helps)
         tensor = self.found.state.get(node.name.text)
@@ -178,7 +176,7 @@ class BlockResolver:
                 f"the state has no component '{node.name.text}'",
                 node.name.span,
                 helps=suggest(node.name.text, self.found.state)
-                or (f"its components are {', '.join(self.found.state)}.",),
+                or (f"its components are {', '.join(self.found.state)}",),
             )
         return self.found.handle(space, tensor)
 
@@ -232,7 +230,7 @@ class BlockResolver:
                 "PSM205",
                 f"loop variable '{node.var.text}' is bound twice",
                 node.var.span,
-                helps=("use another letter.",),
+                helps=("use another letter",),
             )
         outer = dict(self.local)
         for step in range(dim.size):
@@ -283,7 +281,7 @@ class BlockResolver:
                 f"output '{name}' is given twice",
                 node.target.span,
                 labels=(Label(self.found.origin[f"output {name}"], "the first one"),),
-                helps=("rename one of the two.",),
+                helps=("rename one of the two",),
             )
         if self.found.names.role(name) != "state":  # a component may be returned under its own name
             self.found.names.check_free(node.target, "output")
@@ -294,7 +292,7 @@ class BlockResolver:
                 "PSM208",
                 f"output '{name}' is a condition, not a number",
                 node.value.span,
-                helps=("turn a condition into a number: where(condition, 1, 0).",),
+                helps=("turn a condition into a number: where(condition, 1, 0)",),
             )
         self.outputs[name] = definition
 

@@ -15,7 +15,6 @@ from psmc.frontend.scope import Errors, Handle, Library, Meaning, Namespace, che
 from psmc.ir.ops import join
 from psmc.source import Span
 
-MAX_DIM = 2**31 - 1  # generated code indexes an axis with 32-bit integers
 MAX_RANK = 8
 
 
@@ -69,8 +68,6 @@ def declare(node: sf.Aggregator, library: Library, errors: Errors) -> Declaratio
 
 def _dim(found: Declarations, item: sf.Dim) -> None:
     found.names.declare(item.name, "dim")
-    if item.size is not None and not 1 <= item.size <= MAX_DIM:
-        fail("PSM219", f"dim '{item.name.text}' has size {item.size}; sizes are 1 to {MAX_DIM}", item.name.span)
     found.dims[item.name.text] = ir.Dim(item.name.text, item.size)
     found.origin[f"dim {item.name.text}"] = item.name.span
 
@@ -95,7 +92,7 @@ def _tensor(found: Declarations, item: sf.Declared) -> None:
             "PSM223",
             "complex numbers have no order, so no interval",
             item.interval.span,
-            helps=("delete the interval.",),
+            helps=("delete the interval",),
         )
     if item.role == "state" and item.identity is None:
         zero = f"state {name}{'[' + ', '.join(d.text for d in item.dims) + ']' if item.dims else ''} = 0"
@@ -112,16 +109,9 @@ def _tensor(found: Declarations, item: sf.Declared) -> None:
 
 
 def _interval(node: sf.Interval | None) -> ir.Interval | None:
-    """None for no restriction at all."""
+    """None for no restriction at all. The frontends refuse empty ones."""
     if node is None or (node.lo is None and node.hi is None):
         return None
-    empty = (
-        node.lo is not None
-        and node.hi is not None
-        and (node.lo > node.hi or (node.lo == node.hi and (node.lo_open or node.hi_open)))
-    )
-    if empty:
-        fail("PSM223", "this interval is empty", node.span, helps=("write the smaller bound first.",))
     return ir.Interval(node.lo, node.hi, node.lo is None or node.lo_open, node.hi is None or node.hi_open)
 
 
@@ -144,7 +134,7 @@ def _ordered(lets: dict[str, sf.Assign]) -> list[sf.Assign]:
                 f"let '{name}' is defined by itself: {' -> '.join((*cycle, name))}",
                 lets[name].target.span,
                 labels=others,
-                helps=("a value of the token before is a state, or a tap of an input: x{-1}.",),
+                helps=("a value of the token before is a state, or a tap of an input: x{-1}",),
             )
         path.append(name)
         for read in plain_names(lets[name].value):
@@ -206,7 +196,7 @@ class _IdentityScope:
                 "PSM222",
                 f"an identity element cannot read '{name}'",
                 node.span,
-                helps=("it is made of numbers, consts, dims, 'eye' and 'iota'.",),
+                helps=("it is made of numbers, consts, dims, 'eye' and 'iota'",),
             )
         fail("PSM201", f"unknown name '{name}'", node.span, helps=suggest(name, [*self.library.consts, "eye", "iota"]))
 
@@ -256,12 +246,12 @@ def check_kind(value: ir.Expr, tensor: ir.Tensor, span: Span, what: str) -> None
             "PSM208",
             f"component '{tensor.name}' is {tensor.kind}, and {what} is a condition",
             span,
-            helps=("turn a condition into a number: where(condition, 1, 0).",),
+            helps=("turn a condition into a number: where(condition, 1, 0)",),
         )
     if join((value.kind, tensor.kind)) != tensor.kind:
         help_ = (
             f"declare it complex: state {tensor.name} : complex"
             if value.kind == "complex"
-            else f"declare '{tensor.name}' real."
+            else f"declare '{tensor.name}' real"
         )
         fail("PSM208", f"component '{tensor.name}' is {tensor.kind}, and {what} is {value.kind}", span, helps=(help_,))

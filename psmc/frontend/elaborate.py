@@ -35,7 +35,7 @@ class Budget:
                 "PSM217",
                 f"this expands to more than {self._limit:,} operations",
                 span,
-                helps=("use a smaller loop, or fewer nested fns.",),
+                helps=("use a smaller loop, or fewer nested fns",),
             )
         if depth > MAX_DEPTH:
             fail(
@@ -135,7 +135,7 @@ class Elaborator:
                 "PSM208",
                 f"a subscript is an index or an int, and this is {value.kind}",
                 node.span,
-                helps=("declare what is gathered with ': int', as in 'input p[N] : int'.",),
+                helps=("declare what is gathered with ': int', as in 'input p[N] : int'",),
             )
         if isinstance(value, ir.Const):
             self._check_position(value.value, dim, node.span)
@@ -144,7 +144,7 @@ class Elaborator:
 
     def _unknown_index(self, name: sf.Name, env: Env) -> NoReturn:
         if self.scope.namespace().role(name.text) == "dim":
-            hint: tuple[str, ...] = (f"'{name.text}' is a dim; subscripts are index variables, as in S[i, j].",)
+            hint: tuple[str, ...] = (f"'{name.text}' is a dim; subscripts are index variables, as in S[i, j]",)
         else:
             hint = suggest(name.text, env) or (
                 f"put '{name.text}' on the left-hand side, or sum over it: sum[{name.text}] …",
@@ -167,7 +167,7 @@ class Elaborator:
                 "PSM227",
                 f"position {value} is outside '{dim}', which has {size}",
                 span,
-                helps=(f"positions are 0 to {size - 1}.",),
+                helps=(f"positions are 0 to {size - 1}",),
             )
 
     # --- operators --------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class Elaborator:
                 name.span,
                 label="bound again here",
                 labels=labels,
-                helps=("use another letter; a reduction reaches over the whole product to its right.",),
+                helps=("use another letter; a reduction reaches over the whole product to its right",),
             )
         self.scope.namespace().check_free(name, "index")
         return self.indices.bind(name)
@@ -272,7 +272,7 @@ def wrong_rank(node: sf.Access, handle: Handle, given: int, brackets: bool) -> N
     name = (f"{node.owner.text}." if node.owner else "") + node.name.text
     declared = f"{name}[{', '.join(handle.dims)}]" if handle.dims else f"the scalar {name}"
     rank = len(handle.dims)
-    example = f"write {name}[{', '.join('ijmnpstu'[:rank])}]." if 0 < rank <= 8 else f"write {name} without brackets."
+    example = f"write {name}[{', '.join('ijmnpstu'[:rank])}]" if 0 < rank <= 8 else f"write {name} without brackets"
     fail(
         "PSM203",
         f"'{name}' takes {rank or 'no'} subscript{'s' if rank != 1 else ''}, and "
@@ -289,13 +289,13 @@ def kinds_refused(op: str, args: tuple[ir.Expr, ...], span: Span) -> NoReturn:
     spelled = OPS[op].symbol or op
     text = f"'{spelled}' does not take {' and '.join(kinds) if len(kinds) < 3 else ', '.join(kinds)}"
     if "bool" in kinds:
-        helps = ("turn a condition into a number: where(condition, 1, 0).",)
+        helps = ("turn a condition into a number: where(condition, 1, 0)",)
         if op == "where" and kinds[0] != "bool":
-            helps = ("the first argument is a condition, as in where(x > 0, a, b).",)
+            helps = ("the first argument is a condition, as in where(x > 0, a, b)",)
     elif op in ("and", "or", "not"):
-        helps = ("logic joins conditions, as in x > 0 and y > 0.",)
+        helps = ("logic joins conditions, as in x > 0 and y > 0",)
     elif op == "where":
-        helps = ("the first argument is a condition, as in where(x > 0, a, b).",)
+        helps = ("the first argument is a condition, as in where(x > 0, a, b)",)
     else:
-        helps = ("take a real part first: real(z), imag(z) or abs(z).",)
+        helps = ("take a real part first: real(z), imag(z) or abs(z)",)
     fail("PSM208", text, span, helps=helps)

@@ -44,7 +44,7 @@ class FnScope:
                 f"unknown name '{name}' in fn '{self.fn.node.name.text}'",
                 node.span,
                 helps=suggest(name, [*self.bound, *self.library.consts])
-                or ("a fn sees its arguments and consts only.",),
+                or ("a fn sees its arguments and consts only",),
             )
         return delay(meaning, node)
 
@@ -67,7 +67,7 @@ def delay(meaning: Meaning, node: sf.Access) -> Meaning:
             "PSM221",
             f"only inputs have taps, and '{node.name.text}' is none",
             node.span,
-            helps=("a state before this token is prev.S; a tap reads an earlier input: x{-1}.",),
+            helps=("a state before this token is prev.S; a tap reads an earlier input: x{-1}",),
         )
     delayed = meaning.delayed(node.lag)
     if not 1 <= delayed.lag <= 64:
@@ -92,8 +92,8 @@ def signature(fn: Fn) -> Namespace:
 def check_fn(fn: Fn) -> None:
     """What can be said of a fn before it is used."""
     name = fn.node.name
-    if name.text in OPS and OPS[name.text].symbol is None or name.text == "eye":
-        fail("PSM202", f"'{name.text}' is an operator of the language", name.span, helps=("choose another name.",))
+    if name.text == "eye" or (name.text in OPS and OPS[name.text].symbol is None):
+        fail("PSM202", f"'{name.text}' is an operator of the language", name.span, helps=("choose another name",))
     space = signature(fn)
     for index in fn.node.indices:
         space.declare(index, "index")
@@ -108,7 +108,7 @@ def expand(caller: Elaborator, fn: Fn, node: sf.Call, env: Env, depth: int) -> i
             f"fn '{name}' calls itself",
             node.span,
             labels=(Label(fn.node.name.span, "defined here"),),
-            helps=("fns are expanded in place and cannot recurse; a recurrence over time is 'recurrence { … }'.",),
+            helps=("fns are expanded in place and cannot recurse; a recurrence over time is 'recurrence { … }'",),
         )
     check_arguments(node, len(fn.node.params))
     if len(node.subs or ()) != len(fn.node.indices):
@@ -150,7 +150,7 @@ def _wrong_subscripts(fn: Fn, node: sf.Call) -> None:
         f"fn '{name}' gives {f'a tensor of {rank} dim' + ('s' if rank > 1 else '') if rank else 'a number'}, and "
         f"{len(node.subs or ()) or 'no'} subscripts are given",
         node.span,
-        helps=(f"write {shown}.",),
+        helps=(f"write {shown}",),
     )
 
 

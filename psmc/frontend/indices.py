@@ -56,7 +56,7 @@ class Indices:
                 span,
                 label=f"over '{dim}' here",
                 labels=labels,
-                helps=("use a second index for the second dim.",),
+                helps=("use a second index for the second dim",),
             )
 
     def same(self, one: ir.Index, two: ir.Index, span: Span) -> None:
@@ -82,7 +82,7 @@ class Indices:
                 f"nothing says which dim index '{name.text}' runs over",
                 name.span,
                 label="never subscripts a tensor of known dims",
-                helps=(f"use '{name.text}' as a subscript of an input, a param or a component.",),
+                helps=(f"use '{name.text}' as a subscript of an input, a param or a component",),
             )
         return found
 

@@ -34,7 +34,7 @@ class _ConstScope:
                     f"const '{name}' is defined by itself",
                     node.span,
                     labels=(Label(self.library.const_spans[name], "defined here"),),
-                    helps=("break the cycle: one of the consts on it needs a value of its own.",),
+                    helps=("break the cycle: one of the consts on it needs a value of its own",),
                 )
             if name in self.pending:
                 self.resolve(name)
@@ -51,7 +51,7 @@ class _ConstScope:
             "PSM225",
             f"a const is made of numbers and consts, and '{name}' is neither",
             node.span,
-            helps=("use 'let'.",),
+            helps=("use 'let'",),
         )
 
     def resolve(self, name: str) -> None:
@@ -112,7 +112,7 @@ def _check_new(name: sf.Name, known: Span | None, what: str) -> None:
             f"{what} '{name.text}' is defined twice",
             name.span,
             labels=labels,
-            helps=("rename one of the two.",),
+            helps=("rename one of the two",),
         )
 
 
@@ -146,7 +146,7 @@ class _Loader:
                 "PSM224",
                 f"'{use.path}' cannot be used here: this spec is not a file",
                 use.span,
-                helps=("write the fns and consts into the spec.",),
+                helps=("write the fns and consts into the spec",),
             )
         self._count += 1
         if self._count > MAX_USES:
@@ -159,7 +159,7 @@ class _Loader:
                 "PSM224",
                 f"files use each other in a cycle: {chain}",
                 use.span,
-                helps=("move what both need to a third file.",),
+                helps=("move what both need to a third file",),
             )
         if name not in self._done:
             whole = self.whole(file)
@@ -176,9 +176,9 @@ class _Loader:
     def _merge(into: Library, used: Library, use: sf.Use) -> None:
         for name, fn in used.fns.items():
             if name in into.fns and into.fns[name] != fn:
-                fail("PSM202", f"fn '{name}' comes from two files", use.span, helps=("rename one of the two.",))
+                fail("PSM202", f"fn '{name}' comes from two files", use.span, helps=("rename one of the two",))
             into.fns[name] = fn
         for name, span in used.const_spans.items():
             if into.const_spans.setdefault(name, span) != span:
-                fail("PSM202", f"const '{name}' comes from two files", use.span, helps=("rename one of the two.",))
+                fail("PSM202", f"const '{name}' comes from two files", use.span, helps=("rename one of the two",))
         into.consts.update(used.consts)

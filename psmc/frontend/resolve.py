@@ -37,7 +37,7 @@ def resolve(file: sf.File, *, load: Load | None = None) -> tuple[ir.Aggregator, 
                     f"aggregator '{node.name.text}' is defined twice",
                     node.name.span,
                     labels=(Label(first.span, "first defined here"),),
-                    helps=("rename one of the two.",),
+                    helps=("rename one of the two",),
                 )
             out.append(_aggregator(node, library))
     errors.flush()
@@ -113,7 +113,8 @@ def _check_sections(
             f"aggregator '{name.text}' has neither a combine nor a recurrence",
             name.span,
             helps=(
-                "say how two elements combine: combine (l, r) { … }, or how a token changes the state: recurrence { … }",
+                "say how two elements combine: combine (l, r) { … }; "
+                "or how a token changes the state: recurrence { … }",
             ),
         )
     if recurrence is None:
@@ -124,7 +125,7 @@ def _check_sections(
             f"aggregator '{name.text}' has a combine and a recurrence",
             _head(recurrence),
             labels=(Label(_head(combine), "the combine"),),
-            helps=("keep one: a recurrence is lifted to a combine for you.",),
+            helps=("keep one: a recurrence is lifted to a combine for you",),
         )
     if lift is not None:
         fail(
@@ -132,7 +133,7 @@ def _check_sections(
             "a recurrence reads the inputs itself and takes no lift",
             _head(lift),
             labels=(Label(_head(recurrence), "the recurrence"),),
-            helps=("move the lift's statements into the recurrence as lets.",),
+            helps=("move the lift's statements into the recurrence as lets",),
         )
 
 
@@ -157,7 +158,7 @@ def _claim(
                 "PSM214",
                 f"aggregator '{node.name.text}' does not say whether its rule is associative",
                 node.name.span,
-                helps=("add 'associative: yes' to have it proved, or 'associative: no' to fix an order.",),
+                helps=("add 'associative: yes' to have it proved, or 'associative: no' to fix an order",),
             )
         found.origin["claim"] = claim.span
         if isinstance(combine, sf.CombineExtern) and claim.value == "yes":
@@ -166,7 +167,7 @@ def _claim(
                 "nothing can be proved of a rule that Python gives",
                 claim.span,
                 labels=(Label(_head(combine), "the rule is extern"),),
-                helps=("write 'associative: assume' to vouch for it, or 'associative: no' for a fixed order.",),
+                helps=("write 'associative: assume' to vouch for it, or 'associative: no' for a fixed order",),
             )
         if order is not None:
             found.origin["order"] = order.span
@@ -176,7 +177,7 @@ def _claim(
                     f"an order is only meant with 'associative: no'; '{claim.value}' leaves it free",
                     order.span,
                     labels=(Label(claim.span, "claimed here"),),
-                    helps=("delete one of the two.",),
+                    helps=("delete one of the two",),
                 )
             if recurrence is not None and order.value == "tree":
                 fail(
@@ -184,7 +185,7 @@ def _claim(
                     "a recurrence that is not associative can only run from left to right",
                     order.span,
                     labels=(Label(_head(recurrence), "the recurrence"),),
-                    helps=("write 'order: left'.",),
+                    helps=("write 'order: left'",),
                 )
     if claim is None:
         return "no", "tree"
@@ -252,5 +253,5 @@ def _check_dims(agg: ir.Aggregator, found: Declarations) -> None:
                 "PSM229",
                 f"nothing gives the size of dim '{dim.name}': no input or param has it",
                 found.origin[f"dim {dim.name}"],
-                helps=(f"fix it: dim {dim.name} = 16; or delete it if it is not used.",),
+                helps=(f"fix it: dim {dim.name} = 16; or delete it if it is not used",),
             )

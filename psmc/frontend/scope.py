@@ -124,9 +124,7 @@ class Namespace:
             name.span,
             label=f"{a(role)} here",
             labels=() if span is None or span == name.span else (Label(span, f"{a(other)} here"),),
-            helps=(
-                "indices, dims, inputs, params, state, consts and lets share one namespace: rename one of the two.",
-            ),
+            helps=("indices, dims, inputs, params, state, consts and lets share one namespace: rename one of the two",),
         )
 
     def role(self, name: str) -> Role | None:
@@ -158,7 +156,7 @@ def check_argument(name: sf.Name) -> None:
             "PSM226",
             f"'{name.text}' cannot be an input or param: the compiled function has a keyword argument of that name",
             name.span,
-            helps=(f"write '{name.text}_in' or another name.",),
+            helps=(f"write '{name.text}_in' or another name",),
         )
 
 
