@@ -316,6 +316,13 @@ def test_schedule(length, position):
     assert [schedule.spans[i] if i >= 0 else None for i in schedule.prefixes] == expected
 
 
+def test_compiles_without_breaks():
+    combine = Mixer()
+    leaves = {"h": torch.randn(2, 11, 4, dtype=DOUBLE), "n": torch.randn(2, 11, dtype=DOUBLE)}
+    compiled = torch.compile(lambda x: tree_scan(combine, x)[0], fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(leaves), tree_scan(combine, leaves)[0])
+
+
 def test_causal_bitwise():
     combine = Mixer()
     leaves = {"h": torch.randn(1, 50, 4, dtype=DOUBLE), "n": torch.randn(1, 50, dtype=DOUBLE)}

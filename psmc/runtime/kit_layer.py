@@ -23,8 +23,8 @@ from psmc.runtime.kit_scan import (
     sequential_scan,
 )
 
-SEGMENT_BYTES = 8 << 20  # elements lifted at once: near the size of a cache
-RECOMPUTE_BYTES = 256 << 20  # elements of a whole call from which on backward recomputes them
+SEGMENT_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # elements lifted at once: a cache's worth; enough to fill a GPU
+RECOMPUTE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # elements of a whole call from which on backward recomputes them
 
 
 def scan_tokens(
@@ -52,18 +52,21 @@ def scan_tokens(
     initial     [B, ...], or [N, ...] with cu_seqlens [N + 1] (then B is 1);  initial_exists   [B] or [N] bool
     left        the sequential scan instead of the blocked one
     segment     tokens lifted at once; None: by the size of an element
-    recompute   keep only the states between segments for backward; None: where the elements would take over 256 MB
+    recompute   keep only the states between segments for backward; None: by the size of all elements
 
     Returns (outputs, 0 at masked tokens; final state, [B, ...] or [N, ...]).
     """
     inputs = fill_masked(inputs, valid)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
     batch, length = _leading(inputs)
     entry = scan_entries(batch, length, reset=reset, cu_seqlens=cu_seqlens, initial=initial is not None)
     with torch.no_grad():
         size = sum(v.numel() * v.element_size() for v in lift({k: x[:, :1] for k, x in inputs.items()}).values())
-    segment = segment or max(16, min(length, SEGMENT_BYTES // max(size, 1)))
+    kind = "cpu" if next(iter(inputs.values())).device.type == "cpu" else "cuda"
+    segment_bytes, limit = SEGMENT_BYTES[kind], RECOMPUTE_BYTES[kind]
+    segment = segment or max(16, min(length, segment_bytes // max(size, 1)))
     if recompute is None:
-        recompute = size * length > RECOMPUTE_BYTES and length > segment
+        recompute = size * length > limit and length > segment
     ends = None if cu_seqlens is None else _Ends(cu_seqlens, length, segment)
 
     def body(x: Values, v: Any, e: Any, carry: Any, exists: Any, rows: Any) -> tuple[Any, ...]:
@@ -152,6 +155,7 @@ def scan_entries(
     entry = torch.full((batch, length), GO_ON, dtype=torch.int64, device=device)
     if cu_seqlens is not None:
         token = torch.arange(length, device=device)
+        cu_seqlens = cu_seqlens.long()
         row = torch.searchsorted(cu_seqlens, token, right=True) - 1
         starts = cu_seqlens[row] == token
         inside = row < cu_seqlens.numel() - 1

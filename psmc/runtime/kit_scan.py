@@ -106,7 +106,10 @@ def sequential_scan(
     entry: Tensor | None = None,
     previous: bool = False,
 ) -> Scan:
-    """`order: left`: one token after another is the meaning, and the start `empty` is combined with the first token."""
+    """`order: left`: one token after another is the meaning, and the start `empty` is combined with the first token.
+
+    `advance` may read anything of a token: for components that are not among `elements`, `empty` is [*lanes, *dims].
+    """
     live = tuple(empty)
     length = _leading(elements)[1]
     if length == 0:
@@ -122,9 +125,9 @@ def sequential_scan(
             rows, named = _rows(start, initial, None, e)
             state = _pick(e == GO_ON, state, _pick(named, rows, start))
         if v is None or donor is None:
-            state = _fit(advance(state, x), x, live)
+            state = _fit(advance(state, x), state, live)
         else:
-            state = _pick(v, advance(state, _pick(v, x, donor)), state)
+            state = _pick(v, _fit(advance(state, _pick(v, x, donor)), state, live), state)
         states.append(state)
     prefix = {k: torch.stack([s[k] for s in states], 1) for k in live}
     shifted = _previous(prefix, before, None, empty, entry, initial, None) if previous else None
@@ -271,14 +274,16 @@ def _nothing(
     previous: bool,
 ) -> Scan:
     """The scan of no tokens."""
-    prefix = {k: elements[k] for k in empty}
     carry = _start(elements, empty) if carry is None else carry
+    prefix = {k: s.unsqueeze(1)[:, :0] for k, s in carry.items()}
     return Scan(prefix, prefix if previous else None, carry, exists)
 
 
 def _start(elements: Values, empty: Values) -> Values:
     """`empty` as a state of the elements' batch and lanes."""
-    return {k: e.to(elements[k].dtype).expand(elements[k].shape[:1] + elements[k].shape[2:]) for k, e in empty.items()}
+    batch = _leading(elements)[0]
+    shapes = {k: elements[k].shape[2:] if k in elements else e.shape for k, e in empty.items()}
+    return {k: e.to(elements.get(k, e).dtype).expand(batch, *shapes[k]) for k, e in empty.items()}
 
 
 def _fit(values: Values, like: Values, names: tuple[str, ...]) -> Values:

@@ -47,8 +47,8 @@ def tree_scan(
     recompute   keep the operands of each level for backward, not what `combine` computes on the way
     """
     batch, length = next(iter(leaves.values())).shape[:2]
+    position = 0 if counter is None else _common_position(counter)
     counter = counter_start(batch) if counter is None else counter
-    position = _common_position(counter)
     used = leaves if keep or not exclusive else {k: x[:, :-1] for k, x in leaves.items()}
     if recompute:
         rule = combine
@@ -71,8 +71,8 @@ def tree_scan(
 def tree_roots(combine: Merge, leaves: Node, counter: Node | None = None, *, empty: Node) -> list[Node]:
     """What the counter holds after each leaf, level by level: [B, T, ...], the root of 2^k tokens or `empty`."""
     batch, length = next(iter(leaves.values())).shape[:2]
+    position = 0 if counter is None else _common_position(counter)
     counter = counter_start(batch) if counter is None else counter
-    position = _common_position(counter)
     roots = {k: _slot(counter, leaves, "root", k) for k in _bits(position)}
     nodes = _trees(combine, leaves, roots, position)
     levels = []
