@@ -18,6 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psmc.algebra.prover import prove
+from psmc.algebra.verdict import Proved
 from psmc.derive.adjoint import Adjoint, adjoint
 from psmc.derive.realify import realify, split
 from psmc.derive.simplify import make, simplify
@@ -47,10 +49,14 @@ from psmc.ir import (
 )
 from psmc.ir.rewrite import walk
 from psmc.ir.verify import verify
+from psmc.reference.evaluate import Env, run
 from psmc.structure.analyse import analyse
 from psmc.structure.live import live_state
 
 SIZES = defaultdict(lambda: 2, {"D": 3, "K": 4})
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def _where_pair(pick: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -912,6 +918,37 @@ def test_adjoint_of_a_broadcast_sums_over_lanes() -> None:
         torch.testing.assert_close(prefix[adj.cotangent[n]], want, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["ema", "softmax_average", "welford", "lru", "affine2x2", "gla", "mlstm"])
+def test_adjoint_is_proved_associative(name: str) -> None:
+    (agg,) = resolve(parse(read(EXAMPLES / f"{name}.psm")))
+    agg, _ = realify(agg)
+    proof = prove(adjoint(agg, live_state(agg)).aggregator)
+    assert isinstance(proof.associativity, Proved) and isinstance(proof.identity, Proved)
+
+
+@pytest.mark.parametrize("score", [0.3, -math.inf])
+def test_nothing_is_poisoned_by_the_identity(score: float) -> None:
+    """From the identity (m = -inf), and with a token that weighs nothing, every gradient is finite."""
+    (agg,) = resolve(parse(read(EXAMPLES / "softmax_average.psm")))
+    live = live_state(agg)
+
+    def number(value: float) -> torch.Tensor:
+        return torch.tensor([value], dtype=torch.float64)
+
+    start = {"m": 0.5, "u": 1.0, "w": 2.0} if score == -math.inf else {"m": -math.inf, "u": 0.0, "w": 0.0}
+    env = {("prev", n, 0): number(v) for n, v in start.items()}
+    env |= {("input", "score", 0): number(score), ("input", "value", 0): number(2.0)}
+    env |= {("state", n, 0): v for n, v in run(step(agg, live), Env(env, {})).items()}
+    env |= {("let", "d_y", 0): number(1.0)} | {("let", f"d_{n}", 0): number(0.7) for n in "muw"}
+    whole = step_backward(agg, live)
+    out = run(whole.block, Env(env, {}))
+    assert all(bool(v.isfinite().all()) for v in out.values())
+    if score != -math.inf:
+        alone = step_backward(agg, live, first=True)
+        for n, v in run(alone.block, Env(env, {})).items():
+            torch.testing.assert_close(v.expand(1), out[n])
+
+
 # --- random specs --------------------------------------------------------------------------------------
 
 UNARY: list[Callable[[E], E]] = [
@@ -973,7 +1010,6 @@ def test_random_specs(made: tuple[Aggregator, tuple[str, ...]], carried: bool) -
     check_adjoint(*made)
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 DIFFERENTIABLE = sorted(p.stem for p in EXAMPLES.glob("*.psm") if p.stem not in ("transformer_psm", "s5_word"))
 
 
@@ -995,6 +1031,8 @@ def test_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_derivations_do_not_depend_on_the_hash_seed() -> None:
     program = """
+from psmc.algebra.prover import prove
+from psmc.algebra.verdict import Proved
 from psmc.derive.adjoint import adjoint
 from psmc.derive.realify import realify
 from psmc.derive.step import step_backward
