@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -78,17 +77,16 @@ def tree_tokens(
     return look([run.after for run in runs]), before, counter_rows([ends[n] for n in range(count)])
 
 
-@dataclass
 class _Run:
     """Tokens between two restarts of a sequence: those that count; for every token, how many did before and with it."""
 
-    sequence: int
-    continues: bool  # the sequence's first run goes on from its counter
-    tokens: list[int] = field(default_factory=list)
-    seen: list[int] = field(default_factory=list)
-    after: list[int] = field(default_factory=list)
-    before: int = 0  # where the prefix before the run, and the first one in it, are
-    first: int = 0
+    def __init__(self, sequence: int, continues: bool) -> None:
+        self.sequence = sequence
+        self.continues = continues  # the sequence's first run goes on from its counter
+        self.tokens: list[int] = []
+        self.seen: list[int] = []
+        self.after: list[int] = []
+        self.before = self.first = 0  # where the prefix before the run, and the first one in it, are
 
 
 def _runs(bounds: list[int], valid: list[bool] | None, reset: list[bool] | None) -> list[_Run]:
