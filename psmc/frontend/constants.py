@@ -55,7 +55,7 @@ def _arithmetic(op: str, a: Value, b: Value, span: Span) -> Value:
     if op == "pow":
         if b.denominator != 1 or abs(b) > 64 or (a == 0 and b < 0):
             message = "a power in a bound has a whole exponent from -64 to 64, and 0 none below 0"
-        fail("PSM106", message, span, helps=("write the value as a decimal number",))
+            fail("PSM106", message, span, helps=("write the value as a decimal number",))
         result = a ** int(b)
     else:
         result = a + b if op == "add" else a - b if op == "sub" else a * b if op == "mul" else a / b
