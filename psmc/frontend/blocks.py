@@ -9,7 +9,7 @@ from psmc import ir
 from psmc.diagnostics import Label, PsmcError, fail
 from psmc.frontend import surface as sf
 from psmc.frontend.declare import Declarations, check_kind
-from psmc.frontend.elaborate import Elaborator, Env, wrong_rank
+from psmc.frontend.elaborate import Elaborator, Env, check_depth, wrong_rank
 from psmc.frontend.expand import delay
 from psmc.frontend.indices import Indices
 from psmc.frontend.scope import BlockKind, Errors, Handle, Library, Meaning, Namespace, Poisoned, a, suggest
@@ -207,8 +207,7 @@ class BlockResolver:
                 else:
                     self._assign(statement, env)
                 continue
-            if isinstance(statement, sf.Assign):  # it failed: what reads its target stays silent
-                self.poisoned.add(statement.target.text)
+            self.poisoned.update(_targets(statement))  # it failed: what reads them stays silent
 
     def _loop(self, node: sf.For) -> None:
         dim = self.found.dims.get(node.dim.text)
@@ -330,6 +329,7 @@ class BlockResolver:
             if tensor is not None:
                 unknown.over(index, tensor.dims[position], name.span)
         value = unknown.finish(elaborator.expr(node.value, inner))
+        check_depth(value, node.value.span)
         return ir.Assign(node.target.text, tuple(unknown.finished(i) for i in bound), value)
 
     # --- results ----------------------------------------------------------------------------------
@@ -356,6 +356,12 @@ class BlockResolver:
     def missing(self) -> list[str]:
         """Components that were never assigned, nor tried to."""
         return [name for name in self.found.state if name not in self.finals and name not in self.poisoned]
+
+
+def _targets(statement: sf.Statement) -> set[str]:
+    if isinstance(statement, sf.Assign):
+        return {statement.target.text}
+    return set().union(*(_targets(inner) for inner in statement.body))
 
 
 def handle_of(let: ir.Assign) -> Handle:

@@ -206,7 +206,7 @@ class _IdentityScope:
             return None
         if len(self.indices) != rank or len({i.dim for i in self.indices}) != 1:
             shape = "a square matrix, as in A[K, K]" if rank == 2 else "a vector, as in p[N]"
-            fail("PSM222", f"'{name}' is the identity of {shape}", node.span)
+            fail("PSM222", f"'{name}' is the identity of {shape}", node.span, helps=("write a number: = 0",))
         return ir.Eye(*self.indices) if rank == 2 else ir.IndexValue(self.indices[0])
 
     def knows(self, name: str) -> bool:
@@ -249,9 +249,11 @@ def check_kind(value: ir.Expr, tensor: ir.Tensor, span: Span, what: str) -> None
             helps=("turn a condition into a number: where(condition, 1, 0)",),
         )
     if join((value.kind, tensor.kind)) != tensor.kind:
-        help_ = (
-            f"declare it complex: state {tensor.name} : complex"
-            if value.kind == "complex"
-            else f"declare '{tensor.name}' real"
+        declared = f"{tensor.name}{'[' + ', '.join(tensor.dims) + ']' if tensor.dims else ''}"
+        wider = f"state {declared} : complex" if value.kind == "complex" else f"state {declared}"
+        fail(
+            "PSM208",
+            f"component '{tensor.name}' is {tensor.kind}, and {what} is {value.kind}",
+            span,
+            helps=(f"declare it {value.kind}: {wider}",),
         )
-        fail("PSM208", f"component '{tensor.name}' is {tensor.kind}, and {what} is {value.kind}", span, helps=(help_,))

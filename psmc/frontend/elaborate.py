@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NoReturn, Protocol
@@ -11,13 +11,16 @@ from psmc import ir
 from psmc.diagnostics import Label, fail
 from psmc.frontend import surface as sf
 from psmc.frontend.indices import Indices
-from psmc.frontend.scope import Fn, Handle, Library, Meaning, Namespace, callable_ops, suggest
+from psmc.frontend.scope import Fn, Handle, Library, Meaning, Namespace, Poisoned, callable_ops, suggest
 from psmc.ir.canonical import fold
 from psmc.ir.ops import OPS
+from psmc.ir.rewrite import children, walk
 from psmc.source import Span
 
 MAX_NODES = 50_000  # of one aggregator, after macros and loops are expanded
 MAX_DEPTH = 200  # as the parser's, but after macros are expanded
+
+_ARGUMENTS = {"clamp": ("x", "lo", "hi"), "where": ("condition", "a", "b"), "complex": ("re", "im")}
 
 Env = Mapping[str, ir.Sub]  # index variables in scope; a loop variable is an int
 
@@ -29,6 +32,8 @@ class Budget:
         self._left = self._limit = limit
 
     def spend(self, depth: int, span: Span) -> None:
+        if self._left < 0:
+            raise Poisoned  # said already
         self._left -= 1
         if self._left < 0:
             fail(
@@ -38,12 +43,25 @@ class Budget:
                 helps=("use a smaller loop, or fewer nested fns",),
             )
         if depth > MAX_DEPTH:
-            fail(
-                "PSM217",
-                f"this expands to an expression more than {MAX_DEPTH} levels deep",
-                span,
-                helps=("give parts of it a name: let x = …",),
-            )
+            too_deep(span)
+
+
+def too_deep(span: Span) -> NoReturn:
+    fail(
+        "PSM217",
+        f"this expands to an expression more than {MAX_DEPTH} levels deep",
+        span,
+        helps=("give parts of it a name: let x = …",),
+    )
+
+
+def check_depth(root: ir.Expr, span: Span) -> None:
+    """What recurses over the IR later relies on this bound; arguments of fns nest where their bodies use them."""
+    depth: dict[ir.Expr, int] = {}
+    for node in walk(root):
+        depth[node] = 1 + max((depth[c] for c in children(node)), default=0)
+    if depth[root] > MAX_DEPTH:
+        too_deep(span)
 
 
 class Scope(Protocol):
@@ -133,7 +151,7 @@ class Elaborator:
         if value.kind != "int":
             fail(
                 "PSM208",
-                f"a subscript is an index or an int, and this is {value.kind}",
+                f"a subscript is an index or an int, and this is {_kind(value)}",
                 node.span,
                 helps=("declare what is gathered with ': int', as in 'input p[N] : int'",),
             )
@@ -190,12 +208,8 @@ class Elaborator:
             try:
                 body = ir.Reduce(node.op, index, body)
             except TypeError:
-                fail(
-                    "PSM208",
-                    f"'{node.op}' cannot reduce a {body.kind} value",
-                    node.body.span,
-                    label=f"this is {body.kind}",
-                )
+                helps = _advice(node.op, [body.kind])
+                fail("PSM208", f"'{node.op}' does not reduce {_kind(body)}", node.body.span, helps=helps)
         return body
 
     def bind(self, name: sf.Name, env: Env) -> ir.Index:
@@ -232,7 +246,7 @@ class Elaborator:
                     hint = (f"'{name}' is a tensor; subscripts take square brackets: {name}[…]",)
                 fail("PSM201", f"unknown function '{name}'", node.fn.span, helps=hint)
             return expand(self, fn, node, env, depth)
-        check_arguments(node, info.arity)
+        check_arguments(node, _ARGUMENTS.get(name, ("x", "y")[: info.arity]))
         if node.subs is not None:
             fail("PSM203", f"'{name}' gives a number, which takes no subscripts", node.span)
         args: list[ir.Expr] = []
@@ -241,7 +255,7 @@ class Elaborator:
         return self._op(name, tuple(args), node.span)
 
     def _eye(self, node: sf.Call, env: Env, depth: int) -> ir.Expr:
-        check_arguments(node, 2)
+        check_arguments(node, ("i", "j"))
         row, col = (self.sub(arg, None, env, depth + 1) for arg in node.args)
         if isinstance(row, int) and isinstance(col, int):
             return ir.Const(Fraction(int(row == col)))
@@ -257,14 +271,17 @@ def number(sub: ir.Sub) -> ir.Expr:
     return ir.Const(Fraction(sub)) if isinstance(sub, int) else sub
 
 
-def check_arguments(node: sf.Call, expected: int) -> None:
-    if len(node.args) != expected:
-        fail(
-            "PSM218",
-            f"'{node.fn.text}' takes {expected} argument{'s' if expected != 1 else ''}, and {len(node.args)} "
-            f"{'are' if len(node.args) != 1 else 'is'} given",
-            node.span,
-        )
+def check_arguments(node: sf.Call, names: Sequence[str]) -> None:
+    """Fail unless there is one argument per name."""
+    if len(node.args) == len(names):
+        return
+    given = f"{len(node.args)} {'is' if len(node.args) == 1 else 'are'} given"
+    fail(
+        "PSM218",
+        f"'{node.fn.text}' takes {len(names)} argument{'s' if len(names) != 1 else ''}, and {given}",
+        node.span,
+        helps=(f"write {node.fn.text}({', '.join(names)})",),
+    )
 
 
 def wrong_rank(node: sf.Access, handle: Handle, given: int, brackets: bool) -> NoReturn:
@@ -285,17 +302,21 @@ def wrong_rank(node: sf.Access, handle: Handle, given: int, brackets: bool) -> N
 
 def kinds_refused(op: str, args: tuple[ir.Expr, ...], span: Span) -> NoReturn:
     """An operator applied to kinds it does not take."""
-    kinds = [arg.kind for arg in args]
-    spelled = OPS[op].symbol or op
-    text = f"'{spelled}' does not take {' and '.join(kinds) if len(kinds) < 3 else ', '.join(kinds)}"
+    kinds = [_kind(arg) for arg in args]
+    taken = " and ".join(kinds) if len(kinds) < 3 else ", ".join(kinds)
+    helps = _advice(op, [arg.kind for arg in args])
+    fail("PSM208", f"'{OPS[op].symbol or op}' does not take {taken}", span, helps=helps)
+
+
+def _kind(expr: ir.Expr) -> str:
+    return {"bool": "a condition", "int": "an int"}.get(expr.kind, f"a {expr.kind}")
+
+
+def _advice(op: str, kinds: Sequence[ir.Kind]) -> tuple[str, ...]:
+    if op == "where" and kinds[0] != "bool":
+        return ("the first argument is a condition, as in where(x > 0, a, b)",)
+    if op in ("and", "or", "not"):
+        return ("logic joins conditions, as in x > 0 and y > 0",)
     if "bool" in kinds:
-        helps = ("turn a condition into a number: where(condition, 1, 0)",)
-        if op == "where" and kinds[0] != "bool":
-            helps = ("the first argument is a condition, as in where(x > 0, a, b)",)
-    elif op in ("and", "or", "not"):
-        helps = ("logic joins conditions, as in x > 0 and y > 0",)
-    elif op == "where":
-        helps = ("the first argument is a condition, as in where(x > 0, a, b)",)
-    else:
-        helps = ("take a real part first: real(z), imag(z) or abs(z)",)
-    fail("PSM208", text, span, helps=helps)
+        return ("turn a condition into a number: where(condition, 1, 0)",)
+    return ("take a real part first: real(z), imag(z) or abs(z)",)

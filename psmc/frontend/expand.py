@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from psmc import ir
-from psmc.diagnostics import Label, PsmcError, fail
+from psmc.diagnostics import Diagnostic, Label, PsmcError, fail
 from psmc.frontend import surface as sf
-from psmc.frontend.elaborate import Elaborator, Env, Scope, check_arguments, wrong_rank
+from psmc.frontend.elaborate import Elaborator, Env, Scope, check_arguments
 from psmc.frontend.scope import Fn, Handle, Library, Meaning, Namespace, suggest
 from psmc.ir.ops import OPS
+
+MAX_USES_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def expand(caller: Elaborator, fn: Fn, node: sf.Call, env: Env, depth: int) -> i
             labels=(Label(fn.node.name.span, "defined here"),),
             helps=("fns are expanded in place and cannot recurse; a recurrence over time is 'recurrence { … }'",),
         )
-    check_arguments(node, len(fn.node.params))
+    check_arguments(node, [p.text for p, _ in fn.node.params])
     if len(node.subs or ()) != len(fn.node.indices):
         _wrong_subscripts(fn, node)
     bound: dict[str, Meaning] = {}
@@ -137,9 +139,13 @@ def expand(caller: Elaborator, fn: Fn, node: sf.Call, env: Env, depth: int) -> i
         return body.expr(fn.node.value, inner, depth + 1)
     except PsmcError as error:
         place = Label(node.span, f"'{name}' is used here")
-        raise PsmcError(
-            *(replace(d, labels=(*d.labels, place)) if place not in d.labels else d for d in error.diagnostics)
-        ) from None
+        raise PsmcError(*(_used_at(d, place) for d in error.diagnostics)) from None
+
+
+def _used_at(diagnostic: Diagnostic, place: Label) -> Diagnostic:
+    """Of nested uses the innermost and the outermost are shown."""
+    labels = diagnostic.labels if len(diagnostic.labels) < MAX_USES_SHOWN else diagnostic.labels[:-1]
+    return replace(diagnostic, labels=(*labels, place))
 
 
 def _wrong_subscripts(fn: Fn, node: sf.Call) -> None:
@@ -168,5 +174,6 @@ def _tensor(caller: Elaborator, arg: sf.ExprNode, env: Env, param: sf.Name, dims
     if not isinstance(meaning, Handle):
         fail("PSM218", f"this argument is the tensor {expected}, and '{arg.name.text}' is a number", arg.span)
     if len(meaning.dims) != len(dims):
-        wrong_rank(arg, meaning, len(dims), True)
+        found = f"has {len(meaning.dims)} dims" if meaning.dims else "is a scalar"
+        fail("PSM218", f"this argument is the tensor {expected}, and '{arg.span.text}' {found}", arg.span)
     return meaning

@@ -23,6 +23,7 @@ class _ConstScope:
 
     library: Library
     pending: dict[str, sf.Const]
+    others: frozenset[str]  # what else an aggregator declares
     resolving: list[str] = field(default_factory=list)
 
     def read(self, node: sf.Access) -> Meaning:
@@ -40,7 +41,7 @@ class _ConstScope:
                 self.resolve(name)
             if name in self.library.consts:
                 return self.library.consts[name]
-        if not self.knows(name):
+        if not self.knows(name) and name not in self.others:
             fail(
                 "PSM201",
                 f"unknown const '{name}'",
@@ -77,7 +78,13 @@ class _ConstScope:
         return None
 
 
-def extend(base: Library, consts: Iterable[sf.Const], fns: Iterable[sf.Fn], errors: Errors) -> Library:
+def extend(
+    base: Library,
+    consts: Iterable[sf.Const],
+    fns: Iterable[sf.Fn],
+    errors: Errors,
+    others: frozenset[str] = frozenset(),
+) -> Library:
     """`base` and the definitions given; `base` itself is left alone. Order does not matter."""
     library = Library(dict(base.fns), dict(base.consts), dict(base.const_spans))
     pending: dict[str, sf.Const] = {}
@@ -93,7 +100,7 @@ def extend(base: Library, consts: Iterable[sf.Const], fns: Iterable[sf.Fn], erro
             _check_new(node.name, known.node.name.span if known else None, "fn")
             added.append(Fn(node, library))
             library.fns[node.name.text] = added[-1]
-    scope = _ConstScope(library, pending)
+    scope = _ConstScope(library, pending, others)
     for name in list(pending):
         if name in pending:
             with errors:

@@ -48,7 +48,8 @@ def _aggregator(node: sf.Aggregator, outer: Library) -> ir.Aggregator:
     errors = Errors()
     consts = [i for i in node.items if isinstance(i, sf.Const)]
     fns = [i for i in node.items if isinstance(i, sf.Fn)]
-    library = extend(outer, consts, fns, errors) if consts or fns else outer
+    others = frozenset(i.name.text for i in node.items if isinstance(i, sf.Dim | sf.Declared))
+    library = extend(outer, consts, fns, errors, others) if consts or fns else outer
     found = declare(node, library, errors)
     found.origin["name"] = node.name.span
     state = components(node, found, errors)

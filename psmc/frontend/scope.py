@@ -82,7 +82,11 @@ class Errors:
     def flush(self) -> None:
         """Raise everything found so far, if anything."""
         if self._found:
-            raise PsmcError(*self._found[: self.LIMIT])
+            raise PsmcError(*sorted(self._found, key=_place)[: self.LIMIT])
+
+
+def _place(diagnostic: Diagnostic) -> tuple[str, int]:
+    return (diagnostic.span.source.name, diagnostic.span.start) if diagnostic.span else ("", -1)
 
 
 class Poisoned(Exception):
