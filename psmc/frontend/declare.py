@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from psmc import ir
 from psmc.diagnostics import Label, fail
 from psmc.frontend import surface as sf
-from psmc.frontend.elaborate import Budget, Elaborator
+from psmc.frontend.budget import Budget
+from psmc.frontend.elaborate import Elaborator
 from psmc.frontend.expand import delay
 from psmc.frontend.indices import Indices
 from psmc.frontend.scope import Errors, Handle, Library, Meaning, Namespace, check_argument, suggest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NoReturn, Protocol
@@ -10,58 +10,17 @@ from typing import NoReturn, Protocol
 from psmc import ir
 from psmc.diagnostics import Label, fail
 from psmc.frontend import surface as sf
+from psmc.frontend.budget import Budget
 from psmc.frontend.indices import Indices
-from psmc.frontend.scope import Fn, Handle, Library, Meaning, Namespace, Poisoned, callable_ops, suggest
+from psmc.frontend.misuse import check_arguments, kind_advice, kind_text, kinds_refused, wrong_rank
+from psmc.frontend.scope import Fn, Library, Meaning, Namespace, callable_ops, suggest
 from psmc.ir.canonical import fold
 from psmc.ir.ops import OPS
-from psmc.ir.rewrite import children, walk
 from psmc.source import Span
-
-MAX_NODES = 50_000  # of one aggregator, after macros and loops are expanded
-MAX_DEPTH = 200  # as the parser's, but after macros are expanded
 
 _ARGUMENTS = {"clamp": ("x", "lo", "hi"), "where": ("condition", "a", "b"), "complex": ("re", "im")}
 
 Env = Mapping[str, ir.Sub]  # index variables in scope; a loop variable is an int
-
-
-class Budget:
-    """How much expansion one aggregator has left."""
-
-    def __init__(self, limit: int = MAX_NODES) -> None:
-        self._left = self._limit = limit
-
-    def spend(self, depth: int, span: Span) -> None:
-        if self._left < 0:
-            raise Poisoned  # said already
-        self._left -= 1
-        if self._left < 0:
-            fail(
-                "PSM217",
-                f"this expands to more than {self._limit:,} operations",
-                span,
-                helps=("use a smaller loop, or fewer nested fns",),
-            )
-        if depth > MAX_DEPTH:
-            too_deep(span)
-
-
-def too_deep(span: Span) -> NoReturn:
-    fail(
-        "PSM217",
-        f"this expands to an expression more than {MAX_DEPTH} levels deep",
-        span,
-        helps=("give parts of it a name: let x = …",),
-    )
-
-
-def check_depth(root: ir.Expr, span: Span) -> None:
-    """What recurses over the IR later relies on this bound; arguments of fns nest where their bodies use them."""
-    depth: dict[ir.Expr, int] = {}
-    for node in walk(root):
-        depth[node] = 1 + max((depth[c] for c in children(node)), default=0)
-    if depth[root] > MAX_DEPTH:
-        too_deep(span)
 
 
 class Scope(Protocol):
@@ -151,7 +110,7 @@ class Elaborator:
         if value.kind != "int":
             fail(
                 "PSM208",
-                f"a subscript is an index or an int, and this is {_kind(value)}",
+                f"a subscript is an index or an int, and this is {kind_text(value)}",
                 node.span,
                 helps=("declare what is gathered with ': int', as in 'input p[N] : int'",),
             )
@@ -208,8 +167,8 @@ class Elaborator:
             try:
                 body = ir.Reduce(node.op, index, body)
             except TypeError:
-                helps = _advice(node.op, [body.kind])
-                fail("PSM208", f"'{node.op}' does not reduce {_kind(body)}", node.body.span, helps=helps)
+                helps = kind_advice(node.op, [body.kind])
+                fail("PSM208", f"'{node.op}' does not reduce {kind_text(body)}", node.body.span, helps=helps)
         return body
 
     def bind(self, name: sf.Name, env: Env) -> ir.Index:
@@ -269,54 +228,3 @@ def number(sub: ir.Sub) -> ir.Expr:
     if isinstance(sub, ir.Index):
         return ir.IndexValue(sub)
     return ir.Const(Fraction(sub)) if isinstance(sub, int) else sub
-
-
-def check_arguments(node: sf.Call, names: Sequence[str]) -> None:
-    """Fail unless there is one argument per name."""
-    if len(node.args) == len(names):
-        return
-    given = f"{len(node.args)} {'is' if len(node.args) == 1 else 'are'} given"
-    fail(
-        "PSM218",
-        f"'{node.fn.text}' takes {len(names)} argument{'s' if len(names) != 1 else ''}, and {given}",
-        node.span,
-        helps=(f"write {node.fn.text}({', '.join(names)})",),
-    )
-
-
-def wrong_rank(node: sf.Access, handle: Handle, given: int, brackets: bool) -> NoReturn:
-    """A tensor read with the wrong number of subscripts."""
-    name = (f"{node.owner.text}." if node.owner else "") + node.name.text
-    declared = f"{name}[{', '.join(handle.dims)}]" if handle.dims else f"the scalar {name}"
-    rank = len(handle.dims)
-    example = f"write {name}[{', '.join('ijmnpstu'[:rank])}]" if 0 < rank <= 8 else f"write {name} without brackets"
-    fail(
-        "PSM203",
-        f"'{name}' takes {rank or 'no'} subscript{'s' if rank != 1 else ''}, and "
-        f"{given if brackets else 'none'} {'are' if given != 1 else 'is'} given",
-        node.span,
-        label=f"this is {declared}",
-        helps=(example,),
-    )
-
-
-def kinds_refused(op: str, args: tuple[ir.Expr, ...], span: Span) -> NoReturn:
-    """An operator applied to kinds it does not take."""
-    kinds = [_kind(arg) for arg in args]
-    taken = " and ".join(kinds) if len(kinds) < 3 else ", ".join(kinds)
-    helps = _advice(op, [arg.kind for arg in args])
-    fail("PSM208", f"'{OPS[op].symbol or op}' does not take {taken}", span, helps=helps)
-
-
-def _kind(expr: ir.Expr) -> str:
-    return {"bool": "a condition", "int": "an int"}.get(expr.kind, f"a {expr.kind}")
-
-
-def _advice(op: str, kinds: Sequence[ir.Kind]) -> tuple[str, ...]:
-    if op == "where" and kinds[0] != "bool":
-        return ("the first argument is a condition, as in where(x > 0, a, b)",)
-    if op in ("and", "or", "not"):
-        return ("logic joins conditions, as in x > 0 and y > 0",)
-    if "bool" in kinds:
-        return ("turn a condition into a number: where(condition, 1, 0)",)
-    return ("take a real part first: real(z), imag(z) or abs(z)",)

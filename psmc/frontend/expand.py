@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from psmc import ir
 from psmc.diagnostics import Diagnostic, Label, PsmcError, fail
 from psmc.frontend import surface as sf
-from psmc.frontend.elaborate import Elaborator, Env, Scope, check_arguments
+from psmc.frontend.elaborate import Elaborator, Env, Scope
+from psmc.frontend.misuse import check_arguments
 from psmc.frontend.scope import Fn, Handle, Library, Meaning, Namespace, suggest
 from psmc.ir.ops import OPS
 

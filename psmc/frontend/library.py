@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from psmc.diagnostics import Label, fail
 from psmc.frontend import surface as sf
-from psmc.frontend.elaborate import Budget, Elaborator
+from psmc.frontend.budget import Budget
+from psmc.frontend.elaborate import Elaborator
 from psmc.frontend.expand import check_fn
 from psmc.frontend.indices import Indices
 from psmc.frontend.scope import Errors, Fn, Library, Meaning, Namespace, suggest

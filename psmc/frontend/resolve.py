@@ -8,6 +8,7 @@ from typing import TypeVar
 from psmc import ir
 from psmc.diagnostics import Label, fail
 from psmc.frontend import surface as sf
+from psmc.frontend.block_scope import BlockScope
 from psmc.frontend.blocks import BlockResolver
 from psmc.frontend.declare import Declarations, components, declare
 from psmc.frontend.library import Load, extend, file_library
@@ -203,7 +204,8 @@ def _block(
     used: set[str],
 ) -> ir.Block:
     found.origin[kind] = section.span
-    resolver = BlockResolver(found, kind, errors, taken=set(found.names.names()))
+    scope = BlockScope(found, kind)
+    resolver = BlockResolver(scope, errors)
     if isinstance(section, sf.Combine):
         if section.left.text == section.right.text:
             fail(
@@ -212,9 +214,9 @@ def _block(
                 section.right.span,
                 helps=("name them apart: combine (l, r)",),
             )
-        resolver.operands = {section.left.text: "left", section.right.text: "right"}
+        scope.operands = {section.left.text: "left", section.right.text: "right"}
     resolver.run(section.body)
-    used.update(resolver.shared)
+    used.update(scope.shared)
     missing = resolver.missing()
     if missing:
         shown = "; ".join(f"{m}{_subscripts(len(found.state[m].dims))} = …" for m in missing)
@@ -235,13 +237,14 @@ def _subscripts(rank: int) -> str:
 
 def _readout(node: sf.Aggregator, found: Declarations, errors: Errors, used: set[str]) -> ir.Block:
     """The outputs; lets that no block reads are checked here, where all names can be read."""
-    resolver = BlockResolver(found, "output", errors, taken=set(found.names.names()))
+    scope = BlockScope(found, "output")
+    resolver = BlockResolver(scope, errors)
     resolver.run(tuple(a for item in node.items if isinstance(item, sf.Output) for a in item.body))
     block = resolver.block()
     for name, let in found.lets.items():
-        if name not in used and name not in resolver.shared:
+        if name not in used and name not in scope.shared:
             with errors:
-                resolver.read(sf.Access(None, let.target, None, 0, let.target.span))
+                scope.read(sf.Access(None, let.target, None, 0, let.target.span))
     return block
 
 
