@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import cmath
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from psmc.diagnostics import fail
@@ -19,8 +19,8 @@ from psmc.frontend.symbolic import Array, apply, node_of
 
 __all__ = [
     "abs", "arange", "clamp", "complex", "conj", "const", "cos", "einsum", "erf", "exp", "expm1", "eye", "gelu", "imag",
-    "inf", "let", "log", "log1p", "logaddexp", "logsigmoid", "maximum", "minimum", "outer", "real", "relu", "rsqrt", "sigmoid",
-    "sign", "silu", "sin", "softplus", "sqrt", "stop", "tanh", "where",
+    "inf", "let", "log", "log1p", "logaddexp", "logsigmoid", "maximum", "minimum", "outer", "real", "relu", "rsqrt",
+    "sigmoid", "sign", "silu", "sin", "softplus", "sqrt", "stop", "tanh", "where",
 ]  # fmt: skip
 
 inf = math.inf
@@ -309,11 +309,3 @@ def _dim(value: Any, what: str) -> str:
     if not isinstance(node, arrays.Scalar) or node.dim is None:
         fail("PSM257", f"{what} takes a dim, not a value", here(), helps=(f"write {what}(x.dims.K).",))
     return node.dim
-
-
-def _check_tables() -> Sequence[str]:
-    """Operators of the language that have no function here (a test wants none)."""
-    from psmc.ir.ops import OPS
-
-    spelled = {"max": "maximum", "min": "minimum"}
-    return [n for n, info in OPS.items() if info.symbol is None and spelled.get(n, n) not in __all__]

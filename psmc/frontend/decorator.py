@@ -96,6 +96,8 @@ class _Tracer:
         self.at: Decoration = decoration(cls, functions)
         self._check_methods(own)
         text = snake_case(cls.__name__) if name is None else name
+        if name is None and name_problem(text, None) is not None:
+            text = cls.__name__  # Sum: 'sum' is a word of the language
         span = self.at.span if name is None else self.at.argument("name")
         self.name = sf.Name(text, span)
         problem = name_problem(text, span) if isinstance(text, str) else None

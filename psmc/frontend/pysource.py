@@ -8,7 +8,9 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
+from threading import Lock
 from types import CodeType, FrameType, FunctionType, TracebackType
 
 from psmc.source import MAX_SOURCE_BYTES, SourceFile, Span
@@ -30,7 +32,8 @@ _OURS = frozenset(
     )
 )
 _NO_SOURCE = "(source not available)"
-# By file name: linecache's list of lines and the text made of it. Equal lists mean an unchanged file.
+_parsing = Lock()  # CPython 3.11's ast.parse counts its recursion in one place for all threads
+# By file name: linecache's list of lines and the text made of it. The same list means an unchanged file.
 _known: dict[str, tuple[list[str], SourceFile]] = {}
 
 
@@ -153,9 +156,8 @@ def decoration(cls: type, functions: list[FunctionType]) -> Decoration:
         nearby = of_function(fn)
         break
     source = nearby.source
-    try:
-        tree = ast.parse(source.text)
-    except (SyntaxError, ValueError, RecursionError):
+    tree = _tree(source)
+    if tree is None:
         return Decoration(source, nearby, {})
     line = source.position(nearby.start)[0]
     inside: ast.ClassDef | None = None
@@ -171,6 +173,16 @@ def decoration(cls: type, functions: list[FunctionType]) -> Decoration:
     start = _offset(source, inside.lineno, inside.col_offset)
     span = Span(source, start, start + len(f"class {inside.name}"))
     return Decoration(source, span, dict(_keywords(inside)))
+
+
+@lru_cache(maxsize=32)
+def _tree(source: SourceFile) -> ast.Module | None:
+    """None for text that is not a Python module (a notebook's magics, a deeper nesting than the parser takes)."""
+    with _parsing:
+        try:
+            return ast.parse(source.text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
 
 
 def _lines(node: ast.ClassDef) -> int:
