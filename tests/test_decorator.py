@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import math
+import os
 import runpy
 import threading
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 import psmc
 from psmc import ir, lang
 from psmc.diagnostics import PsmcError
+from psmc.diagnostics.catalogue import CATALOGUE
 from psmc.frontend.decorator import extern, snake_case, trace
 from psmc.frontend.psm import parse, read
 from psmc.frontend.resolve import resolve
@@ -545,3 +547,27 @@ def test_snake_case() -> None:
     names = {"GLA": "gla", "GatedDeltanet": "gated_deltanet", "GLARecurrence": "gla_recurrence", "S4D": "s4d",
              "Mamba2": "mamba2", "RgLru": "rg_lru", "my_spec": "my_spec"}  # fmt: skip
     assert {n: snake_case(n) for n in names} == names
+
+
+# --- pinned texts: PSMC_PIN=1 writes them -------------------------------------------------------
+
+BAD_PYTHON = Path(__file__).parent / "bad_python"
+
+
+@pytest.mark.parametrize("path", sorted(BAD_PYTHON.glob("*.py")), ids=lambda p: p.stem)
+def test_bad_classes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(BAD_PYTHON)
+    monkeypatch.setattr(psmc, "aggregator", lambda **a: lambda cls: resolve(trace(cls, **a)), raising=False)
+    with pytest.raises(PsmcError) as caught:
+        runpy.run_path(str(path))
+    text = f"{caught.value}\n"
+    assert f"[{path.stem[:6]}]" in text
+    pinned = path.with_suffix(".txt")
+    if os.environ.get("PSMC_PIN"):
+        pinned.write_text(text, encoding="utf-8")
+    assert text == pinned.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", [c for c in CATALOGUE if "PSM250" <= c <= "PSM258"])
+def test_every_code_has_a_bad_class(code: str) -> None:
+    assert any(p.name.startswith(code) for p in BAD_PYTHON.glob("*.txt"))

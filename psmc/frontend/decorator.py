@@ -180,7 +180,8 @@ class _Tracer:
         fail("PSM108", f"'associative' is True, False or 'assume', not {value!r:.40}", self.at.argument("associative"))
 
     def _argument(self, key: str, wanted: str, value: object) -> NoReturn:
-        fail("PSM258", f"'{key}' is {wanted}, not a {type(value).__name__}", self.at.argument(key))
+        help_ = "write it as in a .psm file: declarations side by side in one string."
+        fail("PSM258", f"'{key}' is {wanted}, not a {type(value).__name__}", self.at.argument(key), helps=(help_,))
 
     def _shapes(self, items: list[sf.Item]) -> Declared:
         def of(role: str) -> dict[str, tuple[str | None, ...]]:
