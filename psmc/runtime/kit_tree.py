@@ -148,7 +148,7 @@ def counter_bytes(counter: Node) -> int:
 
 def counter_rows(parts: list[tuple[Node, int]]) -> Node:
     """A counter of chosen streams: row `b` of counter `c` for each (c, b)."""
-    position = torch.stack([c["position"][b] for c, b in parts])
+    position = torch.stack([c["position"].cpu()[b] for c, b in parts])  # some may have moved to a device
     bits = {k for p in position.tolist() for k in _bits(p)}
     found = {key: x[0] for c, _ in parts for key, x in c.items() if key != "position"}
     chosen = {"position": position}
