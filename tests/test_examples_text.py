@@ -13,6 +13,7 @@ from psmc.algebra.prover import prove
 from psmc.algebra.verdict import Proved, Refuted
 from psmc.derive.lifting import lifted
 from psmc.diagnostics import PsmcError
+from psmc.frontend.pretty import format_source
 from psmc.frontend.psm import parse, read
 from psmc.frontend.resolve import resolve
 from psmc.ir.text import show
@@ -40,6 +41,7 @@ def test_each_spec_is_sound_text(path: Path) -> None:
     for place in (text.split("\naggregator ")[0], agg.doc):
         assert re.search(r"\b(19|20)\d\d\b", place), "a citation in the comment on top and in the docstring"
     assert max(map(len, text.splitlines())) <= 120
+    assert format_source(read(path)) == text, "as psmc fmt writes it"
     (again,) = resolve(parse(SourceFile("shown.psm", show(agg))))
     assert again == agg
 
