@@ -5,18 +5,20 @@ To add one: write the .psm file, run this test with PSMC_PIN=1, and read what it
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from psmc.algebra.prover import prove
+from psmc.algebra.report import diagnostic_for
+from psmc.derive.lifting import lifted
 from psmc.diagnostics import Diagnostic, Label, PsmcError, fail, render
 from psmc.diagnostics.catalogue import CATALOGUE
 from psmc.frontend import psm
+from psmc.frontend.resolve import resolve
 from psmc.source import SourceFile, Span
 
 ROOT = Path(__file__).parent.parent
@@ -24,28 +26,15 @@ BAD = Path(__file__).parent / "bad"
 FILES = sorted(BAD.glob("*.psm"))
 PIN = bool(os.environ.get("PSMC_PIN"))
 
-# What each resolved aggregator goes through: (module, function).
-STAGES = (("psmc.derive.lifting", "lifted"),)
-
-
-def stage(module: str, name: str) -> Callable[..., Any] | None:
-    try:
-        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
-    except ModuleNotFoundError as error:
-        if error.name is not None and module.startswith(error.name):
-            return None
-        raise
-
 
 def diagnose(name: str) -> str:
-    """What a user sees who compiles the file: all diagnostics, or nothing."""
+    """What a user sees who checks the file: all diagnostics, or nothing."""
     try:
-        surface = psm.parse(psm.read(name))
-        resolve = stage("psmc.frontend.resolve", "resolve")
-        for agg in resolve(surface) if resolve else ():
-            for module, function in STAGES:
-                step = stage(module, function)
-                agg = step(agg) if step else agg
+        for agg in resolve(psm.parse(psm.read(name))):
+            lifted_agg = lifted(agg)
+            found = diagnostic_for(lifted_agg, prove(lifted_agg))
+            if found is not None:
+                raise PsmcError(found)
     except PsmcError as error:
         return f"{error}\n"
     return ""

@@ -125,6 +125,20 @@ def test_assets_stay_inside_their_directory() -> None:
         assets.text("grammar", "../README.md")
 
 
+def test_assets_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site-packages" / "psmc"
+    (package / "_grammar").mkdir(parents=True)
+    (package / "_grammar" / "psm.lark").write_text("installed", encoding="utf-8")
+    monkeypatch.setattr(assets, "_PACKAGE", package)
+    assets.directory.cache_clear()
+    try:
+        assert assets.text("grammar", "psm.lark") == "installed"
+        with pytest.raises(FileNotFoundError, match="not installed completely"):
+            assets.text("templates", "kernel.py.j2")
+    finally:
+        assets.directory.cache_clear()
+
+
 # --- what parses to what --------------------------------------------------------------------------
 
 

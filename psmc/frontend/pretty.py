@@ -6,7 +6,7 @@ one that follows code on its line trails that unit, any other leads the next.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 
 from lark import Token
 
@@ -56,10 +56,17 @@ class _Layout:
 
     def _braces(self, span: Span, depth: int, head: str) -> Unit:
         """The opening unit; the caller adds the body, then `_close`."""
-        opening = next(t for t in self._code[self._at(span.start) :] if t == "{")
+        opening = self._opening(span)
         unit = Unit(span.start, opening.end_pos or 0, depth, head + " {", opens=True)
         self.units.append(unit)
         return unit
+
+    def _opening(self, span: Span) -> Token:
+        """The first '{' from the beginning of a section on."""
+        at = self._at(span.start)
+        while self._code[at] != "{":
+            at += 1
+        return self._code[at]
 
     def _close(self, span: Span, depth: int) -> None:
         self.units.append(Unit(span.end - 1, span.end, depth, "}", closes=True))
@@ -91,8 +98,11 @@ class _Layout:
         here = self._at(item.name.span.start)
         before = self._code[here - 1]
         last = self._code[here - 2]
-        commented = any((last.end_pos or 0) <= c < item.name.span.start for c in self._comments)
-        return before.type == "COMMA" and not commented
+        return before.type == "COMMA" and not self._commented(last.end_pos or 0, item.name.span.start)
+
+    def _commented(self, start: int, end: int) -> bool:
+        """Does a comment begin in source.text[start:end]?"""
+        return bisect_left(self._comments, start) < bisect_left(self._comments, end)
 
     def _clause(self, clause: list[s.Dim] | list[s.Declared]) -> None:
         """`input a, b`, as several clauses where one is too long."""
@@ -153,7 +163,7 @@ class _Layout:
 
     def _one_line(self, span: Span, depth: int, head: str, body: tuple[s.Statement, ...]) -> bool:
         """A block of one statement that was written on one line stays there, if it fits."""
-        opening = next(t for t in self._code[self._at(span.start) :] if t == "{")
+        opening = self._opening(span)
         if len(body) != 1 or isinstance(body[0], s.For) or "\n" in span.source.text[opening.start_pos : span.end]:
             return False
         line = f"{head} {{ {_target(body[0])}{text(body[0].value)} }}"
@@ -169,7 +179,7 @@ class _Layout:
 
     def _output(self, item: s.Output, depth: int) -> None:
         line = "output " + ", ".join(f"{a.target.text}{names(a.indices)} = {text(a.value)}" for a in item.body)
-        commented = any(item.span.start < c < item.span.end for c in self._comments)
+        commented = self._commented(item.body[0].span.end, item.span.end)
         if len(item.body) == 1 or (len(INDENT) * depth + len(line) <= WIDTH and not commented):
             if len(item.body) == 1:
                 self._assign(item.body[0], depth, "output ", start=item.span.start)
