@@ -38,7 +38,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "name used twice",
         "Indices, dims, inputs, params, state, consts and lets of an aggregator share one namespace.",
     ),
-    "PSM203": ("wrong number of subscripts", "A tensor takes one subscript per dim it was declared with; a scalar takes none."),
+    "PSM203": (
+        "wrong number of subscripts",
+        "A tensor takes one subscript per dim it was declared with; a scalar takes none.",
+    ),
     "PSM204": (
         "unknown index",
         "An index variable is bound by the left-hand side or by a reduction: a[i] = …, sum[i] …",
@@ -70,29 +73,63 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "PSM215": ("cyclic definition", "A let or const may not depend on itself."),
     "PSM216": ("recursive fn", "A fn is expanded in place, so it cannot use itself."),
-    "PSM217": ("expansion too large", "Macros and loops expand to a bounded number of operations, 200 levels deep at most."),
-    "PSM218": ("wrong arguments", "Functions take a fixed number of arguments; tensors are passed by their bare names."),
+    "PSM217": (
+        "expansion too large",
+        "Macros and loops expand to a bounded number of operations, 200 levels deep at most.",
+    ),
+    "PSM218": (
+        "wrong arguments",
+        "Functions take a fixed number of arguments; tensors are passed by their bare names.",
+    ),
     "PSM220": ("loop that cannot be unrolled", "'for r in R' needs a dim of fixed size, at most 64: dim R = 2."),
     "PSM221": ("misplaced tap", "Taps x{-1} read inputs, 1 to 64 tokens back."),
     "PSM222": ("unusable identity element", "Every component has '= …' over numbers, consts, dims, 'eye' and 'iota'."),
     "PSM223": ("interval of complex values", "Intervals bound real and int values; complex ones have no order."),
     "PSM224": ("file that cannot be used", "'use' reads the fns and consts of another file, without cycles."),
     "PSM225": ("const that is not constant", "A const is made of numbers and other consts."),
-    "PSM226": ("reserved argument name", "Inputs and params may not be called like a keyword of the compiled function."),
+    "PSM226": (
+        "reserved argument name",
+        "Inputs and params may not be called like a keyword of the compiled function.",
+    ),
     "PSM227": ("literal subscript out of range", "A literal position needs a dim of fixed size that holds it."),
     "PSM229": ("dim of unknown size", "A dim without a fixed size takes it from an input or a param."),
-    "PSM250": ("shapes that do not fit", "In a traced method, shapes broadcast from the right as in numpy, over dim names instead of sizes."),
-    "PSM251": ("value of another shape", "A method returns each component with the dims it is declared with; a scalar fills them all."),
+    "PSM250": (
+        "shapes that do not fit",
+        "In a traced method, shapes broadcast from the right as in numpy, over dim names instead of sizes.",
+    ),
+    "PSM251": (
+        "value of another shape",
+        "A method returns each component with the dims it is declared with; a scalar fills them all.",
+    ),
     "PSM252": (
         "traced array used as a value",
         "A method runs once, on arrays whose numbers are not known yet: no if, float(), iteration, numpy or torch call on them.",
     ),
-    "PSM253": ("wrong result of a method", "Methods return a dict of named arrays; 'output' may return one bare array."),
+    "PSM253": (
+        "wrong result of a method",
+        "Methods return a dict of named arrays; 'output' may return one bare array.",
+    ),
     "PSM254": ("exception in a traced method", "The method's own Python code raised; the exception is chained."),
-    "PSM255": ("wrong method", "An aggregator class has let(x), lift(x), combine(l, r), recurrence(s, x), output(s, x): no self."),
+    "PSM255": (
+        "wrong method",
+        "An aggregator class has let(x), lift(x), combine(l, r), recurrence(s, x), output(s, x): no self.",
+    ),
     "PSM256": ("array of another method", "A traced method reads its own arguments only."),
-    "PSM257": ("unusable subscript or axis", "Subscripts are ':', None, '...', whole numbers and one int array; axes are whole numbers."),
+    "PSM257": (
+        "unusable subscript or axis",
+        "Subscripts are ':', None, '...', whole numbers and one int array; axes are whole numbers.",
+    ),
     "PSM258": ("wrong argument of the decorator", "Declarations are strings, as a .psm file writes them."),
+    "PSM301": (
+        "claim refuted",
+        "'associative: yes' and 'assume' are refused where a counterexample exists: (a∘b)∘c and a∘(b∘c) differ there.",
+    ),
+    "PSM302": ("wrong identity element", "The values behind '=' must change nothing: e∘x = x and x∘e = x."),
+    "PSM303": (
+        "claim neither proved nor refuted",
+        "'associative: yes' is printed only behind a proof. What is left to show is in the note; 'assume' vouches for it.",
+    ),
+    "PSM304": ("identity element neither proved nor refuted", "e∘x = x and x∘e = x are proved like the claim itself."),
     "PSM401": (
         "recurrence that is not affine",
         "A recurrence is lifted to a scan if it is affine in the state, in (+, *), (max, +), (min, +) or (logaddexp, +).",
@@ -115,5 +152,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "Fused kernels compute complex values as pairs of reals. Sums, products, quotients, conj, abs, exp, where and "
         "whole powers have such a form; other functions of a complex value do not.",
     ),
-    "PSM690": ("arguments do not fit the spec", "The reference fold was called with tensors that the spec does not allow."),
+    "PSM690": (
+        "arguments do not fit the spec",
+        "The reference fold was called with tensors that the spec does not allow.",
+    ),
 }
