@@ -22,12 +22,16 @@ from psmc.ir import Tensor as Declared
 from psmc.reference.evaluate import POINTWISE, evaluate
 from psmc.reference.evaluate import REDUCTIONS as REDUCTION_ROWS
 
-I, J = Index("i", "K"), Index("j", "V")
+ROW, COL = Index("i", "K"), Index("j", "V")
 Values = dict[str, Tensor]
 
 
 def refs(names: str, axes: tuple[Index, ...] = (), kind: str = "real") -> tuple[Ref, ...]:
     return tuple(Ref("input", name, axes, kind) for name in names)
+
+
+def numbers(names: str, sample: Iterable[complex], dtype: torch.dtype = torch.float64) -> Values:
+    return {n: torch.tensor(v, dtype=dtype, requires_grad=True) for n, v in zip(names, sample, strict=True)}
 
 
 def by_oracle(expr: Expr, axes: tuple[Index, ...], values: Values) -> Tensor:
@@ -143,7 +147,7 @@ def test_real_values_and_gradients(op: str, by: str) -> None:
     formula, samples = REAL[op]
     names = "abc"[: OPS[op].arity]
     for sample in samples:
-        values = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in zip(names, sample, strict=True)}
+        values = numbers(names, sample)
         out = EVALUATORS[by](Op(op, refs(names)), (), values)
         assert out.dtype == torch.float64
         exact = tuple(m.mpf(v) for v in sample)
@@ -153,7 +157,8 @@ def test_real_values_and_gradients(op: str, by: str) -> None:
             out.backward()
         for place, value in enumerate(values.values()):
             with mpmath.workdps(40):
-                slope = mpmath.diff(formula, exact, tuple(int(place == n) for n in range(len(exact))), h=m.mpf(10) ** -15)
+                one = tuple(int(place == n) for n in range(len(exact)))
+                slope = mpmath.diff(formula, exact, one, h=m.mpf(10) ** -15)
             got = 0.0 if value.grad is None else value.grad.item()
             assert got == pytest.approx(float(slope), rel=1e-9, abs=1e-12), (op, sample, place)
 
@@ -163,7 +168,7 @@ def test_real_values_and_gradients(op: str, by: str) -> None:
 def test_complex_values_and_gradients(op: str, by: str) -> None:
     names = "ab"[: OPS[op].arity]
     sample = (0.7 - 0.4j, -1.1 + 0.3j)[: OPS[op].arity]
-    values = {n: torch.tensor(v, dtype=torch.complex128, requires_grad=True) for n, v in zip(names, sample, strict=True)}
+    values = numbers(names, sample, torch.complex128)
     out = EVALUATORS[by](Op(op, refs(names, (), "complex")), (), values)
     weight = 0.3 - 0.8j
 
@@ -205,7 +210,7 @@ def test_conditions(by: str) -> None:
 @pytest.mark.parametrize("by", EVALUATORS)
 def test_where_sends_the_gradient_to_the_branch_taken(by: str) -> None:
     a, b, c = refs("abc")
-    values = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in zip("abc", (1.0, 2.0, 3.0), strict=True)}
+    values = numbers("abc", (1.0, 2.0, 3.0))
     out = EVALUATORS[by](Op("where", (Op("lt", (a, b)), Op("mul", (b, c)), Op("div", (a, c)))), (), values)
     out.backward()
     assert out.item() == 6.0
@@ -224,7 +229,7 @@ def test_ties_take_the_left_operand(op: str, by: str) -> None:
 @pytest.mark.parametrize("by", EVALUATORS)
 def test_stop_and_complex(by: str) -> None:
     a, b = refs("ab")
-    values = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in zip("ab", (2.0, -3.0), strict=True)}
+    values = numbers("ab", (2.0, -3.0))
     out = EVALUATORS[by](Op("mul", (Op("stop", (a,)), b)), (), values)
     out.backward()
     assert values["a"].grad is None or values["a"].grad.item() == 0.0
@@ -237,7 +242,7 @@ def test_stop_and_complex(by: str) -> None:
 @pytest.mark.parametrize("by", EVALUATORS)
 @pytest.mark.parametrize("x, m", [(-math.inf, 0.5), (-math.inf, -math.inf), (-math.inf, math.inf), (0.5, 1.5)])
 def test_exp_of_a_difference_at_minus_infinity(x: float, m: float, by: str) -> None:
-    values = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in zip("ab", (x, m), strict=True)}
+    values = numbers("ab", (x, m))
     a, b = refs("ab")
     out = EVALUATORS[by](Op("exp", (Op("sub", (a, b)),)), (), values)
     out.backward()
@@ -266,9 +271,9 @@ def test_reductions(op: str, by: str) -> None:
     x = torch.randn(5, 4, 3, dtype=torch.float64, generator=generator)
     x[0, 1] = x[0, 2] = 9.0  # equal ones: the first is the maximum
     x.requires_grad_()
-    (a,) = refs("a", (I, J))
+    (a,) = refs("a", (ROW, COL))
     expected = {"sum": x.sum(1), "prod": x[:, 0] * x[:, 1] * x[:, 2] * x[:, 3], "max": x.detach().amax(1)}[op]
-    out = EVALUATORS[by](Reduce(op, I, a), (J,), {"a": x})
+    out = EVALUATORS[by](Reduce(op, ROW, a), (COL,), {"a": x})
     torch.testing.assert_close(out, expected)
     (grad,) = torch.autograd.grad(out.sum(), x)
     slope = {"sum": torch.ones_like(x), "prod": expected.detach()[:, None] / x.detach()}.get(op)
@@ -282,5 +287,5 @@ def test_reductions(op: str, by: str) -> None:
 @pytest.mark.parametrize("op, expected", [("sum", 8.0), ("prod", 16.0), ("max", 2.0)])
 def test_reductions_of_what_does_not_depend_on_the_index(op: str, expected: float, by: str) -> None:
     (a,) = refs("a")
-    out = EVALUATORS[by](Reduce(op, I, a), (), {"a": torch.tensor([2.0], dtype=torch.float64)})
+    out = EVALUATORS[by](Reduce(op, ROW, a), (), {"a": torch.tensor([2.0], dtype=torch.float64)})
     assert out.tolist() == [expected]

@@ -154,8 +154,8 @@ def _gather(value, width, *positions):
         flat = flat * size + position
     lead = torch.broadcast_shapes(value.shape[: value.dim() - rank], flat.shape[: flat.dim() - width])
     shape = flat.shape[flat.dim() - width :]
-    source = value.expand(*lead, *sizes).reshape(*lead, math.prod(sizes))
-    index = flat.expand(*lead, *shape).reshape(*lead, math.prod(shape))
-    return source.gather(-1, index.long()).reshape(*lead, *shape)
+    source = value.expand([*lead, *sizes]).reshape(*lead, math.prod(sizes))
+    index = flat.expand([*lead, *shape]).reshape(*lead, math.prod(shape))
+    return source.gather(-1, index.long()).reshape([*lead, *shape])
 ''',
 }

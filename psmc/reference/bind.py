@@ -43,7 +43,7 @@ class Problem:
     def full(self, value: Tensor, lead: tuple[int, ...], kind: Kind, rank: int) -> Tensor:
         """`value` `[..., *dims]` with all its axes, `[*lead, *lanes, *dims]`."""
         dims = value.shape[value.dim() - rank :]
-        return self.base.of_kind(value, kind).expand(*lead, *self.lanes, *dims)
+        return self.base.of_kind(value, kind).expand([*lead, *self.lanes, *dims])
 
 
 def tail(name: str) -> str:

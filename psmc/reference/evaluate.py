@@ -160,9 +160,9 @@ def _gather(tensor: Tensor, rank: int, positions: list[Tensor], width: int) -> T
     assert isinstance(flat, Tensor)
     lead = torch.broadcast_shapes(tensor.shape[: tensor.dim() - rank], flat.shape[: flat.dim() - width])  # type: ignore[no-untyped-call]
     shape = flat.shape[flat.dim() - width :]
-    source = tensor.expand(*lead, *sizes).reshape(*lead, math.prod(sizes))
-    index = flat.expand(*lead, *shape).reshape(*lead, math.prod(shape))
-    return source.gather(-1, index).reshape(*lead, *shape)
+    source = tensor.expand([*lead, *sizes]).reshape(*lead, math.prod(sizes))
+    index = flat.expand([*lead, *shape]).reshape(*lead, math.prod(shape))
+    return source.gather(-1, index).reshape([*lead, *shape])
 
 
 def _first_max(a: Tensor, b: Tensor) -> Tensor:
