@@ -16,14 +16,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "PSM104": (
         "word that cannot be a name",
-        "Words of the language, Python keywords and a few names that generated code uses are reserved; "
-        "names are ASCII letters, digits and underscores.",
+        "Words of the language, Python keywords and a few names that generated code uses are reserved; names are "
+        "ASCII letters, digits and underscores.",
     ),
     "PSM105": ("malformed number", "Numbers look like 2, 0.5, .5 or 1e-6. A product needs its '*': 2 * x, not 2x."),
     "PSM106": (
         "malformed interval",
-        "An interval is (lo, hi), [lo, hi], (lo, hi] or [lo, hi) over constants, the smaller bound first; "
-        "an infinite bound takes a round bracket.",
+        "An interval is (lo, hi), [lo, hi], (lo, hi] or [lo, hi) over constants, the smaller bound first; an "
+        "infinite bound takes a round bracket.",
     ),
     "PSM107": ("malformed tap", "x{-1} is the input x one token earlier; taps reach back at most 64 tokens."),
     "PSM108": (
@@ -59,7 +59,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "PSM210": (
         "value that this block cannot read",
-        "A lift reads inputs and params; a combine its two operands and params; a recurrence and an output also prev.S.",
+        "A lift reads inputs and params; a combine its two operands and params; a recurrence and an output also "
+        "prev.S.",
     ),
     "PSM211": ("component without a value", "Lift, combine and recurrence each assign every component of the state."),
     "PSM212": ("assignment to something else", "Blocks assign components of the state, and lets of their own."),
@@ -69,7 +70,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "PSM214": (
         "missing or contradictory claim",
-        "'associative' is yes (it is proved), assume (the author vouches) or no (a fixed order, tree or left, is meant).",
+        "'associative' is yes (it is proved), assume (the author vouches) or no (a fixed order, tree or left, is "
+        "meant).",
     ),
     "PSM215": ("cyclic definition", "A let or const may not depend on itself."),
     "PSM216": ("recursive fn", "A fn is expanded in place, so it cannot use itself."),
@@ -103,7 +105,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "PSM252": (
         "traced array used as a value",
-        "A method runs once, on arrays whose numbers are not known yet: no if, float(), iteration, numpy or torch call on them.",
+        "A method runs once, on arrays whose numbers are not known yet: no if, float(), iteration, numpy or torch"
+        " call on them.",
     ),
     "PSM253": (
         "wrong result of a method",
@@ -127,12 +130,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM302": ("wrong identity element", "The values behind '=' must change nothing: e∘x = x and x∘e = x."),
     "PSM303": (
         "claim neither proved nor refuted",
-        "'associative: yes' is printed only behind a proof. What is left to show is in the note; 'assume' vouches for it.",
+        "'associative: yes' is printed only behind a proof. What is left to show is in the note; 'assume' vouches"
+        " for it.",
     ),
     "PSM304": ("identity element neither proved nor refuted", "e∘x = x and x∘e = x are proved like the claim itself."),
     "PSM401": (
         "recurrence that is not affine",
-        "A recurrence is lifted to a scan if it is affine in the state, in (+, *), (max, +), (min, +) or (logaddexp, +).",
+        "A recurrence is lifted to a scan if it is affine in the state, in (+, *), (max, +), (min, +) or "
+        "(logaddexp, +).",
     ),
     "PSM402": ("recurrence on several indices", "A transition mixes the entries of a state along one index only."),
     "PSM403": (
@@ -149,8 +154,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM504": ("number out of range", "Literals have at most 64 digits and a decimal exponent within ±400."),
     "PSM510": (
         "complex operator without a real form",
-        "Fused kernels compute complex values as pairs of reals. Sums, products, quotients, conj, abs, exp, where and "
-        "whole powers have such a form; other functions of a complex value do not.",
+        "Fused kernels compute complex values as pairs of reals. Sums, products, quotients, conj, abs, exp, where"
+        " and whole powers have such a form; other functions of a complex value do not.",
     ),
     "PSM690": (
         "arguments do not fit the spec",
