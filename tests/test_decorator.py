@@ -84,6 +84,16 @@ def test_returned_values_that_others_use_are_statements() -> None:
     assert compiled(Lse, state="m=-inf s=0") == want
 
 
+def test_a_let_of_the_components_own_name_is_the_component() -> None:
+    class Named:
+        def combine(l, r):  # noqa: E741
+            m = let("m", maximum(l.m, r.m))
+            return dict(u=l.u * exp(l.m - m) + r.u, m=m)
+
+    assert compiled(Named, state="m=-inf u=0") == spec("""aggregator named { state m = -inf, u = 0  associative: yes
+      combine (l, r) { m = max(l.m, r.m)  u = l.u * exp(l.m - m) + r.u } }""")
+
+
 def test_let_names_a_value_and_output_may_use_it() -> None:
     class Norm:
         def lift(x):

@@ -26,7 +26,7 @@ from psmc.diagnostics import fail
 from psmc.frontend import surface as sf
 from psmc.frontend.names import name_problem
 from psmc.frontend.psm import parse_declarations
-from psmc.frontend.pysource import Decoration, decoration, here, of_function, refresh
+from psmc.frontend.pysource import Decoration, decoration, here, of_function
 from psmc.frontend.trace import Dims, Record, State, call, extra_arguments, returned
 from psmc.frontend.writer import Declared, Writer
 from psmc.source import MAX_SOURCE_BYTES, Span
@@ -79,7 +79,6 @@ def trace(
     ("K V R=2"), and left empty it is every dim the others name, in that order. The aggregator is called `name`, or
     like the class, in snake case. Raises PsmcError: 1xx for the strings, 2xx for the methods.
     """
-    refresh()
     return _Tracer(cls, name).file(
         {"inputs": inputs, "params": params, "state": state, "dims": dims}, associative, order
     )
@@ -133,7 +132,9 @@ class _Tracer:
             fail("PSM108", f"'order' is tree or left, not {order!r:.40}", self.at.argument("order"))
         if order is not None:
             items.append(sf.Order("tree" if order == "tree" else "left", self.at.argument("order")))
-        items += self._sections(self._shapes(items))
+        declared = self._shapes(items)
+        if declared.state:  # without one the resolver says so; any method would only fail on it
+            items += self._sections(declared)
         doc = inspect.cleandoc(vars(self.cls).get("__doc__") or "")
         aggregator = sf.Aggregator(self.name, doc, tuple(items), self.at.span)
         return sf.File(self.at.source, (), (), (), (aggregator,))

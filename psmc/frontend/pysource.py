@@ -37,9 +37,9 @@ _parsing = Lock()  # CPython 3.11's ast.parse counts its recursion in one place 
 _known: dict[str, tuple[list[str], SourceFile]] = {}
 
 
-def refresh() -> None:
-    """Drop texts of files that changed on disk since they were read. Notebook cells are kept by their front end."""
-    linecache.checkcache()
+def refresh(filename: str) -> None:
+    """Drop the text of a file that changed on disk since it was read. Notebook cells are kept by their front end."""
+    linecache.checkcache(filename)
 
 
 def source_of(filename: str) -> SourceFile:
@@ -151,10 +151,9 @@ class Decoration:
 
 def decoration(cls: type, functions: list[FunctionType]) -> Decoration:
     """Find the class statement: by one of its methods, else by the code that runs the decorator."""
-    nearby = here()
     for fn in functions:
-        nearby = of_function(fn)
-        break
+        refresh(fn.__code__.co_filename)
+    nearby = of_function(functions[0]) if functions else here()
     source = nearby.source
     tree = _tree(source)
     if tree is None:

@@ -205,7 +205,7 @@ class Array:
     def __bool__(self) -> bool:
         refuse(
             "an array has no truth value while its method is traced",
-            "write where(condition, a, b) for a choice, & | ~ for and, or, not, and (a < b) & (b < c) for a chain.",
+            "for a choice write where(condition, a, b) or maximum(a, b); for and, or, not write & | ~, in parentheses.",
         )
 
     def __index__(self) -> int:

@@ -54,6 +54,9 @@ class Record:
             helps=("return the new values: return dict(…). Only the s of a recurrence takes assignments.",),
         )
 
+    def __dir__(self) -> list[str]:
+        return [*self._tensors, *self._more]
+
     def __iter__(self) -> Iterator[Any]:
         fail("PSM255", "this argument is not a sequence", here(), helps=("read its parts by name, such as x.k.",))
 
@@ -77,6 +80,9 @@ class Dims:
         return Array(size(name, span, self._sizes[name]))
 
     __getitem__ = __getattr__
+
+    def __dir__(self) -> list[str]:
+        return [*self._sizes]
 
 
 class State(Record):
@@ -163,6 +169,8 @@ def returned(fn: FunctionType, value: Any, *, single: str | None = None) -> dict
         value = {single: value}
     if not isinstance(value, Mapping):
         what = "nothing" if value is None else f"a {type(value).__name__}"
+        if inspect.iscoroutine(value):
+            value.close()
         fail(
             "PSM253",
             f"'{fn.__name__}' returned {what}",
@@ -171,7 +179,7 @@ def returned(fn: FunctionType, value: Any, *, single: str | None = None) -> dict
         )
     out: dict[str, ar.Node] = {}
     for name, part in value.items():
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name.isidentifier():
             fail(
                 "PSM253", f"'{fn.__name__}' returned a dict with the key {name!r:.40}", span, helps=("keys are names.",)
             )

@@ -31,6 +31,15 @@ class Declared:
         return {*self.inputs, *self.params, *self.state, *self.sizes, *self.lets}
 
 
+@dataclass(frozen=True)
+class _Result:
+    """A value that is returned under a name; `axes` as declared, None: its own."""
+
+    name: str
+    node: ar.Node
+    axes: ar.Axes | None
+
+
 class Writer:
     """Lowers array expressions to statements, one method's worth."""
 
@@ -40,7 +49,7 @@ class Writer:
         self.axes: dict[str, ar.Axes] = {}  # of what was written
         self.version: dict[str, int] = {}
         self._values: dict[tuple[str, int], ar.Node] = {}  # what a component was assigned, by version
-        self._results: dict[ar.Node, tuple[str, ar.Axes | None]] = {}  # values that are returned under a name
+        self._results: dict[ar.Node, _Result] = {}  # values that are returned under a name
         self._written: dict[str, ar.Node] = {}
         self._names: Iterator[str] = iter(())
         self._depth = 0
@@ -55,21 +64,26 @@ class Writer:
 
     def results(self, values: Mapping[str, ar.Node], shapes: Tensors) -> None:
         """A returned dict. A value that others of it use is written first and read by its name."""
+        plain: dict[str, ar.Node] = {}
         for name, node in values.items():
-            if not isinstance(node, ar.Leaf | ar.Scalar | ar.Named) and shapes.get(name, node.axes) == node.axes:
-                self._results.setdefault(node, (name, shapes.get(name)))
-        for name, node in values.items():
-            self._result(name, node, shapes.get(name))
+            own = isinstance(node, ar.Named) and node.name == name  # S=let("S", value): the component is that name
+            plain[name] = node.children[0] if own else node
+            shared = own or not isinstance(node, ar.Leaf | ar.Scalar | ar.Named)
+            if shared and shapes.get(name, node.axes) == node.axes:
+                for alias in (node, plain[name]):
+                    self._results.setdefault(alias, _Result(name, plain[name], shapes.get(name)))
+        for name, node in plain.items():
+            self._result(_Result(name, node, shapes.get(name)))
 
     def outputs(self, values: Mapping[str, ar.Node]) -> None:
         """The outputs: each stands for itself, none can read another."""
         for name, node in values.items():
             self._statement(name, node, None, node.span)
 
-    def _result(self, name: str, node: ar.Node, axes: ar.Axes | None) -> None:
-        if self._written.get(name) is not node:
-            self._written[name] = node
-            self._statement(name, node, axes, node.span)
+    def _result(self, result: _Result) -> None:
+        if self._written.get(result.name) is not result.node:
+            self._written[result.name] = result.node
+            self._statement(result.name, result.node, result.axes, result.node.span)
 
     def _statement(self, name: str, node: ar.Node, axes: ar.Axes | None, span: Span, let: bool = False) -> None:
         """Append `name[…] = node`, after what it reads. `axes`: as declared; None: the value's own."""
@@ -105,8 +119,7 @@ class Writer:
                 continue
             seen.add(at)
             if at is not root and at in self._results:
-                name, axes = self._results[at]
-                self._result(name, at, axes)
+                self._result(self._results[at])
                 continue
             if isinstance(at, ar.Named):
                 self._let(at)
@@ -153,7 +166,7 @@ class Writer:
     def _lowered(self, node: ar.Node, subs: tuple[sf.ExprNode | None, ...], root: ar.Node | None) -> sf.ExprNode:
         span = node.span
         if node is not root and node in self._results:
-            return _access(None, self._results[node][0], node.axes, subs, 0, span)
+            return _access(None, self._results[node].name, node.axes, subs, 0, span)
         match node:
             case ar.Scalar(expr=expr):
                 return expr
