@@ -1,0 +1,118 @@
+"""A compiled aggregator as one standalone Python module."""
+
+from __future__ import annotations
+
+import hashlib
+
+from psmc.algebra.verdict import Proof, Proved, Refuted, Unknown, Verdict
+from psmc.codegen.paste import imports, paste
+from psmc.codegen.render import render
+from psmc.codegen.torch_code import print_functions, taps
+from psmc.ir import Aggregator, Extern, Tensor
+from psmc.ir.rewrite import refs
+from psmc.ir.text import show
+from psmc.plan.base import Plan
+from psmc.structure.report import Structure
+
+_LAWS = (("associativity", "associative"), ("identity", "identity element"))
+
+
+def emit(agg: Aggregator, declared: Aggregator, proof: Proof, structure: Structure | None, plan: Plan, file: str) -> str:
+    """The module's text. `declared` is the spec as written, `agg` what runs (a lifted recurrence); `file` is what the
+    regenerate command names. The same inputs give the same text, in any process."""
+    live = structure.live if structure is not None and plan.fold == "scan" else tuple(c.name for c in agg.state)
+    extern = isinstance(agg.combine, Extern)
+    kernels = _kernels(agg, structure, plan)
+    pasted = paste()
+    functions = print_functions(agg, live)
+    spec_text = show(declared).strip()
+    names = [n for n in ("lift", "combine", "advance", "recurrence", "output", "identity", "start") if f"def {n}(" in functions]
+    runtime = pasted.body
+    digest = hashlib.sha256("\n".join((spec_text, functions, kernels, runtime, repr(plan))).encode()).hexdigest()[:16]
+    extra = ["math"] if "math." in functions + kernels else []
+    public = agg.name
+    assert public not in pasted.defined | set(names) | {"SPEC", "KERNELS"}, f"{public} is a name of the runtime"
+    text = render(
+        "module.py.j2",
+        title=declared.name + (f": {' '.join(declared.doc.split())}" if declared.doc else ""),
+        spec=_docstring(spec_text),
+        summary=[*_proof_lines(declared, proof), f"Plan: {plan.name}. " + "; ".join(plan.why) + "."],
+        command=f"psmc compile {file}",
+        imports=imports(pasted, extra),
+        public=public,
+        mathematics=functions.strip() + "\n",
+        kernels=kernels.strip(),
+        runtime=runtime.strip() + "\n",
+        border=_border(agg, digest, live),
+        rules=", ".join(f"{n}={n}" for n in names),
+        fold=plan.fold,
+        extern=extern,
+    )
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def _kernels(agg: Aggregator, structure: Structure | None, plan: Plan) -> str:
+    if plan.name != "pointwise" or structure is None:
+        return ""
+    from psmc.codegen.pointwise import print_kernels
+
+    return print_kernels(agg, structure, plan)
+
+
+def _docstring(text: str) -> str:
+    """User text inside a docstring: it cannot end it, and holds no escapes."""
+    return text.replace("\\", "\\\\").replace('"""', "'''")
+
+
+def _proof_lines(agg: Aggregator, proof: Proof) -> list[str]:
+    """What was shown, over the reals, one line a law."""
+    if agg.claim == "no":
+        return ["Associativity: not claimed; the order of combines is part of the meaning."]
+    lines = []
+    for field, law in _LAWS:
+        verdict: Verdict | None = getattr(proof, field)
+        lines.append(f"Proof ({law}): {_say(verdict, agg.claim)}.")
+    return lines
+
+
+def _say(verdict: Verdict | None, claim: str) -> str:
+    match verdict:
+        case Proved(method=method):
+            return f"proved over the reals, for all sizes ({method})"
+        case Refuted():
+            return "refuted"
+        case Unknown(reason=reason):
+            return f"not decided ({reason}); the author vouches for it" if claim == "assume" else f"not decided ({reason})"
+    return "the author vouches for it"
+
+
+def _border(agg: Aggregator, digest: str, live: tuple[str, ...]) -> str:
+    """The `Spec(...)` literal."""
+    outputs = tuple(Tensor(a.name, tuple(i.dim for i in a.indices), a.value.kind) for a in agg.output.results)
+    values = (a.value for a in (*agg.output.lets, *agg.output.results))
+    previous = any(r.space == "prev" for r in refs(*values))
+    rows = [
+        ("name", repr(agg.name)),
+        ("digest", repr(digest)),
+        ("inputs", _slots(agg.leaf_inputs)),
+        ("params", _slots(agg.params)),
+        ("components", _slots(tuple(Tensor(c.name, c.dims, c.kind) for c in agg.state))),
+        ("live", repr(live)),
+        ("outputs", _slots(outputs)),
+        ("sizes", repr({d.name: d.size for d in agg.dims if d.size is not None})),
+        ("dims", repr(tuple(d.name for d in agg.dims))),
+        ("taps", repr(dict(taps(agg)))),
+        ("previous", repr(previous)),
+    ]
+    return "Spec(\n" + "".join(f"    {key}={value},\n" for key, value in rows) + ")"
+
+
+def _slots(tensors: tuple[Tensor, ...]) -> str:
+    if not tensors:
+        return "()"
+    each = []
+    for t in tensors:
+        kind = "" if t.kind == "real" else f", {t.kind!r}"
+        dims = f", {t.dims!r}" if t.dims or kind else ""
+        each.append(f"Slot({t.name!r}{dims}{kind})")
+    return "(" + ", ".join(each) + ",)"

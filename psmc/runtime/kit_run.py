@@ -1,0 +1,130 @@
+"""One checked call in PyTorch: lift, the scan of the plan, readout. Differentiable by autograd."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from psmc.runtime.kit_bind import Call, Slot, Spec, spread
+from psmc.runtime.kit_forest import tree_tokens
+from psmc.runtime.kit_layer import fill_masked, scan_tokens
+from psmc.runtime.kit_scan import Values
+
+Rules = SimpleNamespace  # the functions of the spec: lift, combine, advance, output, identity, (start), (recurrence)
+STEPS = ("scan", "left", "tree")  # how prefixes are folded: any order, from the left, the Blelloch tree
+
+
+def as_state(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -> Tensor:
+    """A component in full, [*leading, *lanes, *dims], in its dtype: rules return what they read of the leading axes."""
+    rank = len(slot.dims)
+    dims = value.shape[value.dim() - rank :]
+    return value.to(call.of_kind(slot.kind)).expand(*leading, *call.lanes, *dims)
+
+
+def prepared(spec: Spec, call: Call) -> tuple[Values, Values]:
+    """Inputs and params in the dtypes of computation, grouped lanes made whole."""
+    x, p = {}, {}
+    for slot in spec.inputs:
+        value = call.inputs[slot.name].to(call.of_kind(slot.kind))
+        x[slot.name] = spread(value, value.dim() - len(slot.dims), call.lanes)
+    for slot in spec.params:
+        value = call.params[slot.name].to(call.of_kind(slot.kind))
+        p[slot.name] = spread(value, value.dim() - len(slot.dims), call.lanes)
+    return x, p
+
+
+def start_state(spec: Spec, rules: Rules, call: Call, names: tuple[str, ...]) -> Values:
+    """Where a sequence starts, [*dims] each."""
+    begin = getattr(rules, "start", rules.identity)
+    found: Values = begin(call.n, torch.empty((), dtype=call.compute, device=call.device))
+    kinds = {s.name: s.kind for s in spec.components}
+    return {k: found[k].to(call.of_kind(kinds[k])) for k in names}
+
+
+def run_scan(
+    spec: Spec, rules: Rules, call: Call, fold: str, x: Values, p: Values, initial: Values | None,
+    mask: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None, whole: bool = False,
+) -> tuple[Values, Values]:  # fmt: skip
+    """Outputs [B, T, *lanes, *dims] by name, and the final state. `whole`: no readout, all components of the state.
+
+    x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
+    """
+    params, n = SimpleNamespace(**p), call.n
+    slots = {s.name: s for s in spec.components}
+    live = tuple(slots) if whole or fold == "tree" else spec.live
+
+    def lift(tokens: Values) -> Values:
+        leading = next(iter(tokens.values())).shape[:2]
+        element = rules.lift(SimpleNamespace(**tokens), params, n)
+        return {k: as_state(v, slots[k], call, leading) for k, v in element.items()}
+
+    def combine(l: Values, r: Values) -> Values:  # noqa: E741
+        joined: Values = rules.combine(SimpleNamespace(**l), SimpleNamespace(**r), params, n)
+        return {k: v.to(l[k].dtype) for k, v in joined.items()}
+
+    def advance(l: Values, r: Values) -> Values:  # noqa: E741
+        rule = rules.combine if whole else rules.advance
+        moved: Values = rule(SimpleNamespace(**l), SimpleNamespace(**r), params, n)
+        return {k: v.to(l[k].dtype) for k, v in moved.items() if k in l}
+
+    def recur(state: Values, tokens: Values) -> Values:
+        moved: Values = rules.recurrence(SimpleNamespace(**state), SimpleNamespace(**tokens), params, n)
+        leading = next(iter(tokens.values())).shape[:1]
+        return {k: as_state(moved[k], slots[k], call, leading) for k in state}
+
+    def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
+        before = SimpleNamespace(**previous) if previous is not None else None
+        found = rules.output(SimpleNamespace(**prefix), before, SimpleNamespace(**tokens), params, n)
+        return {s.name: as_output(found[s.name], s, call, next(iter(prefix.values())).shape[:2]) for s in spec.outputs}
+
+    empty = start_state(spec, rules, call, live)
+    sequences = hasattr(rules, "recurrence")
+    if sequences:
+        empty = {k: as_state(v, slots[k], call, ()) for k, v in empty.items()}
+    rows = call.leading[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if initial is None and hasattr(rules, "start") and fold == "scan":
+        initial = {k: as_state(v, slots[k], call, (rows,)) for k, v in empty.items()}
+    flags = {"valid": mask, "reset": reset, "cu_seqlens": cu_seqlens}
+    if fold == "tree":
+        x = fill_masked(x, mask)
+        prefix, before, counter = tree_tokens(
+            combine, lift(x), empty, initial, previous=spec.previous and not whole, **flags
+        )
+        if whole:
+            return {}, counter
+        outputs = output(prefix, before, x)
+        if mask is not None:
+            outputs = {k: torch.where(mask.reshape(mask.shape + (1,) * (v.dim() - 2)), v, 0) for k, v in outputs.items()}
+        return outputs, counter
+    final: Values
+    outputs, final = scan_tokens(
+        (lambda tokens: tokens) if sequences else lift, combine, recur if sequences else advance,
+        None if whole else output, x, empty, initial, previous=spec.previous and not whole, left=fold == "left", **flags,
+    )  # fmt: skip
+    final = {k: as_state(v, slots[k], call, (rows,)) for k, v in final.items()}
+    return outputs, final or {k: as_state(v, slots[k], call, (rows,)) for k, v in empty.items()}
+
+
+def as_output(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -> Tensor:
+    """An output in full and in the dtype that the inputs promote to."""
+    rank = len(slot.dims)
+    dims = value.shape[value.dim() - rank :]
+    kind = "complex" if value.is_complex() else slot.kind
+    return value.to(call.of_kind(kind, call.dtype)).expand(*leading, *call.lanes, *dims)
+
+
+def run_step(spec: Spec, rules: Rules, call: Call, fold: str, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
+    """One token for every row: (outputs [B, *lanes, *dims], the state after it); fold 'scan' or 'left'."""
+    params, n = SimpleNamespace(**p), call.n
+    slots = {s.name: s for s in spec.components}
+    tokens, before = SimpleNamespace(**x), SimpleNamespace(**state)
+    leading = call.leading
+    if hasattr(rules, "recurrence"):
+        moved = rules.recurrence(before, tokens, params, n)
+    else:
+        moved = rules.advance(before, SimpleNamespace(**rules.lift(tokens, params, n)), params, n)
+    after = {k: as_state(moved[k], slots[k], call, leading) for k in spec.live}
+    found = rules.output(SimpleNamespace(**after), before if spec.previous else None, tokens, params, n)
+    return {s.name: as_output(found[s.name], s, call, leading) for s in spec.outputs}, after

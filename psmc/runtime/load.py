@@ -1,0 +1,29 @@
+"""Generated source to a live module. What runs is the file itself, so tracebacks and triton find its text."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from types import ModuleType
+
+from psmc.runtime import cache
+
+
+def load_module(name: str, text: str) -> ModuleType:
+    """The module of a generated text, from the cache directory; one module a text and process."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    key = f"psmc_generated_{name}_{digest}"
+    if key in sys.modules:
+        return sys.modules[key]
+    path = cache.stored(name, digest, text)
+    spec = importlib.util.spec_from_file_location(key, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[key]
+        raise
+    return module
