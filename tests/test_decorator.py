@@ -283,6 +283,21 @@ def test_params_in_combine_and_by_name() -> None:
     assert [r.space for a in agg.lift.results for r in refs(a.value)] == ["input", "param"]
 
 
+def test_inherited_and_static_methods() -> None:
+    class Base:
+        def combine(l, r):  # noqa: E741
+            return dict(s=l.s + r.s)
+
+    class Child(Base):
+        @staticmethod
+        def lift(x):
+            return dict(s=np.float64(2) * x.x * np.float32(0.5))
+
+    want = spec("""aggregator child { input x state s = 0 associative: yes
+      lift { s = 2 * x * 0.5 }  combine (l, r) { s = l.s + r.s } }""")
+    assert compiled(Child, inputs="x", state="s=0") == want
+
+
 def test_extern_keeps_its_callable() -> None:
     def rule(l, r):  # noqa: E741
         return r

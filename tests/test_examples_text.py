@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
+import psmc
 from psmc import ir
 from psmc.algebra.prover import prove
 from psmc.algebra.verdict import Proved, Refuted
 from psmc.derive.lifting import lifted
 from psmc.diagnostics import PsmcError
+from psmc.frontend import surface
+from psmc.frontend.decorator import extern, trace
 from psmc.frontend.pretty import format_source
 from psmc.frontend.psm import parse, read
 from psmc.frontend.resolve import resolve
@@ -103,3 +107,16 @@ def test_wrong_specs_are_wrong_in_their_algebra_only(path: Path) -> None:
     assert isinstance(proof.associativity, Proved if path.stem == "bad_identity" else Refuted)
     assert isinstance(proof.associativity, Refuted) or isinstance(proof.identity, Refuted)
     assert agg.doc, "says what is wrong with it"
+
+
+def test_the_extern_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psmc, "extern", extern, raising=False)
+    monkeypatch.setattr(psmc, "aggregator", lambda **a: lambda cls: trace(cls, **a), raising=False)
+    file = runpy.run_path(str(EXAMPLES / "transformer_psm.py"))["TransformerPsm"]
+    rule = next(i.fn for i in file.aggregators[0].items if isinstance(i, surface.CombineExtern))
+    x = torch.randn(2, 4, 3, 64, generator=torch.Generator().manual_seed(0))
+    outputs, _ = fold(*resolve(file), {"x": x}, extern=rule)
+    chunks = [{"s": x[:, t]} for t in range(3)]
+    first_two = rule(chunks[0], chunks[1])
+    expected = torch.stack([torch.zeros_like(x[:, 0]), x[:, 0], first_two["s"], rule(first_two, chunks[2])["s"]], dim=1)
+    torch.testing.assert_close(outputs["o"], expected)
