@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from psmc.diagnostics import fail
-from psmc.frontend import arrays, symbolic
+from psmc.frontend import arrays
 from psmc.frontend.pysource import here
 from psmc.frontend.symbolic import Array, apply, node_of
 
@@ -263,7 +263,7 @@ def outer(a: Any, b: Any) -> Any:
                 span,
                 helps=("write * with [:, None].",),
             )
-    column = symbolic.index(left, (slice(None), None), span)
+    column = arrays.index(left, (slice(None), None), span)
     return Array(arrays.pointwise("mul", span, column, right))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from psmc.diagnostics import Label, fail
 from psmc.frontend import surface as sf
@@ -236,3 +236,62 @@ def transpose(node: Node, order: Sequence[int], span: Span) -> Node:
         fail("PSM257", f"{tuple(order)} is not an order of the axes of {shape(node.axes)}", span)
     picks = tuple(Axis(order.index(p)) for p in range(len(order)))
     return View(span, tuple(node.axes[p] for p in order), (node,), picks=picks)
+
+
+def index(node: Node, key: Sequence[Any], span: Span) -> Node:
+    """numpy's basic indexing, and one int array to gather by. Raises PSM257."""
+    taken = sum(k is not None and k is not Ellipsis for k in key)
+    rank = len(node.axes)
+    if sum(k is Ellipsis for k in key) > 1:
+        fail("PSM257", "an index has at most one '...'", span)
+    if taken > rank:
+        fail(
+            "PSM257",
+            f"{taken} subscripts on {shape(node.axes)}",
+            span,
+            helps=("add an axis with None, or drop a subscript.",),
+        )
+    full: list[Any] = []
+    for k in key if Ellipsis in [k for k in key if k is Ellipsis] else (*key, Ellipsis):
+        full += [slice(None)] * (rank - taken) if k is Ellipsis else [k]
+    axes: list[str | None] = []
+    picks: list[Pick] = []
+    children = [node]
+    for k in full:
+        if k is None:
+            axes.append(None)
+            continue
+        axis = node.axes[len(picks)]
+        if isinstance(k, slice):
+            if k != slice(None):
+                fail(
+                    "PSM257",
+                    "a dim cannot be sliced in part",
+                    span,
+                    helps=("dims are used whole: declare another dim.",),
+                )
+            picks.append(Axis(len(axes)))
+            axes.append(axis)
+        elif isinstance(k, Node):
+            if len(children) > 1 and k.axes:
+                fail("PSM257", "only one subscript can be an array", span, helps=("gather in two steps.",))
+            picks.append(Gather(k, tuple(range(len(axes), len(axes) + len(k.axes)))))
+            children.append(k)
+            axes += k.axes
+        else:
+            picks.append(_place(k, axis, span))
+    return View(span, tuple(axes), tuple(children), picks=tuple(picks))
+
+
+def _place(k: Any, axis: str | None, span: Span) -> Pick:
+    if isinstance(k, bool) or not isinstance(k, int):
+        name = type(k).__name__
+        fail(
+            "PSM257",
+            f"a {name} is not a subscript",
+            span,
+            helps=("subscripts are ':', None, whole numbers and int arrays.",),
+        )
+    if k < 0:
+        fail("PSM257", "a subscript counts from the left, from 0", span, helps=("write the place from the left.",))
+    return None if axis is None else k

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Rational, Real
 from typing import Any, NoReturn
@@ -11,7 +10,7 @@ from typing import Any, NoReturn
 from psmc.diagnostics import Diagnostic, PsmcError, fail
 from psmc.frontend import arrays, constants
 from psmc.frontend import surface as sf
-from psmc.frontend.arrays import Axis, Gather, Leaf, Node, Pick, Scalar, View, shape
+from psmc.frontend.arrays import Leaf, Node, Scalar, shape
 from psmc.frontend.pysource import here
 from psmc.frontend.scope import suggest
 from psmc.source import Span
@@ -119,7 +118,8 @@ class Array:
         return Array(Leaf(span, node.axes, owner=None, name=node.name, scope=node.scope, lag=node.lag + tokens))
 
     def __getitem__(self, key: Any) -> Array:
-        return Array(index(self._node, key if isinstance(key, tuple) else (key,), here()))
+        keys = key if isinstance(key, tuple) else (key,)
+        return Array(arrays.index(self._node, [k._node if isinstance(k, Array) else k for k in keys], here()))
 
     # --- arithmetic -------------------------------------------------------------------------------
 
@@ -337,62 +337,3 @@ def number(value: Any, span: Span) -> sf.ExprNode:
     if exact < 0:
         return sf.Unary("neg", sf.Number(-exact, span), span)
     return sf.Number(exact, span)
-
-
-def index(node: Node, key: Sequence[Any], span: Span) -> Node:
-    """numpy's basic indexing, and one int array to gather by. Raises PSM257."""
-    taken = sum(k is not None and k is not Ellipsis for k in key)
-    rank = len(node.axes)
-    if sum(k is Ellipsis for k in key) > 1:
-        fail("PSM257", "an index has at most one '...'", span)
-    if taken > rank:
-        fail(
-            "PSM257",
-            f"{taken} subscripts on {shape(node.axes)}",
-            span,
-            helps=("add an axis with None, or drop a subscript.",),
-        )
-    full: list[Any] = []
-    for k in key if Ellipsis in [k for k in key if k is Ellipsis] else (*key, Ellipsis):
-        full += [slice(None)] * (rank - taken) if k is Ellipsis else [k]
-    axes: list[str | None] = []
-    picks: list[Pick] = []
-    children = [node]
-    for k in full:
-        if k is None:
-            axes.append(None)
-            continue
-        axis = node.axes[len(picks)]
-        if isinstance(k, slice):
-            if k != slice(None):
-                fail(
-                    "PSM257",
-                    "a dim cannot be sliced in part",
-                    span,
-                    helps=("dims are used whole: declare another dim.",),
-                )
-            picks.append(Axis(len(axes)))
-            axes.append(axis)
-        elif isinstance(k, Array):
-            if len(children) > 1 and k._node.axes:
-                fail("PSM257", "only one subscript can be an array", span, helps=("gather in two steps.",))
-            picks.append(Gather(k._node, tuple(range(len(axes), len(axes) + k.ndim))))
-            children.append(k._node)
-            axes += k._node.axes
-        else:
-            picks.append(_place(k, axis, span))
-    return View(span, tuple(axes), tuple(children), picks=tuple(picks))
-
-
-def _place(k: Any, axis: str | None, span: Span) -> Pick:
-    if isinstance(k, bool) or not isinstance(k, int):
-        name = type(k).__name__
-        fail(
-            "PSM257",
-            f"a {name} is not a subscript",
-            span,
-            helps=("subscripts are ':', None, whole numbers and int arrays.",),
-        )
-    if k < 0:
-        fail("PSM257", "a subscript counts from the left, from 0", span, helps=("write the place from the left.",))
-    return None if axis is None else k
