@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from psmc.ir import Assign, Expr, Eye, Index, IndexValue, Kind, Op, Reduce, Ref, Sub
 from psmc.ir.rewrite import refs, transform, walk
 
 
-def newest(updates: Mapping[str, Assign], kinds: Mapping[str, Kind]) -> dict[str, Assign]:
+def newest(
+    updates: Mapping[str, Assign],
+    kinds: Mapping[str, Kind],
+    may_read: Callable[[str, str], bool] = lambda reader, read: True,
+) -> dict[str, Assign]:
     """Inlined updates, with every occurrence of another component's update written as Ref('state', component, ...).
 
     Only updates that read the earlier state are looked for; an update that *is* another one refers to the earlier
-    declared of the two.
+    declared of the two. `may_read(reader, read)` restricts who may refer to whom.
     """
     names = list(updates)
     sized = [(sum(1 for _ in walk(updates[n].value)), n) for n in names if _stateful(updates[n].value)]
@@ -22,7 +26,7 @@ def newest(updates: Mapping[str, Assign], kinds: Mapping[str, Kind]) -> dict[str
     for name in names:
         value = updates[name].value
         for other in patterns:
-            if other == name or (value == updates[other].value and names.index(other) > names.index(name)):
+            if other == name or not may_read(name, other) or (value == updates[other].value and names.index(other) > names.index(name)):
                 continue
             value = _replaced(value, updates[other], kinds[other])
         found[name] = replace(updates[name], value=value)
