@@ -1,4 +1,7 @@
-"""Is a normal form identically zero? Denominators are cleared; maxima and comparisons are split into all consistent cases."""
+"""Is a normal form identically zero?
+
+Denominators are cleared; maxima and comparisons are split into all consistent cases.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from psmc.algebra import lattice, ring as rg
+from psmc.algebra import powers
 from psmc.algebra.extended import Infinite, Value
 from psmc.algebra.facts import Facts
-from psmc.algebra.lattice import facts_as_constraints, guard_of, is_positive
+from psmc.algebra.lattice import facts_as_constraints, is_positive
 from psmc.algebra.linear import feasible
-from psmc.algebra.normal import Normaliser
+from psmc.algebra.normal import Normaliser, integral
+from psmc.algebra.powers import guard_of
 from psmc.algebra.ring import OutOfBudgetError, Ring, SplitError, UndefinedError
-from psmc.algebra.terms import Atom, Poly
+from psmc.algebra.terms import UNIT, Atom, Poly
 from psmc.ir import Expr, Index
 from psmc.ir.rewrite import rename
 
@@ -24,7 +28,7 @@ _MAX_CLEARINGS = 24
 
 @dataclass
 class Outcome:
-    """Whether left = right. `cases` is how many were needed; otherwise `residual` is left - right where the proof stopped.
+    """Whether left = right. `cases`: how many were needed; `residual`: left - right where the proof stopped.
 
     `undefined`: the law could not be evaluated there (0/0, inf - inf).
     """
@@ -65,7 +69,7 @@ class _Search:
             residual, zero = vanishes(ring, residual)
             if zero:
                 return True
-            guard = next_guard(ring, residual)
+            guard = next_guard(ring, residual, left.free | right.free)
             if guard is None:
                 return self._fail(ring, residual, "the two sides have different normal forms")
         except SplitError as split:
@@ -85,16 +89,17 @@ class _Search:
     def _split(self, left: Expr, right: Expr, ring: Ring, guard: Atom | Poly, depth: int) -> bool:
         if isinstance(guard, Atom):
             row, col = guard.args
-            if isinstance(row, Poly) or isinstance(col, Poly) or _is_bound(row) or _is_bound(col):
+            if isinstance(row, Poly) or isinstance(col, Poly) or not guard.free <= left.free | right.free:
                 return self._fail(ring, None, "a condition on a bound index or a gather could not be split on")
             old, new = (col, row) if isinstance(col, Index) else (row, col)
             same = {old: new}
             if not self.run(rename(left, same), rename(right, same), ring, depth + 1):
                 return False
             return self.run(left, right, ring.under(ring.facts.apart(guard)), depth + 1)
-        if any(map(_is_bound, guard.free)):
+        if not guard.free <= left.free | right.free:
             return self._fail(ring, None, "a condition under a reduction could not be split on")
-        for poly, strict in ((guard, True), (-guard, False)):
+        above = (guard - UNIT, False) if integral(guard) else (guard, True)
+        for poly, strict in (above, (-guard, False)):
             facts = ring.facts.with_case(poly, strict=strict)
             branch = ring.under(facts)
             if not feasible(facts_as_constraints(branch, ())):
@@ -103,10 +108,6 @@ class _Search:
             if not self.run(left, right, branch, depth + 1):
                 return False
         return True
-
-
-def _is_bound(index: Index | int) -> bool:
-    return isinstance(index, Index) and index.name.startswith("~")
 
 
 def _difference(x: Value, y: Value) -> Poly | Infinite | None:
@@ -164,25 +165,25 @@ def vanishes(ring: Ring, poly: Poly) -> tuple[Poly, bool]:
             return poly, True
         if not any(a.tag == "base" and p < 0 and a.free.isdisjoint(m.bound) for m, _ in poly for a, p in m.factors):
             break
-        (_, factors), _ = rg.content(ring, poly)
-        poly = rg.over_unit(ring, poly, (Fraction(1), tuple(f for f in factors if f[0].tag == "base")))
+        (_, factors), _ = powers.content(ring, poly)
+        poly = powers.over_unit(ring, poly, (Fraction(1), tuple(f for f in factors if f[0].tag == "base")))
     return poly, not poly
 
 
-def next_guard(ring: Ring, poly: Poly) -> Atom | Poly | None:
-    """The first thing to split on: an eye, comparison or maximum that holds no other one."""
+def next_guard(ring: Ring, poly: Poly, free: frozenset[Index]) -> Atom | Poly | None:
+    """The simplest thing to split on: an eye, comparison or maximum over free indices only."""
+    found: list[tuple[tuple[int, int, str], Atom | Poly]] = []
     for atom in atoms(poly):
         if atom.tag not in ("eye", "pos", "max"):
             continue
         guard = guard_of(atom)
-        if guard is None or any(map(_is_bound, guard.free)):
+        if guard is None or not guard.free <= free:
             continue
         if isinstance(guard, Atom):
             if not any(isinstance(a, Poly) for a in guard.args):
                 return guard
         elif not is_positive(ring, guard) and not is_positive(ring, -guard, strict=False):
-            return guard
-    return None
+            nested = sum(a.tag in ("pos", "max") for a in atoms(guard))
+            found.append(((nested, sum(len(m.factors) for m, _ in guard), guard.key), guard))
+    return min(found)[1] if found else None
 
-
-_ = lattice

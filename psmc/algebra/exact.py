@@ -1,6 +1,7 @@
 """Exact evaluation of the IR at given dim sizes: one row per operator, values in `numbers`.
 
-It shares nothing with the normal forms, and runs combine step by step on concrete elements, so it can contradict a proof.
+It shares nothing with the normal forms, and runs combine step by step on concrete elements, so that it can contradict
+a proof.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _equal(x: Number, y: Number) -> bool:
 def _abs(x: Number) -> Number:
     if isinstance(x, Complex):
         return nu.sqrt(nu.add_real(nu.mul_real(x.re, x.re), nu.mul_real(x.im, x.im)))
-    return abs(x)
+    return x if x >= 0 else nu.neg(x)
 
 
 def _exp(x: Number) -> Real:
@@ -168,7 +169,7 @@ def _log(x: Number) -> Number:
     return nu.log(x)
 
 
-TABLE: dict[str, Callable[..., "Number | bool"]] = {
+TABLE: dict[str, Callable[..., Number | bool]] = {
     "or": lambda x, y: x or y,
     "and": lambda x, y: x and y,
     "not": lambda x: not x,

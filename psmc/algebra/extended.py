@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
-from psmc.algebra import lattice, ring as rg
+from psmc.algebra import atoms, lattice, powers
+from psmc.algebra import ring as rg
 from psmc.algebra.ring import Ring, SplitError, UndefinedError
-from psmc.algebra.terms import UNIT, ZERO, Atom, Poly, number
+from psmc.algebra.terms import UNIT, ZERO, Atom, Poly
 from psmc.ir import Index
 
 
@@ -47,15 +48,15 @@ def sign_of(ring: Ring, x: Value) -> int:
         return 1
     if lattice.is_positive(ring, -x):
         return -1
-    raise _split(x) or UndefinedError("infinity times something of unknown sign, or 0")
+    raise splitting(x) or UndefinedError("infinity times something of unknown sign, or 0")
 
 
-def _split(x: Poly) -> SplitError | None:
+def splitting(x: Poly) -> SplitError | None:
     """A reason to split: some 0/1 quantity of x decides."""
     for mono, _ in x:
         for atom, _ in mono.factors:
             if atom.tag in ("eye", "pos"):
-                return SplitError(lattice.guard_of(atom))
+                return SplitError(powers.guard_of(atom))
     return None
 
 
@@ -72,7 +73,7 @@ def div(ring: Ring, x: Value, y: Value) -> Value:
         return ZERO
     if isinstance(x, Infinite):
         return Infinite(x.sign * sign_of(ring, y))
-    return rg.mul(ring, x, rg.power(ring, y, Fraction(-1)))
+    return rg.mul(ring, x, powers.power(ring, y, Fraction(-1)))
 
 
 def greatest(ring: Ring, x: Value, y: Value) -> Value:
@@ -103,7 +104,7 @@ def equal(ring: Ring, x: Value, y: Value) -> Poly:
     if isinstance(x, Infinite) or isinstance(y, Infinite):
         return UNIT if x == y else ZERO
     match_ = _index_equality(x - y)
-    return rg.eye(ring, match_, Fraction(1)) if match_ else lattice.is_zero(ring, x - y)
+    return atoms.eye(ring, match_, Fraction(1)) if match_ else lattice.is_zero(ring, x - y)
 
 
 def _index_equality(difference: Poly) -> tuple[Index | int, Index | int] | None:
@@ -135,14 +136,14 @@ def select(ring: Ring, condition: Poly, x: Value, y: Value) -> Value:
     if isinstance(x, Infinite) or isinstance(y, Infinite):
         if x == y:
             return x
-        raise _split(condition) or UndefinedError("a condition that cannot be split on")
+        raise splitting(condition) or UndefinedError("a condition that cannot be split on")
     return rg.mul(ring, condition, x) + rg.mul(ring, UNIT - condition, y)
 
 
 def exp(ring: Ring, x: Value) -> Value:
     if isinstance(x, Infinite):
         return INF if x.sign > 0 else ZERO
-    return rg.exp(ring, x)
+    return powers.exp(ring, x)
 
 
 def log(ring: Ring, x: Value) -> Value:
@@ -156,8 +157,8 @@ def log(ring: Ring, x: Value) -> Value:
     if single is not None:
         for atom, _ in single[0].factors:
             if atom.tag in ("eye", "pos"):
-                raise SplitError(lattice.guard_of(atom))
-    return rg.log(ring, x)
+                raise SplitError(powers.guard_of(atom))
+    return powers.log(ring, x)
 
 
 def power(ring: Ring, x: Value, k: Fraction) -> Value:
@@ -169,20 +170,17 @@ def power(ring: Ring, x: Value, k: Fraction) -> Value:
         if x.sign < 0 and k.denominator != 1:
             raise UndefinedError("root of -inf")
         return INF if x.sign > 0 or k % 2 == 0 else NEG_INF
-    return rg.power(ring, x, k)
+    return powers.power(ring, x, k)
 
 
 def sum_over(ring: Ring, x: Value, index: Index) -> Value:
-    return x if isinstance(x, Infinite) else rg.contract(ring, x, index)
+    """Σ over an index of fresh name."""
+    return x if isinstance(x, Infinite) else rg.close(ring, x, [index])
 
 
 def max_over(ring: Ring, x: Value, index: Index) -> Value:
-    return x if isinstance(x, Infinite) else lattice.over_index(ring, x, index)
+    return x if isinstance(x, Infinite) else lattice.maximum(ring, [((x,), (index,))])
 
 
 def atom_value(tag: str, *args: object, real: bool = True) -> Poly:
-    return rg._atom(Atom(tag, args, real))
-
-
-def constant(value: Fraction | int) -> Poly:
-    return number(value)
+    return rg.lone(Atom(tag, args, real))

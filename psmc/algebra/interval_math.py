@@ -1,6 +1,7 @@
 """Arithmetic on `ir.Interval`: every function returns an interval that holds all values, rounded outwards.
 
-`None` is the unbounded end. Ends are rationals; transcendental ends are floats moved outwards by a few units in the last place.
+`None` is the unbounded end. Ends are rationals; transcendental ends are floats moved outwards by a few units in the
+last place.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ def point(value: Fraction | int) -> Interval:
 
 def contains(outer: Interval, inner: Interval) -> bool:
     """inner ⊆ outer."""
-    low = outer.lo is None or (
-        inner.lo is not None and (inner.lo > outer.lo or (inner.lo == outer.lo and (inner.lo_open or not outer.lo_open)))
+    return _within(outer.lo, outer.lo_open, inner.lo, inner.lo_open, 1) and _within(
+        outer.hi, outer.hi_open, inner.hi, inner.hi_open, -1
     )
-    high = outer.hi is None or (
-        inner.hi is not None and (inner.hi < outer.hi or (inner.hi == outer.hi and (inner.hi_open or not outer.hi_open)))
-    )
-    return low and high
+
+
+def _within(outer: Fraction | None, outer_open: bool, inner: Fraction | None, inner_open: bool, inwards: int) -> bool:
+    if outer is None or inner is None:
+        return outer is None
+    return (inner - outer) * inwards > 0 or (inner == outer and (inner_open or not outer_open))
 
 
 def holds(interval: Interval, value: Fraction) -> bool:
@@ -196,7 +199,8 @@ def monotone(
             return limit, True
         if not math.isfinite(image):
             return limit, True
-        outward = Fraction(image - (abs(image) * 1e-14 + 1e-300)) if low else Fraction(image + (abs(image) * 1e-14 + 1e-300))
+        slack = abs(image) * 1e-14 + 1e-300
+        outward = Fraction(image - slack if low else image + slack)
         if limit is not None and (outward <= limit if low else outward >= limit):
             return limit, True
         return outward, False
@@ -219,7 +223,7 @@ def log(x: Interval) -> Interval:
 
 
 def sqrt(x: Interval) -> Interval:
-    return monotone(intersect(x, NON_NEGATIVE), math.sqrt, _ZERO, None, {_ZERO: _ZERO, _ONE: _ONE, Fraction(4): Fraction(2)})
+    return monotone(intersect(x, NON_NEGATIVE), math.sqrt, _ZERO, None, {_ZERO: _ZERO, _ONE: _ONE})
 
 
 def sigmoid(x: Interval) -> Interval:

@@ -1,7 +1,8 @@
 """Interval arithmetic over the IR, and which declared intervals of the state are closed.
 
 An interval of the state may enter a proof only if every lifted token lands in it and combine keeps it (l, r in it imply
-l∘r in it). All components are taken together: the greatest set of intervals that holds is found by dropping those that fail.
+l∘r in it). All components are taken together: the greatest set of intervals that holds is found by dropping those that
+fail.
 """
 
 from __future__ import annotations
@@ -112,11 +113,18 @@ def _clamp(x: Interval, lo: Interval, hi: Interval) -> Interval:
 
 
 def _gelu(x: Interval) -> Interval:
-    return Interval(Fraction(0), x.hi, False, x.hi_open) if im.non_negative(x) else Interval(Fraction(-1, 5), None, True, True)
+    return _gated(x, Fraction(-1, 5))
 
 
 def _silu(x: Interval) -> Interval:
-    return Interval(Fraction(0), x.hi, False, x.hi_open) if im.non_negative(x) else Interval(Fraction(-3, 10), None, True, True)
+    return _gated(x, Fraction(-3, 10))
+
+
+def _gated(x: Interval, least: Fraction) -> Interval:
+    """x times something in [0, 1] that falls to 0: between 0 and x, or above a least value."""
+    if im.non_negative(x):
+        return Interval(Fraction(0), x.hi, False, x.hi_open)
+    return Interval(least, None, True, True)
 
 
 def _logaddexp(x: Interval, y: Interval) -> Interval:

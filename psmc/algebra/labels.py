@@ -51,9 +51,8 @@ def canonical_order(bound: Sequence[Index], parts: Sequence[Part], height: int) 
 
 def _refine(colours: dict[Index, int], touching: dict[Index, list[Part]]) -> dict[Index, int]:
     while True:
-        keys = {
-            i: (c, _join(touching[i], {**{j: f"<{d}>" for j, d in colours.items()}, i: "*"})) for i, c in colours.items()
-        }
+        names = {j: f"<{d}>" for j, d in colours.items()}
+        keys = {i: (c, _join(touching[i], {**names, i: "*"})) for i, c in colours.items()}
         rank = {k: n for n, k in enumerate(sorted(set(keys.values())))}
         refined = {i: rank[k] for i, k in keys.items()}
         if len(rank) == len(set(colours.values())):

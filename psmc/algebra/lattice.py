@@ -1,8 +1,9 @@
 """Max, min and comparisons in normal form.
 
-A `max` atom is a maximum of terms, each a minimum of Polys over all values of its own bound indices. Maxima inside maxima are
-flattened, positive multiples and sums distribute, common summands and common positive factors are taken out; min(x, y) is
--max(-x, -y). A comparison is the atom [P > 0], of value 0 or 1; comparisons of maxima become polynomials in such atoms.
+A `max` atom is a maximum of terms, each a minimum of Polys over all values of its own bound indices. Maxima inside
+maxima are flattened, positive multiples and sums distribute, common summands and common positive factors are taken out;
+min(x, y) is -max(-x, -y). A comparison is the atom [P > 0], of value 0 or 1; comparisons of maxima become polynomials
+in such atoms.
 """
 
 from __future__ import annotations
@@ -12,26 +13,29 @@ from fractions import Fraction
 from itertools import product as combinations
 
 from psmc.algebra import interval_math as im
+from psmc.algebra.bounds import bounds
 from psmc.algebra.labels import canonical_order
 from psmc.algebra.linear import Constraint, feasible
+from psmc.algebra.powers import content, least_coefficients, over_unit, power
 from psmc.algebra.ring import (
+    IDEMPOTENT,
     REBUILD,
     OutOfBudgetError,
     Ring,
-    Substitution,
-    bounds,
-    content,
-    least_coefficients,
+    SplitError,
+    lone,
     monomial,
     mul,
-    over_unit,
-    power,
+    open_term,
+    opened,
     rename,
+    times,
 )
-from psmc.algebra.terms import ONE, UNIT, ZERO, Atom, Bag, Mono, Poly, Term
-from psmc.ir import Index, Interval
+from psmc.algebra.terms import ONE, UNIT, ZERO, Atom, Bag, Mono, Poly, Term, total
+from psmc.ir import Index
 
 _MAX_TERMS = 256
+_MAX_FACTORS = 6
 Member = tuple[tuple[Poly, ...], tuple[Index, ...]]  # lits and bound, the bound under fresh names
 
 
@@ -47,17 +51,32 @@ def is_positive(ring: Ring, poly: Poly, *, strict: bool = True) -> bool:
     known = bounds(ring, poly)
     if im.positive(known) if strict else im.non_negative(known):
         return True
-    if not ring.facts.cases:
+    if not ring.facts.cases or not _could_follow(ring, poly):
         return False
-    ring.tick()
-    against = _constraint(-poly, strict=not strict)
-    return not feasible([*facts_as_constraints(ring, (poly,)), against])
+    found = ring.signs.get((poly, strict))
+    if found is None:
+        ring.tick()
+        against = _constraint(-poly, strict=not strict)
+        found = ring.signs[poly, strict] = not feasible([*facts_as_constraints(ring, (poly,)), against])
+    return found
+
+
+def _could_follow(ring: Ring, poly: Poly) -> bool:
+    """A sum of assumptions and bounds can give poly only if each of its monomials is in an assumption or bounded."""
+    assumed = {m for c in ring.facts.cases for m in c.poly.terms}
+    for mono, coef in poly:
+        if mono not in assumed and mono.factors:
+            known = bounds(ring, Poly({mono: Fraction(1)}))
+            if (known.lo if coef > 0 else known.hi) is None:
+                return False
+    return True
 
 
 def facts_as_constraints(ring: Ring, polys: Iterable[Poly]) -> list[Constraint]:
     """The case's assumptions, and the known bounds of every monomial they and `polys` mention."""
     cases = [_constraint(c.poly, strict=c.strict) for c in ring.facts.cases]
-    monos = sorted({m for p in (*polys, *(c.poly for c in ring.facts.cases)) for m in p.terms if m is not ONE and m.factors})
+    mentioned = (*polys, *(c.poly for c in ring.facts.cases))
+    monos = sorted({m for p in mentioned for m in p.terms if m.factors})
     for mono in monos:
         known = bounds(ring, Poly({mono: Fraction(1)}))
         if known.lo is not None:
@@ -81,10 +100,15 @@ def maximum(ring: Ring, members: Iterable[Member]) -> Poly:
     if len(terms) == 1 and len(terms[0].lits) > 1 and not terms[0].bound:
         return -maximum(ring, [((-lit,), ()) for lit in terms[0].lits])
     if len(terms) == 1 and len(terms[0].lits) == 1 and not terms[0].bound:
-        return terms[0].lits[0]
+        (lit,) = terms[0].lits
+        assert isinstance(lit, Poly)
+        return lit
     if any(_hides_max(lit) for t in terms for lit in t.lits) and not any(t.bound for t in terms):
         # max(-max[m] f, r) = -max[m] min(f, -r)
         return -maximum(ring, [(tuple(-u for u in choice), ()) for choice in combinations(*(t.lits for t in terms))])
+    if ring.eager and not any(t.bound for t in terms):
+        first, second, *_ = sorted({lit for t in terms for lit in t.lits}, key=lambda p: (len(p), p.key))
+        _split_on(first - second)
     shift, unit, rest = _normalised(ring, terms)
     if rest is None:
         return shift
@@ -100,12 +124,6 @@ def least(ring: Ring, *polys: Poly) -> Poly:
     return maximum(ring, [(polys, ())])
 
 
-def over_index(ring: Ring, poly: Poly, index: Index) -> Poly:
-    """max over an index of any name."""
-    new = ring.fresh(index)
-    return maximum(ring, [((rename(ring, poly, {index: new}),), (new,))])
-
-
 def _flatten(ring: Ring, lits: tuple[Poly, ...], bound: tuple[Index, ...]) -> Iterator[Term]:
     """Terms whose lits hold no maximum linearly. Lits of one term are joined by min, terms by max."""
     ring.tick()
@@ -115,20 +133,31 @@ def _flatten(ring: Ring, lits: tuple[Poly, ...], bound: tuple[Index, ...]) -> It
             continue
         atom, factor, rest = found
         others = lits[:k] + lits[k + 1 :]
-        count = 0
         if is_positive(ring, factor, strict=False):
             for term in atom.args[0]:
-                inner, new = _open(ring, term)
+                inner, new = open_term(ring, term)
                 yield from _flatten(ring, others + tuple(mul(ring, factor, u) + rest for u in inner), bound + new)
             return
         # -max_t min_u x = min_t max_u -x: one term for each way to choose a u for every t.
-        for choice in combinations(*(term.lits for term in atom.args[0])):
-            count += 1
-            if count > _MAX_TERMS:
+        for count, choice in enumerate(combinations(*(term.lits for term in atom.args[0]))):
+            if count >= _MAX_TERMS:
                 raise OutOfBudgetError("a maximum of minima grew too large")
             yield from _flatten(ring, others + tuple(mul(ring, factor, u) + rest for u in choice), bound)
         return
-    yield _term(ring, lits, bound)
+    yield _term(ring, *_off_eye(ring, lits, bound))
+
+
+def _off_eye(ring: Ring, lits: tuple[Poly, ...], bound: tuple[Index, ...]) -> Member:
+    """max[m] f(eye(m, j), m): only m = j counts where the rest is the same for all m and never greater."""
+    for eye in [a for lit in lits[:1] for m, _ in lit for a, _ in m.factors if a.tag == "eye"]:
+        for index, other in (eye.args, eye.args[::-1]):
+            if len(lits) != 1 or index not in bound or (isinstance(other, Poly) and index in other.free):
+                continue
+            off = _at(ring, lits[0], eye, ZERO)
+            on = rename(ring, lits[0], {index: other})
+            if index not in off.free and is_positive(ring, on - off, strict=False):
+                return _off_eye(ring, (on,), tuple(b for b in bound if b != index))
+    return lits, bound
 
 
 def _hides_max(lit: Poly) -> bool:
@@ -141,7 +170,10 @@ def _hides_max(lit: Poly) -> bool:
 
 
 def _linear_max(ring: Ring, lit: Poly) -> tuple[Atom, Poly, Poly] | None:
-    """(max atom, factor of known sign, rest) with lit = factor · max + rest. A negative factor needs terms without bound indices."""
+    """(max atom, factor of known sign, rest) with lit = factor · max + rest.
+
+    A negative factor needs terms without bound indices.
+    """
     for mono, coef in lit:
         for atom, p in mono.factors:
             if atom.tag != "max" or p != 1 or mono.bound:
@@ -157,16 +189,12 @@ def _linear_max(ring: Ring, lit: Poly) -> tuple[Atom, Poly, Poly] | None:
     return None
 
 
-def _open(ring: Ring, term: Term) -> tuple[tuple[Poly, ...], tuple[Index, ...]]:
-    if not term.bound:
-        return tuple(term.lits), ()
-    names = {b: ring.fresh(b) for b in term.bound}
-    return tuple(rename(ring, lit, names) for lit in term.lits), tuple(names[b] for b in term.bound)
-
-
 def _term(ring: Ring, lits: Sequence[Poly], bound: Sequence[Index]) -> Term:
     unique = sorted(dict.fromkeys(lits), key=lambda p: p.key)
-    kept = [p for k, p in enumerate(unique) if not any(_drops(ring, q, p, j < k) for j, q in enumerate(unique) if j != k)]
+    kept = []
+    for k, p in enumerate(unique):
+        if not any(_drops(ring, q, p, j < k) for j, q in enumerate(unique) if j != k):
+            kept.append(p)
     used = [b for b in bound if any(b in p.free for p in kept)]
     height = max(p.height for p in kept) + 1
     return Term(tuple(kept), canonical_order(used, [(p, "") for p in kept], height))
@@ -201,11 +229,11 @@ def _absorb(ring: Ring, terms: list[Term]) -> list[Term]:
 
 def _normalised(ring: Ring, terms: list[Term]) -> tuple[Poly, Poly, list[Member] | None]:
     """max(terms) = shift + unit · max(rest): the common summand and the common positive factor taken out."""
-    members = [_open(ring, t) for t in terms]
+    members = [open_term(ring, t) for t in terms]
     fixed = [Poly({m: c for m, c in lit if m.free.isdisjoint(bound)}) for lits, bound in members for lit in lits]
     shift = least_coefficients(fixed)
     members = [(tuple(lit - shift for lit in lits), bound) for lits, bound in members]
-    # Gather all monomials in one Poly to find what they share; bound indices count as free ones that units may not hold.
+    # All monomials in one Poly, to find what they share; bound indices are free there, and units may not hold them.
     bound_names = frozenset(b for _, bound in members for b in bound)
     pool: dict[Mono, Fraction] = {}
     for lits, _ in members:
@@ -216,7 +244,7 @@ def _normalised(ring: Ring, terms: list[Term]) -> tuple[Poly, Poly, list[Member]
                 pool[mono] = coef
     if not pool:
         return shift, UNIT, None
-    (coef, factors), _ = content(ring, Poly(pool), only_positive=True)
+    (coef, factors), _ = content(ring, Poly(pool), "positive")
     kept = [(a, p) for a, p in factors if a.free.isdisjoint(bound_names) and a.tag != "exp"]
     kept += [
         (Atom("exp", (e,), True), Fraction(1))
@@ -252,32 +280,14 @@ def _oriented(ring: Ring, members: list[Member]) -> tuple[Atom, Fraction]:
     if rest is None or shift or unit != UNIT:
         return atom, Fraction(1)
     other = _max_atom(ring, rest)
-    return (atom, Fraction(1)) if (len(atom.args[0]), atom.key) <= (len(other.args[0]), other.key) else (other, Fraction(-1))
+    if (len(atom.args[0]), atom.key) <= (len(other.args[0]), other.key):
+        return atom, Fraction(1)
+    return other, Fraction(-1)
 
 
 def _max_atom(ring: Ring, members: Iterable[Member]) -> Atom:
     terms = _unique(ring, [_term(ring, lits, bound) for lits, bound in members])
     return Atom("max", (Bag(terms),))
-
-
-def max_bounds(ring: Ring, atom: Atom) -> Interval:
-    out: Interval | None = None
-    for term in atom.args[0]:
-        low: Interval | None = None
-        for lit in term.lits:
-            here = bounds(ring, lit)
-            low = here if low is None else im.least(low, here)
-        assert low is not None
-        out = low if out is None else im.greatest(out, low)
-    return out or im.ANY
-
-
-def rename_terms(ring: Ring, terms: Bag, sub: Substitution) -> Bag:
-    out = []
-    for term in terms:
-        lits, bound = _open(ring, term)
-        out.append((tuple(rename(ring, lit, sub) for lit in lits), bound))
-    return Bag(out)
 
 
 # --- comparisons --------------------------------------------------------------------------------
@@ -298,8 +308,57 @@ def is_above(ring: Ring, poly: Poly) -> Poly:
         if is_positive(ring, -factor, strict=False):
             terms = [_any_of(ring, [is_above(ring, mul(ring, factor, u) + rest) for u in t.lits]) for t in atom.args[0]]
             return _all_of(ring, terms)
-    _, rest = content(ring, poly, only_positive=True)
-    return Poly({Mono(((Atom("pos", (rest,)), Fraction(1)),)): Fraction(1)})
+    bit = _bit(poly)
+    if bit is not None:
+        on, off = (is_above(ring, _at(ring, poly, bit, value)) for value in (UNIT, ZERO))
+        return mul(ring, lone(bit), on) + mul(ring, UNIT - lone(bit), off)
+    _, rest = content(ring, poly, "positive")
+    single = rest.single
+    if single is not None and not single[0].bound and 1 < len(single[0].factors) <= _MAX_FACTORS:
+        return _product_above(ring, single[0], single[1])
+    if ring.eager:
+        _split_on(rest)
+    return lone(Atom("pos", (rest,)))
+
+
+def _split_on(guard: Poly) -> None:
+    """Ask for a case split, unless the guard depends on a bound index (which have fresh names)."""
+    if not any(i.name.startswith("~") for i in guard.free):
+        raise SplitError(guard)
+
+
+def _product_above(ring: Ring, mono: Mono, coef: Fraction) -> Poly:
+    """[u·v > 0] = [u > 0][v > 0] + [-u > 0][-v > 0]."""
+    (atom, p), *others = mono.factors
+    first = lone(atom)
+    rest = monomial(ring, coef, others)
+    if p.denominator != 1 or p % 2 == 0:  # a root, ≥ 0, or a square: only whether it is 0 matters
+        apart = is_above(ring, first) + (is_above(ring, -first) if p.denominator == 1 else ZERO)
+        return mul(ring, apart, is_above(ring, rest))
+    return mul(ring, is_above(ring, first), is_above(ring, rest)) + mul(
+        ring, is_above(ring, -first), is_above(ring, -rest)
+    )
+
+
+def _bit(poly: Poly) -> Atom | None:
+    """A factor of value 0 or 1 that no sum binds: [P > 0] is decided for both values instead."""
+    for mono, _ in poly:
+        for atom, _ in mono.factors:
+            if atom.tag in IDEMPOTENT and atom.free.isdisjoint(mono.bound):
+                return atom
+    return None
+
+
+def _at(ring: Ring, poly: Poly, bit: Atom, value: Poly) -> Poly:
+    """The Poly where `bit`, as a factor, has a value."""
+    out = []
+    for mono, coef in poly:
+        if all(a != bit for a, _ in mono.factors):
+            out.append(Poly({mono: coef}))
+        elif value:
+            factors, bound = opened(ring, mono)
+            out.append(times(ring, coef, [f for f in factors if f[0] != bit], bound))
+    return total(out)
 
 
 def _all_of(ring: Ring, terms: Iterable[Poly]) -> Poly:
@@ -319,20 +378,8 @@ def is_zero(ring: Ring, poly: Poly) -> Poly:
         return UNIT if poly.constant == 0 else ZERO
     if poly.real:
         return mul(ring, UNIT - is_above(ring, poly), UNIT - is_above(ring, -poly))
-    _, rest = content(ring, poly, only_positive=True)
+    _, rest = content(ring, poly, "positive")
     return Poly({Mono(((Atom("zero", (rest,)), Fraction(1)),)): Fraction(1)})
-
-
-def guard_of(atom: Atom) -> Atom | Poly | None:
-    """What to split on to get rid of an atom: an eye, a Poly to compare with 0, or None."""
-    if atom.tag == "eye":
-        return atom
-    if atom.tag == "pos":
-        return atom.args[0]  # type: ignore[no-any-return]
-    if atom.tag == "max":
-        lits = sorted({lit for term in atom.args[0] if not term.bound for lit in term.lits}, key=lambda p: p.key)
-        return lits[0] - lits[1] if len(lits) > 1 else None
-    return None
 
 
 REBUILD |= {

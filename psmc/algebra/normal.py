@@ -6,6 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from psmc.algebra import atoms, powers
 from psmc.algebra import extended as ex
 from psmc.algebra import ring as rg
 from psmc.algebra.extended import INF, NEG_INF, Infinite, Value, finite
@@ -41,14 +42,14 @@ class Normaliser:
             case Infinity(negative=negative):
                 return NEG_INF if negative else INF
             case IndexValue(index=index):
-                return rg.index_value(self.ring, (index,), Fraction(1))
+                return atoms.index_value(self.ring, (index,), Fraction(1))
             case DimValue(dim=dim):
                 size = self.ring.facts.sizes.get(dim)
                 return ex.atom_value("dim", dim) if size is None else number(size)
             case Eye(row=row, col=col):
-                return rg.eye(self.ring, (self._sub(row), self._sub(col)), Fraction(1))
+                return atoms.eye(self.ring, (self._sub(row), self._sub(col)), Fraction(1))
             case Ref(name=name, subs=subs, value_kind=kind):
-                return rg.elem(self.ring, (name, kind, 0, *map(self._sub, subs)), Fraction(1))
+                return atoms.elem(self.ring, (name, kind, 0, *map(self._sub, subs)), Fraction(1))
             case Reduce(op=op, index=index, body=body):
                 return self._reduce(op, index, body)
             case Op(op="where", args=(condition, x, y)):
@@ -67,12 +68,15 @@ class Normaliser:
         try:
             return ex.select(self.ring, guard, self(x), self(y))
         except UndefinedError as error:  # a branch that has no value where it is not taken
-            raise ex._split(guard) or error from None
+            raise ex.splitting(guard) or error from None
 
     def _reduce(self, op: str, index: Index, body: Expr) -> Value:
         size = self.ring.facts.sizes.get(index.dim)
         if size is not None and size <= _MAX_UNROLL and self.ring.facts.unroll:
             return self._unrolled(op, [rename(body, {index: k}) for k in range(size)])
+        # A name of its own: facts about free indices must not reach a bound one.
+        new = self.ring.fresh(index)
+        index, body = new, rename(body, {index: new})
         try:
             value = self(body)
         except SplitError as split:
@@ -129,30 +133,25 @@ class Normaliser:
 
 
 def product_over(ring: Ring, poly: Poly, index: Index) -> Poly:
-    """Π over an index of any name: of a single monomial factor by factor, else one opaque atom."""
-    new = ring.fresh(index)
-    return _product(ring, rg.rename(ring, poly, {index: new}), new)
-
-
-def _product(ring: Ring, poly: Poly, index: Index) -> Poly:
+    """Π over an index of fresh name: of a single monomial factor by factor, else one opaque atom."""
     if not poly or poly.constant == 1:
         return poly
     single = poly.single
     if single is None or single[0].bound or single[1] != 1 or any(index not in a.free for a, _ in single[0].factors):
-        return rg._atom(Atom("prod", (Bag((Term((poly,), (index,)),)),), poly.real))
+        return rg.lone(Atom("prod", (Bag((Term((poly,), (index,)),)),), poly.real))
     out = []
     for atom, p in single[0].factors:
         if atom.tag == "exp":
-            out.append(rg.exp(ring, rg.close(ring, atom.args[0].scaled(p), [index])))
+            out.append(powers.exp(ring, rg.close(ring, atom.args[0].scaled(p), [index])))
         else:
-            whole = Atom("prod", (Bag((Term((rg._atom(atom),), (index,)),)),), atom.real)
+            whole = Atom("prod", (Bag((Term((rg.lone(atom),), (index,)),)),), atom.real)
             out.append(rg.monomial(ring, Fraction(1), [(whole, p)]))
     return rg.product(ring, out)
 
 
 def _rebuild_product(ring: Ring, args: tuple[Any, ...], p: Fraction) -> Poly:
     ((lits, bound),) = args[0]
-    return rg.power(ring, _product(ring, lits[0], bound[0]), p)
+    return powers.power(ring, product_over(ring, lits[0], bound[0]), p)
 
 
 rg.REBUILD["prod"] = _rebuild_product
@@ -192,13 +191,13 @@ def _erf(ring: Ring, x: Value) -> Value:
 
 
 def _gelu(ring: Ring, x: Value) -> Value:
-    scaled = ex.mul(ring, x, rg.power(ring, number(2), -_HALF))
+    scaled = ex.mul(ring, x, powers.power(ring, number(2), -_HALF))
     return ex.mul(ring, ex.mul(ring, number(_HALF), x), ex.add(UNIT, _erf(ring, scaled)))
 
 
 def _rotation(ring: Ring, x: Value) -> tuple[Poly, Poly]:
     turn = rg.mul(ring, _I, finite(x))
-    return rg.exp(ring, turn), rg.exp(ring, -turn)
+    return powers.exp(ring, turn), powers.exp(ring, -turn)
 
 
 def _sin(ring: Ring, x: Value) -> Value:
@@ -223,19 +222,18 @@ def _pow(ring: Ring, x: Value, y: Value) -> Value:
         return ex.exp(ring, ex.mul(ring, exponent, ex.log(ring, base)))
     if integral(exponent) and base:
         # x^(m+n) = x^m x^n for integers m, n and x ≠ 0: a formal logarithm carries the law.
-        return rg.exp(ring, rg.mul(ring, exponent, ex.atom_value("flog", base, real=base.real)))
+        return powers.exp(ring, rg.mul(ring, exponent, ex.atom_value("flog", base, real=base.real)))
     return ex.atom_value("pow", base, exponent, real=base.real and exponent.real)
 
 
 def integral(poly: Poly) -> bool:
     """Certainly an integer."""
-    return all(
-        c.denominator == 1 and all(p.denominator == 1 and p > 0 and _integral_atom(a) for a, p in m.factors) for m, c in poly
-    )
+    return all(c.denominator == 1 and all(_integral_factor(a, p) for a, p in m.factors) for m, c in poly)
 
 
-def _integral_atom(atom: Atom) -> bool:
-    return atom.tag in ("eye", "pos", "zero", "dim", "index") or (atom.tag == "elem" and atom.args[1] == "int")
+def _integral_factor(atom: Atom, p: Fraction) -> bool:
+    whole = atom.tag in ("eye", "pos", "zero", "dim", "index") or (atom.tag == "elem" and atom.args[1] == "int")
+    return whole and p.denominator == 1 and p > 0
 
 
 def _abs(ring: Ring, x: Value) -> Value:
@@ -274,14 +272,14 @@ def _conjugate_factor(ring: Ring, atom: Atom, p: Fraction) -> Poly:
             return rg.monomial(ring, Fraction(-1 if int(p) % 2 else 1), [(atom, p)])
         case "elem":
             name, kind, conjugated, *subs = atom.args
-            return rg.elem(ring, (name, kind, 1 - conjugated, *subs), p)
+            return atoms.elem(ring, (name, kind, 1 - conjugated, *subs), p)
         case "exp":
-            return rg.exp(ring, conjugate(ring, atom.args[0]).scaled(p))
+            return powers.exp(ring, conjugate(ring, atom.args[0]).scaled(p))
         case "base" if p.denominator == 1:
-            return rg.power(ring, conjugate(ring, atom.args[0]), p)
+            return powers.power(ring, conjugate(ring, atom.args[0]), p)
         case "base":
             return rg.monomial(ring, Fraction(1), [(atom, p)])  # |z|, real
-    return rg.opaque("conj")(ring, (rg._atom(atom),), p)
+    return atoms.opaque("conj")(ring, (rg.lone(atom),), p)
 
 
 def _real(ring: Ring, x: Value) -> Value:

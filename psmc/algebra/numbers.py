@@ -1,6 +1,7 @@
-"""Exact numbers for evaluating the IR: rationals where possible, decimals of 60 digits where a function leaves them, pairs for complex.
+"""Exact numbers for evaluating the IR: rationals where possible, decimals of 60 digits where a function leaves them.
 
-An operation without a value (0/0, inf - inf, log of a negative number, a comparison too close to call) raises UndefinedError.
+An operation without a value (0/0, inf - inf, log of a negative number, a comparison too close to call) raises
+UndefinedError.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Context, Decimal, DecimalException
 from fractions import Fraction
 from math import isqrt
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from psmc.algebra.ring import UndefinedError
 
@@ -47,7 +48,7 @@ def decimal(x: Real) -> Decimal:
     return CONTEXT.divide(Decimal(x.numerator), Decimal(x.denominator))
 
 
-def infinite(x: Number) -> bool:
+def infinite(x: Number) -> TypeGuard[Decimal]:
     return isinstance(x, Decimal) and x.is_infinite()
 
 
@@ -105,7 +106,7 @@ def div_real(x: Real, y: Real) -> Real:
         return ZERO
     if sign(y) == 0:
         raise UndefinedError("division by 0")
-    return mul_real(x, Fraction(sign(y))) if infinite(x) else _div(x, y)  # type: ignore[no-any-return]
+    return mul_real(x, Fraction(sign(y))) if infinite(x) else _div(x, y)
 
 
 def sign(x: Real) -> int:
@@ -190,7 +191,7 @@ def exp(x: Number) -> Number:
         return INF if x > 0 else ZERO
     if x == 0:
         return ONE
-    if abs(x) > _LARGEST_ARGUMENT:
+    if not -_LARGEST_ARGUMENT < x < _LARGEST_ARGUMENT:
         raise UndefinedError("out of range")
     return _guard(lambda: CONTEXT.exp(decimal(x)))
 
@@ -267,8 +268,10 @@ def _series(x: Decimal, first: int) -> Decimal:
 def erf(x: Real) -> Real:
     if x == 0:
         return ZERO
-    if infinite(x) or abs(x) > 12:
-        return Fraction(1 if x > 0 else -1) if infinite(x) else CONTEXT.subtract(Decimal(sign(x)), Decimal(0))
+    if infinite(x):
+        return Fraction(sign(x))
+    if not -12 < x < 12:
+        return Decimal(sign(x))  # 1 - erf(12) < 1e-60
     c = Context(prec=150)
     v = c.plus(decimal(x))
     term, out, k = v, v, 0

@@ -11,8 +11,8 @@ from typing import Literal
 from psmc.algebra import numbers as nu
 from psmc.algebra.exact import Array, Position, Sizes, positions, run
 from psmc.algebra.numbers import Number
-from psmc.algebra.samples import Element, Sampler
-from psmc.algebra.values import element_text, formatted, nested
+from psmc.algebra.samples import Element, Sampler, declared
+from psmc.algebra.values import element_text, formatted, nested, told_apart
 from psmc.algebra.verdict import Counterexample
 from psmc.ir import Aggregator, Block
 
@@ -125,7 +125,7 @@ class Refuter:
         return point, found
 
     def _names(self) -> list[str]:
-        return [t.name for t in (*self.agg.state, *self.agg.params)]
+        return [t.name for t in declared(self.agg)]
 
     def _arrays(self, point: Point) -> tuple[Element, ...]:
         return (point.params, *point.operands)
@@ -142,20 +142,17 @@ class Refuter:
 
     def _counterexample(self, law: Law, point: Point, found: Difference) -> Counterexample:
         names = _OPERANDS[law]
-        shapes = {t.name: t.dims for t in (*self.agg.state, *self.agg.params)}
+        shapes = {t.name: t.dims for t in declared(self.agg)}
         elements = [(n, e) for n, e in zip(names, point.operands, strict=True)]
         given = [f"{d}={s}" for d, s in self._used_sizes(point)]
         given += [f"{n}={formatted(nested(array, shapes[n], point.sizes))}" for n, array in point.params.items()]
-        given += [f"{n}={element_text(e, shapes, point.sizes)}" for n, e in elements]
+        shown = elements if law == "associativity" else [("e", self.identity(point)), *elements]
+        given += [f"{n}={element_text(e, shapes, point.sizes)}" for n, e in shown]
         place = found.component + (f"[{','.join(map(str, found.position))}]" if found.position else "")
         left, right = _SIDES[law]
-        text = (
-            f"with {', '.join(given)}: {left} gives {place}={formatted(found.left)}, "
-            f"{right} gives {place}={formatted(found.right)}."
-        )
+        values = told_apart(found.left, found.right)
+        text = f"with {', '.join(given)}: {left} gives {place}={values[0]}, {right} gives {place}={values[1]}."
         if law != "associativity":
-            identity = self.identity(point)
-            text = text.replace("with ", f"with e={element_text(identity, shapes, point.sizes)}, ", 1)
             text = text.replace(f", {right} gives {place}=", f", not {place}=")
         return Counterexample(
             law,
@@ -172,7 +169,7 @@ class Refuter:
         )
 
     def _used_sizes(self, point: Point) -> list[tuple[str, int]]:
-        used = {d for t in (*self.agg.state, *self.agg.params) for d in t.dims}
+        used = {d for t in declared(self.agg) for d in t.dims}
         return [(d.name, point.sizes[d.name]) for d in self.agg.dims if d.size is None and d.name in used]
 
 

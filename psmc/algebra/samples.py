@@ -14,7 +14,8 @@ from psmc.ir import Aggregator, Block, Component, Const, Interval, Ref, Tensor
 from psmc.ir.rewrite import refs, walk
 
 Element = dict[str, Array]
-_SIMPLE = [Fraction(n, d) for n, d in ((0, 1), (1, 1), (2, 1), (3, 1), (-1, 1), (1, 2), (4, 1), (5, 1), (-2, 1), (1, 3), (-3, 1), (7, 1))]
+Declared = Component | Tensor
+_SIMPLE = [Fraction(v) for v in ["0", "1", "2", "3", "-1", "1/2", "4", "5", "-2", "1/3", "-3", "7"]]
 _MAX_SIZE = 3
 
 
@@ -30,10 +31,8 @@ class Sampler:
     @staticmethod
     def of(agg: Aggregator, intervals: Mapping[str, Interval]) -> Sampler:
         constants = _constants(agg)
-        tensors: list[Component | Tensor] = [*agg.state, *agg.params]
-        pools = {
-            t.name: _pool(t.kind, intervals.get(t.name) if isinstance(t, Component) else t.interval, constants) for t in tensors
-        }
+        legal = {**intervals, **{p.name: p.interval for p in agg.params if p.interval is not None}}
+        pools = {t.name: _pool(t.kind, legal.get(t.name), constants) for t in declared(agg)}
         return Sampler(agg, intervals, pools, _gathers(agg))
 
     def sizes(self, trial: int) -> dict[str, int]:
@@ -64,6 +63,11 @@ class Sampler:
         if name in self.indices:
             return tuple(Fraction(k) for k in range(sizes[self.indices[name]]))
         return self.pools[name]
+
+
+def declared(agg: Aggregator) -> list[Declared]:
+    """The tensors that a combine reads."""
+    return [*agg.state, *agg.params]
 
 
 def _constants(agg: Aggregator) -> list[Fraction]:
@@ -102,7 +106,7 @@ def _inside(interval: Interval, kind: str) -> list[Fraction]:
 def _gathers(agg: Aggregator) -> dict[str, str]:
     """Int tensors read inside a subscript, and the dim of the axis they index."""
     assert isinstance(agg.combine, Block)
-    dims = {t.name: t.dims for t in (*agg.state, *agg.params)}
+    dims = {t.name: t.dims for t in declared(agg)}
     dims |= {a.name: tuple(i.dim for i in a.indices) for a in agg.combine.lets}
     out: dict[str, str] = {}
     values = [a.value for a in (*agg.combine.lets, *agg.combine.results)]

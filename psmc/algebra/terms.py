@@ -1,7 +1,8 @@
-"""The normal form's data: a Poly is a sum of coefficient × Mono; a Mono is Σ over bound indices of a product of powers of Atoms.
+"""The normal form's data: a Poly is a sum of coefficient × Mono, a Mono is Σ over indices of a product of Atom powers.
 
-Equality is equality of `key`, a text in which bound indices are numbered, so that it is equality up to their renaming. A binder
-is shown as `height.position`, where the height counts the binders below it: a nested text therefore never depends on its context.
+Equality is equality of `key`, a text in which bound indices are numbered, so that it is equality up to their renaming.
+A binder is shown as `height.position`, where the height counts the binders below it: a nested text therefore never
+depends on its context.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Node:
         raise NotImplementedError
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (type(other) is type(self) and other.key == self.key)  # type: ignore[attr-defined]
+        return self is other or (type(other) is type(self) and other.key == self.key)
 
     def __hash__(self) -> int:
         return self._hash
@@ -85,7 +86,7 @@ class Atom(Node):
     elem     an element of an operand or a param: (name, kind, conjugated, *subscripts)
     i dim index prime            the imaginary unit, a dim's size, an index as a number, a prime under a root
     eye pos zero                 0 or 1: positions agree; the Poly is > 0; the (complex) Poly is 0
-    exp log flog base            of one Poly; `flog` is the formal logarithm of an integer power, `base` a Poly under a power
+    exp log flog base            of one Poly; `flog` is the formal logarithm in integer powers, `base` a Poly in a power
     max      a Bag of `Term`s: the greatest of them
     prod     a product over one index
     anything else                an uninterpreted function of Polys

@@ -7,7 +7,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from psmc.algebra.exact import Array, Sizes
-from psmc.algebra.numbers import Complex, Real
+from psmc.algebra.numbers import Complex, Number, Real
 
 
 def nested(array: Array, dims: tuple[str, ...], sizes: Sizes, prefix: tuple[int, ...] = ()) -> object:
@@ -17,33 +17,42 @@ def nested(array: Array, dims: tuple[str, ...], sizes: Sizes, prefix: tuple[int,
     return tuple(nested(array, dims, sizes, (*prefix, k)) for k in range(sizes[dims[len(prefix)]]))
 
 
-def formatted(value: object) -> str:
+def formatted(value: object, digits: int = 6) -> str:
     """`3`, `-1/2`, `2.71828`, `1+2i`, `inf`, `[[1,0],[0,1]]`."""
     if isinstance(value, tuple):
-        return "[" + ",".join(map(formatted, value)) + "]"
+        return "[" + ",".join(formatted(v, digits) for v in value) + "]"
     if isinstance(value, Complex):
-        return _complex(value)
+        return _complex(value, digits)
     if value is None:
         return "undefined"
     assert isinstance(value, Fraction | Decimal)
-    return _real(value)
+    return _real(value, digits)
 
 
-def _real(value: Real) -> str:
+def told_apart(x: Number, y: Number) -> tuple[str, str]:
+    """Both values, with as many digits as it takes to see that they differ."""
+    for digits in (6, 12, 24, 48):
+        texts = formatted(x, digits), formatted(y, digits)
+        if texts[0] != texts[1]:
+            break
+    return texts
+
+
+def _real(value: Real, digits: int) -> str:
     if isinstance(value, Fraction):
         return str(value)
     if value.is_infinite():
         return "inf" if value > 0 else "-inf"
-    return f"{float(value):.6g}" if 1e-300 < abs(value) < 1e300 else f"{value:.5e}"
+    return f"{value:.{digits}g}"
 
 
-def _complex(value: Complex) -> str:
+def _complex(value: Complex, digits: int) -> str:
     if value.im == 0:
-        return _real(value.re)
-    imaginary = _real(value.im) + "i"
+        return _real(value.re, digits)
+    imaginary = {1: "i", -1: "-i"}.get(value.im) or _real(value.im, digits) + "i"  # type: ignore[call-overload]
     if value.re == 0:
         return imaginary
-    return f"{_real(value.re)}{'' if imaginary.startswith('-') else '+'}{imaginary}"
+    return f"{_real(value.re, digits)}{'' if imaginary.startswith('-') else '+'}{imaginary}"
 
 
 def element_text(element: Mapping[str, Array], dims: Mapping[str, tuple[str, ...]], sizes: Sizes) -> str:

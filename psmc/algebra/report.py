@@ -1,0 +1,106 @@
+"""Diagnostics of the 3xx block: what the verdicts mean for the person who wrote the spec."""
+
+from __future__ import annotations
+
+from psmc.algebra.intervals import closure
+from psmc.algebra.prover import prove
+from psmc.algebra.verdict import Counterexample, Proof, Refuted, Unknown
+from psmc.diagnostics import Diagnostic, Label, PsmcError
+from psmc.ir import Aggregator, Block
+
+_HALF = {"lift": "a lifted token may lie outside", "combine": "combine may leave it"}
+
+
+def diagnostic_for(agg: Aggregator, proof: Proof) -> Diagnostic | None:
+    """The error that a proof amounts to under the spec's claim, if it is one.
+
+    PSM301 the claim (yes or assume) is refuted, PSM302 the identity element is wrong, PSM303 `yes` could not be proved,
+    PSM304 the identity could not be proved under `yes`.
+    """
+    if agg.claim == "no":
+        return None
+    if isinstance(proof.associativity, Refuted):
+        return _refuted(agg, proof.associativity.counterexample)
+    if isinstance(proof.identity, Refuted):
+        return _wrong_identity(agg, proof.identity.counterexample)
+    if agg.claim == "assume":
+        return None
+    if isinstance(proof.associativity, Unknown):
+        message = "'combine' is claimed associative, which could not be proved."
+        return _undecided(agg, "PSM303", message, proof.associativity)
+    if isinstance(proof.identity, Unknown):
+        return _undecided(agg, "PSM304", "the identity element could not be proved to be one.", proof.identity)
+    return None
+
+
+def require(agg: Aggregator, budget: float = 20.0) -> Proof:
+    """The proof; PsmcError PSM301-PSM304 if it does not carry the spec's claim."""
+    proof = prove(agg, budget)
+    diagnostic = diagnostic_for(agg, proof)
+    if diagnostic is not None:
+        raise PsmcError(diagnostic)
+    return proof
+
+
+def _claim(agg: Aggregator, text: str) -> tuple[Label, ...]:
+    span = agg.where("claim")
+    return () if span is None else (Label(span, text),)
+
+
+def _refuted(agg: Aggregator, found: Counterexample) -> Diagnostic:
+    vouched = agg.claim == "assume"
+    return Diagnostic(
+        "PSM301",
+        "'combine' is claimed associative but is not.",
+        agg.where(f"combine {found.component}", "combine", "claim", "name"),
+        f"'{found.component}' depends on the parenthesisation",
+        _claim(agg, "vouched for here" if vouched else "claimed here"),
+        (found.text, *_interval_notes(agg)),
+        (
+            "correct the rule, or write 'associative: no' if a fixed order is the meaning",
+            *(("'assume' is for rules that cannot be decided; this one is decided",) if vouched else ()),
+        ),
+    )
+
+
+def _wrong_identity(agg: Aggregator, found: Counterexample) -> Diagnostic:
+    side = "e∘x = x" if found.law == "left identity" else "x∘e = x"
+    return Diagnostic(
+        "PSM302",
+        f"the declared identity element is not one: {side} fails for '{found.component}'.",
+        agg.where(f"identity {found.component}", f"state {found.component}", "combine", "name"),
+        "not the identity of 'combine'",
+        _claim(agg, "claimed here"),
+        (found.text, *_interval_notes(agg)),
+        (
+            f"change the value behind '=' of '{found.component}', or the rule: combining with it must change nothing",
+            f"if only some values of '{found.component}' can occur, declare their interval on the state: "
+            "it is used where lift lands in it and combine keeps it",
+        ),
+    )
+
+
+def _undecided(agg: Aggregator, code: str, message: str, verdict: Unknown) -> Diagnostic:
+    notes = [verdict.reason + "."] + ([f"left to show: {verdict.residual}"] if verdict.residual else [])
+    return Diagnostic(
+        code,
+        message,
+        agg.where("combine", "claim", "name"),
+        "not decided",
+        _claim(agg, "claimed here"),
+        (*notes, *_interval_notes(agg)),
+        (
+            "write 'associative: assume' to vouch for it yourself",
+            "declare intervals on the state and the params where values are known to be positive or bounded",
+        ),
+    )
+
+
+def _interval_notes(agg: Aggregator) -> tuple[str, ...]:
+    """Declared intervals that the proof could not use."""
+    if not isinstance(agg.combine, Block):
+        return ()
+    failed = closure(agg).open
+    return tuple(
+        f"the interval of '{c.name}' was not used: {_HALF[failed[c.name]]}" for c in agg.state if c.name in failed
+    )

@@ -1,0 +1,241 @@
+"""Verdicts of the prover: what the field writes is proved, what is wrong is refuted, what is open says why."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from prover_specs import ASSOCIATIVE, CLAMP, NOT_ASSOCIATIVE, spec
+
+from psmc.algebra.intervals import closure
+from psmc.algebra.prover import prove
+from psmc.algebra.refute import Point, Refuter
+from psmc.algebra.report import diagnostic_for, require
+from psmc.algebra.samples import Sampler
+from psmc.algebra.verdict import Counterexample, Proved, Refuted, Unknown
+from psmc.diagnostics import PsmcError, render
+from psmc.ir import Aggregator, Extern, Interval
+
+ROOT = Path(__file__).parent.parent
+# Associative, since x^2 - 2 x + 1 is never negative; psmc does not know about sums of squares.
+UNDECIDED = "state s = 0 combine (l, r) { s = l.s + r.s + max(l.s^2 - 2 * l.s + 1, 0) - (l.s - 1)^2 }"
+NO_IDENTITY = {"softplus_sum"}  # inf - inf as written: holds as a limit only
+
+
+@pytest.mark.parametrize("name", ASSOCIATIVE)
+def test_proved(name: str) -> None:
+    proof = prove(spec(ASSOCIATIVE[name]), 10)
+    assert isinstance(proof.associativity, Proved), proof.associativity
+    if name in NO_IDENTITY:
+        assert isinstance(proof.identity, Unknown) and "inf - inf" in proof.identity.reason
+    else:
+        assert isinstance(proof.identity, Proved), proof.identity
+
+
+@pytest.mark.parametrize("name", NOT_ASSOCIATIVE)
+def test_refuted(name: str) -> None:
+    body, component = NOT_ASSOCIATIVE[name]
+    agg = spec(body)
+    proof = prove(agg, 10)
+    assert isinstance(proof.associativity, Refuted), proof.associativity
+    found = proof.associativity.counterexample
+    assert found.component == component
+    assert replayed(agg, found)
+
+
+def replayed(agg: Aggregator, found: Counterexample) -> bool:
+    """Both sides again, from nothing but the counterexample's data."""
+
+    def array(value: object) -> dict[tuple[int, ...], object]:
+        if not isinstance(value, tuple):
+            return {(): value}
+        return {(k, *rest): v for k, part in enumerate(value) for rest, v in array(part).items()}
+
+    elements = {n: {c: array(v) for c, v in element} for n, element in found.elements}
+    params = elements.pop("params", {})
+    point = Point(dict(found.dims), params, tuple(elements.values()))  # type: ignore[arg-type]
+    difference = Refuter(agg, Sampler.of(agg, {})).difference(found.law, point)
+    return difference is not None and (difference.left, difference.right) == (found.left, found.right)
+
+
+def test_counterexample_text() -> None:
+    proof = prove(spec(NOT_ASSOCIATIVE["leaky"][0]))
+    assert isinstance(proof.associativity, Refuted)
+    text = proof.associativity.counterexample.text
+    assert text == "with a=(s=1,d=0), b=(s=0,d=0), c=(s=0,d=1): (a∘b)∘c gives s=0, a∘(b∘c) gives s=1."
+
+
+def test_counterexamples_are_small_and_legal() -> None:
+    agg = spec("dim K, V state a[K] in (0, 1) = 1, S[K, V] = 0 combine (l, r) { "
+               "a[i] = l.a[i] * r.a[i]; S[i, j] = l.a[i] * l.S[i, j] + r.S[i, j] }")  # fmt: skip
+    proof = prove(agg)
+    assert isinstance(proof.associativity, Refuted)
+    found = proof.associativity.counterexample
+    assert found.dims == (("K", 1), ("V", 1))
+    for name, element in found.elements:
+        if name != "params":
+            ((value,),) = (dict(element)["a"],)  # type: ignore[misc]
+            assert 0 < value < 1
+
+
+# --- identities ---------------------------------------------------------------------------------
+
+
+def test_identity_is_refuted_by_law_and_component() -> None:
+    proof = prove(spec(CLAMP))
+    assert isinstance(proof.associativity, Proved)
+    assert isinstance(proof.identity, Refuted)  # hi < lo is a legal element, and not kept by clamping with it
+    assert proof.identity.counterexample.component in ("lo", "hi")
+    wrong = prove(spec("state p = 0 combine (l, r) { p = l.p * r.p }"))
+    assert isinstance(wrong.identity, Refuted)
+    assert wrong.identity.counterexample.text == "with e=(p=0), x=(p=1): e∘x gives p=0, not p=1."
+
+
+@pytest.mark.parametrize(
+    ("name", "breaks"),
+    [
+        ("softmax_average", ("u", "w")),
+        ("mlstm", ("C", "n")),
+        ("logsumexp", ("u",)),
+        ("welford", ("mean", "M")),
+        ("gla", ()),
+        ("viterbi", ()),
+        ("logaddexp", ()),
+    ],
+)
+def test_float_breaks(name: str, breaks: tuple[str, ...]) -> None:
+    """Where e∘e is inf - inf or 0/0 as written."""
+    assert prove(spec(ASSOCIATIVE[name])).float_breaks == breaks
+
+
+def test_wrong_infinite_identity() -> None:
+    proof = prove(spec("state m = inf combine (l, r) { m = max(l.m, r.m) }"))
+    assert isinstance(proof.identity, Refuted)
+    proof = prove(spec("dim K state A[K, K] = 0 combine (l, r) { A[i, j] = max[m] (l.A[i, m] + r.A[m, j]) }"))
+    assert isinstance(proof.identity, Refuted)
+
+
+# --- intervals ----------------------------------------------------------------------------------
+
+
+def test_only_closed_intervals_are_used() -> None:
+    agg = spec("state s in [0, 1] = 0 combine (l, r) { s = where(l.s + r.s > 6, 0, l.s + r.s) }")
+    assert closure(agg).open == {"s": "combine"}
+    assert isinstance(prove(agg).associativity, Refuted)
+
+
+def test_lift_must_land_in_the_interval() -> None:
+    rule = "state s in [0, inf) = 0 lift {{ s = {} }} combine (l, r) {{ s = sqrt(l.s * l.s + r.s * r.s) }}"
+    inside = spec("input x " + rule.format("x * x"))
+    outside = spec("input x " + rule.format("x"))
+    assert closure(inside).closed == {"s": Interval(Fraction(0), None, False, True)}
+    assert closure(outside).open == {"s": "lift"}
+    assert isinstance(prove(inside).identity, Proved)
+    assert isinstance(prove(outside).identity, Refuted)
+
+
+def test_intervals_are_closed_together() -> None:
+    """d stays in [0, 1] only because a does; when a's interval fails, so does d's."""
+    body = "state a in [0, 1] = 1, d in [0, 1] = 1 combine (l, r) {{ a = l.a {} r.a; d = l.a * r.d }}"
+    assert set(closure(spec(body.format("*"))).closed) == {"a", "d"}
+    assert closure(spec(body.format("+"))).open == {"a": "combine", "d": "combine"}
+
+
+def test_certificate_names_the_intervals_used() -> None:
+    proof = prove(spec(ASSOCIATIVE["root_of_squares"]))
+    assert isinstance(proof.associativity, Proved)
+    assert any("interval of 's', closed" in line for line in proof.associativity.certificate)
+    plain = prove(spec(ASSOCIATIVE["gla"])).associativity
+    assert isinstance(plain, Proved) and not any("interval" in line for line in plain.certificate)
+
+
+# --- claims and limits --------------------------------------------------------------------------
+
+
+def test_no_claim_no_verdict_unless_asked() -> None:
+    agg = spec(NOT_ASSOCIATIVE["difference"][0], "no")
+    assert prove(agg).associativity is None
+    assert isinstance(prove(agg, associativity=True).associativity, Refuted)
+
+
+def test_extern_has_no_verdict() -> None:
+    from dataclasses import replace
+
+    proof = prove(replace(spec(ASSOCIATIVE["ema"], "assume"), combine=Extern()))
+    assert proof.associativity is None and proof.identity is None
+
+
+def test_undecided_says_what_is_left() -> None:
+    verdict = prove(spec(UNDECIDED), 1.0).associativity
+    assert isinstance(verdict, Unknown) and verdict.reason
+    assert verdict.residual.startswith("s: ") and "b.s^2" in verdict.residual
+
+
+def test_digits_that_tell_sides_apart() -> None:
+    proof = prove(spec("state s = 0 combine (l, r) { s = l.s + r.s + 1e-30 * erf(l.s) * erf(r.s) }"))
+    assert isinstance(proof.associativity, Refuted)
+    left, right = re.findall(r"gives s=([^, ]*)", proof.associativity.counterexample.text)
+    assert left.rstrip(".") != right.rstrip(".")
+
+
+def test_budget_is_kept() -> None:
+    terms = " + ".join(f"max(l.s * r.s * {k}, l.s - r.s + {k})" for k in range(12))
+    agg = spec(f"state s = 0 combine (l, r) {{ s = 1e-40 * ({terms}) + l.s + r.s }}")
+    proof = prove(agg, 1.0)
+    assert proof.seconds < 3
+    assert not isinstance(proof.associativity, Proved)
+
+
+# --- diagnostics --------------------------------------------------------------------------------
+
+
+def test_diagnostics() -> None:
+    def code(body: str, claim: str = "yes") -> str | None:
+        agg = spec(body, claim)
+        found = diagnostic_for(agg, prove(agg, 2))
+        return None if found is None else found.code
+
+    assert code(ASSOCIATIVE["gla"]) is None
+    assert code(NOT_ASSOCIATIVE["leaky"][0]) == "PSM301"
+    assert code(NOT_ASSOCIATIVE["difference"][0], "assume") == "PSM301"
+    assert code(NOT_ASSOCIATIVE["difference"][0], "no") is None
+    assert code("state p = 0 combine (l, r) { p = l.p * r.p }") == "PSM302"
+    assert code(UNDECIDED) == "PSM303"
+    assert code(UNDECIDED, "assume") is None
+    assert code(ASSOCIATIVE["softplus_sum"]) == "PSM304"
+
+
+def test_refused_claim_points_at_rule_and_claim() -> None:
+    with pytest.raises(PsmcError) as error:
+        require(spec(NOT_ASSOCIATIVE["leaky"][0]))
+    (diagnostic,) = error.value.diagnostics
+    assert diagnostic.span is not None and diagnostic.span.text == "s = l.s * r.d + r.s"
+    assert "claimed here" in render(diagnostic)
+
+
+def test_same_text_under_any_hash_seed() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from prover_specs import *\nfrom dataclasses import replace\nfrom psmc.algebra.prover import prove\n"
+        "for n in ('mlstm', 'welford', 'bottleneck', 'signed'):\n"
+        "    print(replace(prove(spec(ASSOCIATIVE[n])), seconds=0))\n"
+        "for n in ('swapped_delta', 'wrong_gather'): print(prove(spec(NOT_ASSOCIATIVE[n][0])).associativity)\n"
+    )
+    runs = [in_fresh_python(code, PYTHONHASHSEED=seed) for seed in ("1", "2")]
+    assert runs[0] == runs[1] and "Refuted" in runs[0]
+
+
+def test_imports_neither_torch_nor_triton() -> None:
+    code = "import sys, psmc.algebra.report; print({'torch', 'triton', 'sympy', 'z3'} & set(sys.modules))"
+    assert in_fresh_python(code).strip() == "set()"
+
+
+def in_fresh_python(code: str, **env: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env={"PYTHONPATH": ".", **env}, cwd=ROOT, capture_output=True, check=True, text=True
+    ).stdout
