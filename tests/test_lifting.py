@@ -70,8 +70,10 @@ MORE = {
         recurrence { d[j] = max[i] (d[i] + t[i, j]) + e[j] }
         associative: yes }""",
     "running extrema": """aggregator s { input x, a
-        state hi = 0, lo = 7, slow = 2
-        recurrence { hi = max(hi - 0.5, x); lo = min(lo, x + 1); slow = max(slow * sigmoid(a), x) }
+        input g in (0, 1]
+        state hi = 0, lo = 7, slow = 2, gated = -3
+        recurrence { hi = max(hi - 0.5, x); lo = min(lo, x + 1); slow = max(slow * sigmoid(a), x)
+          gated = min(g * gated, x * g) }
         associative: yes }""",
     "chain of three": """aggregator s { input x
         const b = 0.9
@@ -170,8 +172,9 @@ def test_nothing_more_is_carried_than_the_structure_needs():
     assert _carried(MORE["decay on V and a delta rule"]) == "A[K, K, V]"
     assert _carried(MORE["right action"]) == "A[V, V]"
     carried = {
-        "linear_attention_recurrence": "", "retnet_recurrence": "a", "gla_recurrence": "a[K]", "gated_rfa_recurrence": "a",
-        "mamba_recurrence": "a[D, N]", "kda_recurrence": "A[K, K]", "linear_recurrence_recurrence": "a_h",
+        "linear_attention_recurrence": "", "retnet_recurrence": "a", "gla_recurrence": "a[K]",
+        "gated_rfa_recurrence": "a", "mamba_recurrence": "a[D, N]", "kda_recurrence": "A[K, K]",
+        "linear_recurrence_recurrence": "a_h",
     }  # fmt: skip
     for name, want in carried.items():
         assert _carried((EXAMPLES / f"{name}.psm").read_text()) == want, name

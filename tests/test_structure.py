@@ -249,7 +249,12 @@ def test_live_state_and_element():
     ):
         _, found = _analysed(name)
         assert (found.live, found.element) == (live, element), name
-    unused = "aggregator s { input x\n state a = 0, b = 0\n lift { a = x; b = x }\n combine (l, r) { a = l.a + r.a; b = l.b + r.b }\n output y = a\n associative: yes }"
+    unused = """aggregator s { input x
+        state a = 0, b = 0
+        lift { a = x; b = x }
+        combine (l, r) { a = l.a + r.a; b = l.b + r.b }
+        output y = a
+        associative: yes }"""
     assert analyse(spec(unused)).element == ("a",)
 
 
@@ -311,7 +316,8 @@ def test_vertex_cover_is_minimum():
 
 def test_the_report_does_not_depend_on_the_hash_seed():
     code = (
-        "from run_ir import example; from psmc.derive.lifting import lifted; from psmc.structure.analyse import analyse;"
+        "from run_ir import example; from psmc.derive.lifting import lifted;"
+        "from psmc.structure.analyse import analyse;"
         "from psmc.structure.describe import as_data;"
         "print([as_data(analyse(lifted(example(n)))) for n in ('delta_product_recurrence', 'mlstm', 'kda')])"
     )

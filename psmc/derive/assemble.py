@@ -9,7 +9,7 @@ from fractions import Fraction
 from psmc.derive.affine import Affine, Entry, Pair, Side, applied, composed, past
 from psmc.derive.rescale import Shift, collect_exponents, linear
 from psmc.derive.simplify import ONE, ZERO, make, simplify
-from psmc.ir import Aggregator, Assign, Block, Component, Expr, Index, Kind, Ref
+from psmc.ir import Aggregator, Assign, Block, Component, Expr, Index, Interval, Kind, Ref
 from psmc.ir.canonical import Names, canonical, canonical_assign, declared_names
 from psmc.ir.ops import join
 from psmc.ir.rewrite import instantiate, replace_refs
@@ -51,6 +51,11 @@ class Carried:
     def kind(self) -> Kind:
         of_state = self.group.affine.kinds[self.pair[0]]
         return "int" if of_state == "int" else join((self.group.value(self.pair).kind, "real"))
+
+    @property
+    def interval(self) -> Interval | None:
+        """What its composition needs for a proof, and keeps."""
+        return Interval(lo=Fraction(0)) if self.group.affine.ring.positive_factors else None
 
     def identity(self) -> Assign:
         ring, (row, column) = self.group.affine.ring, self.pair
@@ -134,7 +139,7 @@ def assemble(agg: Aggregator, groups: Sequence[Group]) -> Aggregator:
         for name in group.affine.members:
             combine[name] = Assign(name, group.affine.indices, _combined(group, name, read, lets_of))
         for found in names.of(group):
-            state.append(Component(found.name, _dims(found.indices), found.kind, None, found.identity()))
+            state.append(Component(found.name, _dims(found.indices), found.kind, found.interval, found.identity()))
             lift[found.name] = Assign(found.name, found.indices, group.value(found.pair))
             combine[found.name] = Assign(found.name, found.indices, _composed(found, read))
     lets = tuple(replace(combine[name], name=let) for name, let in lets_of.items())

@@ -12,11 +12,13 @@ plan runs it token by token.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from psmc.derive import blame
 from psmc.derive.affine import Affine, BothSidesError, affine
 from psmc.derive.assemble import Group, assemble
 from psmc.derive.graph import layers
+from psmc.derive.known import known_positive
 from psmc.derive.logs import log_decay
 from psmc.derive.newest import newest
 from psmc.derive.rescale import CannotRescaleError, rescaled, shifts
@@ -85,7 +87,8 @@ def _affine(agg: Aggregator, updates: Sequence[Assign], ring: Semiring, kinds: K
 
 def _in_some_ring(agg: Aggregator, updates: Sequence[Assign], kinds: Kinds) -> Affine:
     failures: list[NotAffineError] = []
-    for ring in SEMIRINGS:
+    for plain in SEMIRINGS:
+        ring = replace(plain, is_positive=known_positive(agg))
         failure = _failure(updates, ring)
         if failure is None:
             return _affine(agg, updates, ring, kinds)
@@ -108,4 +111,4 @@ def _rescaled(agg: Aggregator, updates: Sequence[Assign], kinds: Kinds) -> Group
         blame.both_sides(agg, members[0])
     entry = found.entries[members[0], members[0]]
     alone = len(members) == 1 and found.acted is None and entry.carried
-    return Group(found, by, leaf, log_decay(entry.value) if alone else None)
+    return Group(found, by, leaf, log_decay(entry.value, known_positive(agg)) if alone else None)

@@ -24,7 +24,8 @@ def log_decay(expr: Expr, is_positive: IsPositive = lambda _: False) -> Expr | N
             return (ZERO if value == 1 else Op("log", (expr,))) if value > 0 else None
         case Op(op=op, args=args):
             rule = _RULES.get(op)
-            return None if rule is None else rule(args, is_positive)
+            if rule is not None:
+                return rule(args, is_positive)
     return Op("log", (expr,)) if is_positive(expr) else None
 
 

@@ -26,7 +26,11 @@ def newest(
     for name in names:
         value = updates[name].value
         for other in patterns:
-            if other == name or not may_read(name, other) or (value == updates[other].value and names.index(other) > names.index(name)):
+            if (
+                other == name
+                or not may_read(name, other)
+                or (value == updates[other].value and names.index(other) > names.index(name))
+            ):
                 continue
             value = _replaced(value, updates[other], kinds[other])
         found[name] = replace(updates[name], value=value)

@@ -7,7 +7,7 @@ running maxima with a decay (the stabiliser of an exponential gate), (logaddexp,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from psmc.derive.simplify import ONE, ZERO, make
 from psmc.ir import Expr, Eye, Infinity, Op, Reduce, Ref, Sub
@@ -18,14 +18,18 @@ IsState = Callable[[Ref], bool]
 
 @dataclass(frozen=True)
 class Semiring:
-    """⊕ is `plus`, ⊗ is `times`; `reduce` is ⊕ over an index, if the language has it."""
+    """⊕ is `plus`, ⊗ is `times`; `reduce` is ⊕ over an index, if the language has it.
+
+    With `positive_factors`, ⊗ keeps ⊕ only for factors that are > 0; `is_positive` decides which are.
+    """
 
     plus: str
     times: str
     zero: Expr
     one: Expr
     reduce: str | None = None
-    positive_factors: bool = False  # ⊗ keeps ⊕ only for factors that are > 0
+    positive_factors: bool = False
+    is_positive: Callable[[Expr], bool] = field(default=lambda _: False, compare=False)
 
     def unit(self, row: Sub, col: Sub) -> Expr:
         """The identity matrix at (row, col)."""
@@ -167,7 +171,7 @@ def _scale(node: Op, parts: list[Parts], ring: Semiring) -> Parts:
     free = r1 if h1 is None else r2
     assert free is not None
     state = (h2, r2) if h1 is None else (h1, r1)
-    if ring.positive_factors and not is_positive(free):
+    if ring.positive_factors and not ring.is_positive(free):
         raise NotPositiveError(node, "a factor not known to be positive does not pass through a maximum or minimum")
     left = h1 is None
     hom, rest = (None if x is None else make(node.op, *((free, x) if left else (x, free))) for x in state)
@@ -188,11 +192,3 @@ _SCALING: dict[str, dict[str, _Rule]] = {
     "add": {"add": _scale, "sub": _unscale},
     "mul": {"mul": _scale, "div": _unscale},
 }
-
-
-def is_positive(node: Expr) -> bool:
-    """> 0 by its form alone."""
-    return isinstance(node, Op) and (
-        node.op in ("exp", "sigmoid", "softplus", "rsqrt")
-        or (node.op in ("mul", "div", "add", "max", "min", "sqrt") and all(is_positive(a) for a in node.args))
-    )

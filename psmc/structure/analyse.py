@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from psmc.algebra.interval_math import positive
-from psmc.algebra.intervals import bounds
 from psmc.derive.graph import layers
+from psmc.derive.known import known_positive
 from psmc.derive.semiring import SEMIRINGS, NotAffineError, split
 from psmc.ir import Aggregator, Assign, Expr, Extern, Ref
 from psmc.ir.canonical import declared_names
@@ -80,11 +79,7 @@ def _affine(agg: Aggregator, name: str, step: Assign, summed: Mapping[str, tuple
     component = agg.component(name)
     if not component.dims:
         return None
-    known = {("input", t.name): t.interval for t in agg.leaf_inputs} | {
-        ("param", t.name): t.interval for t in agg.params
-    }
-    env = {key: interval for key, interval in known.items() if interval is not None}
-    return affine_step(step, component.kind, summed[name], context(agg), lambda e: positive(bounds(e, env)))
+    return affine_step(step, component.kind, summed[name], context(agg), known_positive(agg))
 
 
 def _class(
