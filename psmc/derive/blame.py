@@ -13,6 +13,7 @@ from psmc.ir.text import show
 from psmc.source import Span
 
 _LEFT = "if no parallel form exists, run it token by token: 'associative: no' with 'order: left'."
+_INTERVAL = "say that it is positive, with an interval: 'input decay in (0, inf)'."
 _PLAIN = "composed, the maps of two tokens must be a map of the same form; affine ones are: S = A * S + b."
 
 
@@ -30,11 +31,25 @@ def not_affine(agg: Aggregator, updates: Sequence[Assign], failures: Sequence[No
     fail(
         "PSM401",
         f"the recurrence of '{name}' cannot be lifted: {error.why}",
-        _span(agg, name),
+        _term(_span(agg, name), error.node),
         label=f"because of {_short(error.node)}",
         notes=(_PLAIN,),
-        helps=(_LEFT,),
+        helps=((_INTERVAL,) if isinstance(error, NotPositiveError) else ()) + (_LEFT,),
     )
+
+
+def _term(statement: Span | None, node: Expr) -> Span | None:
+    """Where the statement says `node`, blanks aside; the whole statement if it is not written like that, or twice."""
+    if statement is None:
+        return None
+    kept = [n for n in range(statement.start, statement.end) if not statement.source.text[n].isspace()]
+    text = "".join(statement.source.text[n] for n in kept)
+    shown = "".join(show(node).split())
+    for wanted in (shown, shown.replace("prev.", "")):
+        if text.count(wanted) == 1:
+            first = text.index(wanted)
+            return Span(statement.source, kept[first], kept[first + len(wanted) - 1] + 1)
+    return statement
 
 
 def both_sides(agg: Aggregator, name: str) -> NoReturn:

@@ -118,6 +118,9 @@ def _operator(node: Op, op: str, parts: list[Parts], ring: Semiring) -> Parts:
     if op == ring.plus:
         (h1, r1), (h2, r2) = parts
         return ring.add(h1, h2), ring.add(r1, r2)
+    if op == "relu" and ring.plus == "max":
+        ((hom, rest),) = parts
+        return hom, ring.add(rest, ZERO)
     if op == "where":
         if parts[0][0] is not None:
             raise NotAffineError(node, "a choice that depends on the state is not affine")
