@@ -19,7 +19,7 @@ from torch import Tensor
 
 from psmc.codegen.linearise import every_op, linearise
 from psmc.codegen.torch_code import join, print_functions, print_output
-from psmc.codegen.torch_expr import number
+from psmc.codegen.torch_value import number
 from psmc.frontend.psm import parse, read
 from psmc.frontend.resolve import resolve
 from psmc.ir import (
@@ -153,11 +153,16 @@ def compare(got: dict[str, Tensor], expected: dict[str, Tensor], leaves_: list[T
         torch.testing.assert_close(mine, value.expand(shape), rtol=1e-9, atol=1e-9, equal_nan=True)
     sides = []
     for outputs in (got, expected):
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=leaves_[0].device if leaves_ else None)
         for name, value in outputs.items():
             part = value.real + 0.5 * value.imag if value.is_complex() else value.double()
             lead = torch.broadcast_shapes(part.shape, expected[name].shape)
-            total = total + (part.expand(lead) * torch.linspace(0.5, 1.5, math.prod(lead)).reshape(lead)).sum()
+            total = (
+                total
+                + (
+                    part.expand(lead) * torch.linspace(0.5, 1.5, math.prod(lead), device=part.device).reshape(lead)
+                ).sum()
+            )
         if total.requires_grad:
             sides.append(torch.autograd.grad(total, leaves_, allow_unused=True))
     if sides:
@@ -169,6 +174,9 @@ def compare(got: dict[str, Tensor], expected: dict[str, Tensor], leaves_: list[T
 
 
 # --- every example ------------------------------------------------------------------------------
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def sample(declared: Declared, lead: tuple[int, ...], sizes: dict[str, int], dtype: torch.dtype, seed: int) -> Tensor:
@@ -190,7 +198,7 @@ def sample(declared: Declared, lead: tuple[int, ...], sizes: dict[str, int], dty
 
 
 def call(
-    agg: Aggregator, function: str, dtype: torch.dtype
+    agg: Aggregator, function: str, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
     """A printed function and the oracle on the same random data: results of both, and the tensors that they read."""
     sizes = {d.name: d.size or SIZES.get(d.name, 3) for d in agg.dims}
@@ -208,13 +216,13 @@ def call(
         for declared in spaces[name]:
             for lag in range(5 if name == "x" else 1):
                 seed += 1
-                value = sample(declared, (2,) if name == "p" else (3, 2), sizes, dtype, seed)
+                value = sample(declared, (2,) if name == "p" else (3, 2), sizes, dtype, seed).to(device)
                 value = value if declared.kind == "int" else value.requires_grad_()
                 setattr(spread[name], f"{declared.name}_lag{lag}" if lag else declared.name, value)
                 env[SPACES[name], declared.name, lag] = value
     printed = load(print_functions(agg, tuple(c.name for c in agg.state)))[function]
     got = printed(*(spread[n] for n in names), SimpleNamespace(**sizes))
-    return got, run(block, Env(env, sizes, dtype)), [v for v in env.values() if v.requires_grad]
+    return got, run(block, Env(env, sizes, dtype, device)), [v for v in env.values() if v.requires_grad]
 
 
 def functions(agg: Aggregator) -> list[str]:
@@ -226,7 +234,8 @@ def functions(agg: Aggregator) -> list[str]:
 def test_examples_agree_with_the_oracle(path: Path) -> None:
     for agg in resolve(parse(read(path))):
         for function in functions(agg):
-            compare(*call(agg, function, torch.float64))
+            for device in DEVICES:
+                compare(*call(agg, function, torch.float64, device))
             got, expected, _ = call(agg, function, torch.float32)
             env = Env({}, {}, torch.float32)
             kinds = {c.name: c.kind for c in agg.state if function != "output"}
@@ -345,7 +354,15 @@ def test_names_of_the_printed_code_are_free_for_users() -> None:
 
 @pytest.mark.parametrize(
     "value, text",
-    [("2", "2"), ("-3", "-3"), ("1/10", "0.1"), ("1/3", "1 / 3"), ("-1/3", "-1 / 3"), ("1/1000000", "1e-06")],
+    [
+        ("2", "2"),
+        ("-3", "-3"),
+        ("1/10", "0.1"),
+        ("1/3", "1 / 3"),
+        ("-1/3", "-1 / 3"),
+        ("1/1000000", "1e-06"),
+        ("1e30", "1e+30"),
+    ],
 )
 def test_constants_are_exact(value: str, text: str) -> None:
     printed = number(Fraction(value))
@@ -369,6 +386,25 @@ def test_numbers_never_divide_by_zero() -> None:
     assert out["o"].item() == math.inf
     assert out["w"].item() == -math.inf
     assert out["y"].item() == 2.0
+
+
+def test_constants_beyond_the_floats_are_infinite() -> None:
+    assert number(Fraction(10) ** 400).text == "math.inf"
+    assert number(-(Fraction(10) ** 400)).text == "-math.inf"
+
+
+def test_deep_expressions() -> None:
+    value = "u"
+    for n in range(60):
+        value = f"tanh({value} + {n})" if n % 2 else f"(u - {value}) * 0.5"
+    agg = spec(f"""aggregator deep {{
+      input u
+      state h = 0
+      lift {{ h = {value} }}
+      combine (l, r) {{ h = l.h + r.h }}
+      associative: yes
+    }}""")
+    compare(*call(agg, "lift", torch.float64))
 
 
 def test_long_lines_are_split() -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import count
 
 from psmc.ir import Assign, Block, Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref, Sub
-from psmc.ir.query import restrict
+from psmc.ir.query import needs_safe_exp, restrict, signed_terms
 from psmc.ir.rewrite import children, instantiate, refs, walk, with_children
 
 Axes = tuple[Index, ...]
@@ -98,6 +99,14 @@ class _Shapes:
         return type(node).__name__, _payload(node), dims, bound and bound.dim, tuple(code(item) for item in items)
 
 
+def _read(node: Expr) -> tuple[Expr, ...]:
+    """What a printed node reads: its children, but of the exp of a difference the terms."""
+    if isinstance(node, Op) and node.op == "exp":
+        terms = signed_terms(node.args[0])
+        return tuple(term for _, term in terms) if needs_safe_exp(terms) else node.args
+    return children(node)
+
+
 def _items(node: Expr) -> tuple[Sub, ...]:
     match node:
         case Ref(subs=subs):
@@ -156,7 +165,7 @@ class _Lineariser:
                 shape = self.shapes.number[node]
                 uses[shape] += 1
                 if uses[shape] == 1:
-                    stack.extend(children(node))
+                    stack.extend(_read(node))
         return uses
 
     def program(self) -> Program:
@@ -226,18 +235,20 @@ class _Lineariser:
 
 
 def fresh(wish: str, taken: Collection[str]) -> str:
-    """`wish`, with as many `_` as it takes."""
+    """`wish`, with as many `_` as it takes; a name for what has none is numbered, t1, t2, ..."""
+    if not wish:
+        return next(name for n in count(1) if (name := f"t{n}") not in taken)
     while wish in taken:
         wish += "_"
     return wish
 
 
 def _suggest(node: Expr) -> str:
-    """A readable name for a shared value: exp_g for exp(g[i]), exp_l_m for exp(l.m - r.m), else t."""
+    """A readable name for a shared value: exp_g for exp(g[i]), exp_l_m for exp(l.m - r.m), else none."""
     if isinstance(node, Op) and len(node.args) == 1:
         first = next(refs(node))
         return f"{node.op}_{_SIDES.get(first.space, '')}{first.name}"
-    return "t"
+    return ""
 
 
 _SIDES = {"left": "l_", "right": "r_", "prev": "prev_"}

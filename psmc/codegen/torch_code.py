@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from psmc.codegen.linearise import Axes, Step, fresh, linearise
-from psmc.codegen.torch_expr import ExprPrinter, Like, Printed, lagged, slot
+from psmc.codegen.torch_expr import ExprPrinter, lagged, slot
 from psmc.codegen.torch_ops import ATOM, HELPERS, SUM
+from psmc.codegen.torch_value import Like, Printed
 from psmc.ir import Aggregator, Assign, Block, Kind, Ref
 from psmc.ir.query import restrict, taps
 from psmc.ir.rewrite import refs, transform
@@ -139,7 +140,7 @@ def _split(steps: Iterable[Step], printer: ExprPrinter) -> Iterator[Step]:
         if part is None:
             yield step
             continue
-        name = fresh("t", taken)
+        name = fresh("", taken)
         taken.add(name)
         axes = tuple(sorted(part.free, key=printer.order.__getitem__))
         ref = Ref("let", name, axes, part.kind)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
 from psmc.codegen.torch_ops import (
@@ -18,64 +18,16 @@ from psmc.codegen.torch_ops import (
     PRODUCT,
     TENSOR_OPS,
     TENSOR_REDUCTIONS,
-    TERNARY,
     UNARY,
     Row,
 )
+from psmc.codegen.torch_value import Axes, Like, Printed, as_number, atom, number, subscript
 from psmc.ir import Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref, Sub
 from psmc.ir.ops import Kind, join
 from psmc.ir.query import needs_safe_exp, signed_terms
 from psmc.ir.rewrite import walk
 
-Axes = tuple[Index, ...]
 NAMESPACES = {"input": "x", "param": "p", "left": "l", "right": "r", "state": "s", "prev": "prev"}
-_EXACT_INT = 2**53
-_EXP_MAX = 700
-
-
-@dataclass(frozen=True)
-class Printed:
-    """`axes` are the indices of the trailing axes; None: a Python number."""
-
-    text: str
-    precedence: int
-    axes: Axes | None
-    kind: Kind
-    # If the text is a plain subscript: what it is of, and the entries after `...`.
-    base: str = ""
-    places: tuple[str, ...] = ()
-
-    def within(self, precedence: int) -> str:
-        return self.text if self.precedence >= precedence else f"({self.text})"
-
-
-@dataclass(frozen=True)
-class Like:
-    """A tensor of the function at hand whose device (and, if it is real, dtype) new tensors take."""
-
-    text: str
-    kind: Kind
-
-    @property
-    def dtype(self) -> str:
-        return "torch.get_default_dtype()" if self.kind == "int" else f"{self._real}.dtype"
-
-    @property
-    def device(self) -> str:
-        return f"{self.text}.device"
-
-    @property
-    def _real(self) -> str:
-        return f"{self.text}.real" if self.kind == "complex" else self.text
-
-    def full(self, shape: str, value: Printed) -> Printed:
-        """A tensor of that shape filled with a number."""
-        kind: Kind = "real" if value.kind == "int" else value.kind
-        if kind == "real" and self.kind != "int":
-            return Printed(f"{self._real}.new_full({shape}, {value.text})", ATOM, (), kind)
-        dtype = f"torch.promote_types({self.dtype}, torch.complex32)" if kind == "complex" else self.dtype
-        text = f"torch.full({shape}, {value.text}, dtype={dtype}, device={self.device})"
-        return Printed(text, ATOM, (), kind)
 
 
 class ExprPrinter:
@@ -94,8 +46,7 @@ class ExprPrinter:
 
     def show(self, root: Expr, axes: Axes) -> Printed:
         """`root` with its axes in the order it comes; `axes` is the order to prefer."""
-        bound = (n.index for n in walk(root) if isinstance(n, Reduce))
-        self.order = {i: n for n, i in enumerate(dict.fromkeys((*axes, *bound)))}
+        self.order = {i: n for n, i in enumerate(_order(root, axes))}
         self.done = {}
         for node in walk(root):
             self.done[node] = self.node(node)
@@ -120,9 +71,9 @@ class ExprPrinter:
             case Const(value=value):
                 return number(value)
             case Infinity(negative=negative):
-                return Printed("-math.inf", UNARY, None, "real") if negative else _atom("math.inf", "real")
+                return Printed("-math.inf", UNARY, None, "real") if negative else atom("math.inf", "real")
             case DimValue(dim=dim):
-                return _atom(f"n.{dim}", "int")
+                return atom(f"n.{dim}", "int")
             case IndexValue(index=index):
                 return self.position(index)
             case Eye(row=row, col=col):
@@ -140,7 +91,7 @@ class ExprPrinter:
     def position(self, sub: Sub) -> Printed:
         if isinstance(sub, Index):
             return Printed(f"torch.arange(n.{sub.dim}, device={self.like.device})", ATOM, (sub,), "int")
-        return self.done[sub] if isinstance(sub, Expr) else _atom(str(sub), "int")
+        return self.done[sub] if isinstance(sub, Expr) else atom(str(sub), "int")
 
     def eye(self, row: Sub, col: Sub) -> Printed:
         if row == col:
@@ -162,7 +113,7 @@ class ExprPrinter:
             if not fixed:
                 return replace(base, axes=base.axes if base.axes is None else tuple(plain))
             places = (":" if isinstance(s, Index) else self.position(s).text for s in subs)
-            return _subscript(base.text, tuple(places), tuple(plain), base.kind)
+            return subscript(base.text, tuple(places), tuple(plain), base.kind)
         if not fixed and len(plain) == 2:
             return Printed(f"{base.text}.diagonal(dim1=-2, dim2=-1)", ATOM, (plain[0],), base.kind)
         positions = [self.position(s) for s in subs]
@@ -179,10 +130,8 @@ class ExprPrinter:
             terms = signed_terms(node.args[0], self.definition)
             if needs_safe_exp(terms):
                 return self.exp_sum([(sign, self.term(term)) for sign, term in terms], node.kind)
-        if all(a.axes is None for a in args) and _as_number(node):
+        if all(a.axes is None for a in args) and as_number(node):
             return self.apply(NUMBER_OPS[node.op], args, node.kind)
-        if node.op == "where" and args[0].axes is None:
-            return self.apply(NUMBER_OPS["where"], args, node.kind)
         if node.op in ("real", "imag", "conj") and args[0].kind != "complex":
             if node.op != "imag":
                 return args[0]
@@ -238,7 +187,7 @@ class ExprPrinter:
         if node.op == "sum" and (product := self.einsum(node)) is not None:
             return product
         if body.axes is None or node.index not in body.axes:
-            size = _atom(f"n.{node.index.dim}", "int")
+            size = atom(f"n.{node.index.dim}", "int")
             return self.apply(CONSTANT_REDUCTIONS[node.op], [body, size], node.kind)
         axis = body.axes.index(node.index) - len(body.axes)
         row = TENSOR_REDUCTIONS[node.op]
@@ -295,7 +244,7 @@ class ExprPrinter:
         if own == axes:
             return Printed(text, ATOM, axes, value.kind)
         if own != value.axes or not value.base:
-            return _subscript(text, tuple(":" if i in own else "None" for i in axes), axes, value.kind)
+            return subscript(text, tuple(":" if i in own else "None" for i in axes), axes, value.kind)
         # One subscript for both: fixed places stay before the axis that they stood before.
         rest = list(value.places)
         places: list[str] = []
@@ -303,14 +252,15 @@ class ExprPrinter:
             while index in own and rest[0] != ":":
                 places.append(rest.pop(0))
             places.append(rest.pop(0) if index in own else "None")
-        return _subscript(value.base, (*places, *rest), axes, value.kind)
+        return subscript(value.base, (*places, *rest), axes, value.kind)
 
 
 # Operators where torch itself takes an int tensor beside a real one.
 _PROMOTING = {"add", "sub", "mul", "div", "lt", "le", "gt", "ge", "eq", "ne", "max", "min", "where"}
 # The operands that may stay Python numbers while another is a tensor.
 _TAKES_NUMBERS: dict[str, tuple[int, ...]] = {
-    **{op: (0, 1) for op in ("add", "sub", "mul", "div", "lt", "le", "gt", "ge", "eq", "ne", "pow", "max", "min")},
+    **{op: (0, 1) for op in ("add", "sub", "mul", "div", "pow", "max", "min", "and", "or")},
+    **{op: (0, 1) for op in ("lt", "le", "gt", "ge", "eq", "ne")},
     "where": (1, 2),
     "clamp": (1, 2),
 }
@@ -326,27 +276,17 @@ def lagged(name: str, lag: int) -> str:
     return f"{name}_lag{lag}" if lag else name
 
 
-def number(value: Fraction) -> Printed:
-    """An exact rational as Python: an int, a decimal, or a quotient of ints (which Python rounds correctly)."""
-    if value.denominator == 1 and abs(value.numerator) < _EXACT_INT:
-        text = str(value.numerator)
-        precedence = ATOM
-    elif Fraction(repr(float(value))) == value or max(abs(value.numerator), value.denominator) >= _EXACT_INT:
-        text = repr(float(value))
-        precedence = ATOM
-    else:
-        text = f"{value.numerator} / {value.denominator}"
-        precedence = PRODUCT
-    kind: Kind = "int" if value.denominator == 1 else "real"
-    return Printed(text, min(precedence, UNARY) if value < 0 else precedence, None, kind)
-
-
-def _atom(text: str, kind: Kind) -> Printed:
-    return Printed(text, ATOM, None, kind)
-
-
-def _subscript(base: str, places: tuple[str, ...], axes: Axes, kind: Kind) -> Printed:
-    return Printed(f"{base}[..., {', '.join(places)}]", ATOM, axes, kind, base, places)
+def _order(root: Expr, axes: Axes) -> list[Index]:
+    """All indices of an expression: `axes`, and the others where the tensors that have them want them."""
+    order = list(axes)
+    subs = [[s for s in node.subs if isinstance(s, Index)] for node in walk(root) if isinstance(node, Ref)]
+    for plain in sorted(subs, key=len, reverse=True):
+        for place, index in enumerate(plain):
+            if index not in order:
+                later = [order.index(i) for i in plain[place + 1 :] if i in order]
+                order.insert(min(later, default=len(order)), index)
+    bound = [node.index for node in walk(root) if isinstance(node, Reduce)]
+    return list(dict.fromkeys((*order, *bound)))
 
 
 def _factors(node: Expr) -> list[Expr]:
@@ -369,40 +309,3 @@ def _letters(axes: Axes) -> dict[Index, str]:
         free = wish if wish in string.ascii_letters and wish not in taken else ""
         letters[index] = free or next(c for c in string.ascii_lowercase if c not in taken)
     return letters
-
-
-def _as_number(node: Op) -> bool:
-    """Whether Python can do it on numbers without an error for any size of any dim."""
-    if node.op not in NUMBER_OPS or (node.kind == "complex" and node.op not in ("add", "sub", "mul", "neg", "complex")):
-        return False
-    match node:
-        case Op(op="div", args=(_, denominator)):
-            return _positive(denominator) or (isinstance(denominator, Const) and denominator.value != 0)
-        case Op(op="pow", args=(base, Const(value=power))):
-            return abs(power) <= 16 and (_positive(base) or (power >= 0 and power.denominator == 1))
-        case Op(op="sqrt" | "rsqrt" | "log", args=(argument,)):
-            return _positive(argument)
-        case Op(op="exp", args=(argument,)):
-            return isinstance(argument, Const) and argument.value <= _EXP_MAX
-        case Op(op="pow"):
-            return False
-    return True
-
-
-def _positive(node: Expr) -> bool:
-    """Surely a number above 0."""
-    match node:
-        case Const(value=value):
-            return value > 0
-        case DimValue():
-            return True
-        case Op(op="mul" | "add" | "div", args=(a, b)):
-            return _positive(a) and _positive(b)
-        case Op(op="sqrt", args=(a,)):
-            return _positive(a)
-        case Op(op="pow", args=(a, Const())):
-            return _positive(a)
-    return False
-
-
-__all__ = ["TERNARY", "ExprPrinter", "Like", "Printed", "lagged", "number", "slot"]

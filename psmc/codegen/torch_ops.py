@@ -134,9 +134,9 @@ def _min(a, b):
 ''',
     "_logaddexp": '''\
 def _logaddexp(a, b):
-    """log(exp(a) + exp(b)); the same infinity twice gives it back, without a gradient."""
+    """log(exp(a) + exp(b)); the same infinity twice gives it back, half the gradient each."""
     same = (a == b) & torch.isinf(a)
-    return torch.where(same, a.detach(), torch.logaddexp(torch.where(same, 0.0, a), torch.where(same, 0.0, b)))
+    return torch.where(same, (a + b) / 2, torch.logaddexp(torch.where(same, 0.0, a), torch.where(same, 0.0, b)))
 ''',
     "_expand": '''\
 def _expand(value, *dims):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 
 from psmc.ir.nodes import Aggregator, Block, Expr, Op, Ref
 from psmc.ir.rewrite import refs
@@ -51,6 +53,14 @@ def needs_safe_exp(terms: Terms) -> bool:
     Such an exponential is 0 with gradient 0 wherever one of its terms (sign included) is -inf.
     """
     return len(terms) > 1 and any(sign < 0 and any(True for _ in refs(term)) for sign, term in terms)
+
+
+def nearest_float(value: Fraction) -> float:
+    """The nearest double; an infinity beyond the largest."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def restrict(block: Block, names: tuple[str, ...]) -> Block:

@@ -17,11 +17,12 @@ from torch.nn import functional
 
 from psmc.ir import Assign, Block, Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref, Sub
 from psmc.ir.ops import Kind, join
-from psmc.ir.query import Terms, needs_safe_exp, signed_terms
+from psmc.ir.query import Terms, nearest_float, needs_safe_exp, signed_terms
 from psmc.ir.rewrite import instantiate
 
 Frame = tuple[Index, ...]
 Slot = tuple[str, str, int]  # space, name, lag
+_INT_BOUND = 2**53  # ints of a spec beyond it are reals
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ class _Evaluation:
 
     def compute(self, node: Expr, frame: Frame) -> Tensor:
         match node:
-            case Const(value=number) if node.kind == "int":
+            case Const(value=number) if node.kind == "int" and abs(number) < _INT_BOUND:
                 return self.number(int(number), frame, torch.int64)
             case Const(value=number):
-                return self.number(float(number), frame, self.env.dtype)
+                return self.number(nearest_float(number), frame, self.env.dtype)
             case Infinity(negative=negative):
                 return self.number(-math.inf if negative else math.inf, frame, self.env.dtype)
             case DimValue(dim=dim):
@@ -175,9 +176,9 @@ def _first_min(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """log(e^a + e^b), also where both are -inf or both +inf: there the value is a and no gradient flows."""
+    """log(e^a + e^b), also where both are the same infinity: as with other equal ones, each gets half the gradient."""
     same = a.isinf() & (a == b)
-    return torch.where(same, a.detach(), torch.logaddexp(torch.where(same, 0.0, a), torch.where(same, 0.0, b)))
+    return torch.where(same, (a + b) / 2, torch.logaddexp(torch.where(same, 0.0, a), torch.where(same, 0.0, b)))
 
 
 POINTWISE: dict[str, Callable[..., Tensor]] = {

@@ -129,6 +129,7 @@ class _Run:
         start = self.components(run(declared, self.problem.env({})), (batch,))
         given = {name: initial[name] for name in self.names} if self.given else None
         state = self.begin(start, given)
+        tokens = {key: leaf.unbind(1) for key, leaf in leaves.items()}
         before: list[Tensors] = []
         after: list[Tensors] = []
         for t in range(length):
@@ -136,7 +137,7 @@ class _Run:
                 state = self.begin(start, None)
             if keep[t]:
                 before.append(state.value)
-                state = state.then({key: leaf[:, len(after)] for key, leaf in leaves.items()})
+                state = state.then({key: token[len(after)] for key, token in tokens.items()})
                 after.append(state.value)
 
         prefixes = {
@@ -166,15 +167,16 @@ class _Run:
         tails: Tensors = {}
         for name, longest in self.problem.lags.items():
             x = inputs[name]
-            zero = torch.zeros_like(x[:, 0]) if x.shape[1] else x.new_zeros(x.shape[0], *x.shape[2:])
+            tokens = x.unbind(1)
+            zero = x.new_zeros(x.shape[0], *x.shape[2:])
             past = list(initial[tail(name)].unbind(1)) if tail(name) in initial else [zero] * longest
             reads: list[list[Tensor]] = []
-            for t in range(x.shape[1]):
+            for t, token in enumerate(tokens):
                 if restart[t]:
                     past = [zero] * longest
                 if keep[t]:
                     reads.append([past[-lag] for lag in range(1, longest + 1)])
-                past = [*past[1:], x[:, t] if keep[t] else zero]
+                past = [*past[1:], token if keep[t] else zero]
             for lag in range(1, longest + 1):
                 rows = [read[lag - 1] for read in reads]
                 lagged["input", name, lag] = torch.stack(rows, 1) if rows else x[:, :0]
