@@ -123,6 +123,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "Subscripts are ':', None, '...', whole numbers and one int array; axes are whole numbers.",
     ),
     "PSM258": ("wrong argument of the decorator", "Declarations are strings, as a .psm file writes them."),
+    "PSM290": ("no such aggregator", "A file may hold several aggregators; name one of them."),
+    "PSM291": ("file outside the project", "'use' reads a .psm file in the same directory or below it."),
+    "PSM292": ("missing rule", "'combine extern' takes its rule from Python: psmc.load(path, extern=my_combine)."),
+    "PSM293": ("rule that is not wanted", "'extern' is for aggregators that say 'combine extern'."),
+    "PSM294": ("file that cannot be written", "The place is no directory, is full, or may not be written to."),
+    "PSM295": ("file that exists", "psmc new never overwrites a file, except with --force."),
     "PSM301": (
         "claim refuted",
         "'associative: yes' and 'assume' are refused where a counterexample exists: (a∘b)∘c and a∘(b∘c) differ there.",
@@ -161,4 +167,6 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "arguments do not fit the spec",
         "The reference fold was called with tensors that the spec does not allow.",
     ),
+    "PSM900": ("bug of psmc", "Nothing is wrong with the spec or the command: please report it."),
+    "PSM901": ("contradiction in the prover", "Two methods disagree, so neither is believed: please report it."),
 }

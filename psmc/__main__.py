@@ -1,0 +1,5 @@
+"""`python -m psmc` is `psmc`."""
+
+from psmc.cli import main
+
+main()

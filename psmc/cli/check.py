@@ -1,0 +1,174 @@
+"""`psmc check`: the verdict on every claim."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from psmc.cli import console, inputs
+from psmc.diagnostics import Diagnostic, PsmcError
+
+if TYPE_CHECKING:
+    from psmc.algebra.verdict import Verdict
+    from psmc.pipeline import Compilation
+
+_HEADINGS = ("file", "aggregator", "claim", "associativity", "identity", "seconds")
+
+
+@click.command(
+    epilog="\b\nExamples:\n  psmc check gla.psm\n  psmc check examples/ --json > verdicts.json",
+)
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON.")
+@click.option(
+    "--budget", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True, metavar="SECONDS",
+    help="Time for the proof of one aggregator; what is open then is 'unknown'.",
+)  # fmt: skip
+def command(files: tuple[str, ...], as_json: bool, budget: float) -> int:
+    """Prove or refute what specs claim.
+
+    FILE is a .psm file, or a directory of them. Every aggregator gets a row: is its combine associative over the reals,
+    and is the declared identity element one? What fails is explained below, with a counterexample that you can check by
+    hand. The exit code is 1 if a claim does not hold.
+    """
+    paths = inputs.specs(files)
+    rows: list[Row] = []
+    with console.progress("checking", len(paths)) as progress:
+        for path in paths:
+            progress.step(path.name)
+            rows += check_file(path, budget)
+    failed = [d for row in rows for d in row.diagnostics]
+    if as_json:
+        _say_json(rows)
+    else:
+        console.table(_HEADINGS, [row.cells() for row in rows], right=("seconds",))
+        console.say(_summary(rows))
+    if failed:
+        console.complain("")
+        console.report(*failed)
+    return 1 if failed else 0
+
+
+@dataclass
+class Row:
+    """One aggregator's verdicts, or a file's mistake. `diagnostics` is empty if all is well."""
+
+    file: str
+    found: Compilation | None = None
+    diagnostics: tuple[Diagnostic, ...] = ()
+    seconds: float = 0.0
+    verdicts: dict[str, Verdict | None] = field(default_factory=dict)
+
+    def cells(self) -> tuple[str, ...]:
+        if self.found is None:
+            return (self.file, "-", "-", self.diagnostics[0].code, "-", f"{self.seconds:.2f}")
+        agg = self.found.declared
+        laws = [_word(self.verdicts.get(law)) for law in ("associativity", "identity")]
+        if not self.verdicts:  # it could not be lifted
+            laws = [self.diagnostics[0].code, "-"]
+        elif agg.claim == "no":
+            laws = [f"order: {agg.order}", "-"]
+        elif None in self.verdicts.values():
+            laws = ["assumed", "assumed"]
+        return (self.file, agg.name, agg.claim, *laws, f"{self.seconds:.2f}")
+
+    def as_data(self) -> dict[str, Any]:
+        """As `psmc check --json` documents it; null where a law is not claimed or nothing is known."""
+        assert self.found is not None
+        law, identity = self.verdicts.get("associativity"), self.verdicts.get("identity")
+        residuals = [r for v in (law, identity) if (r := _residual(v))]
+        if not self.verdicts:
+            residuals = [self.diagnostics[0].message]
+        return {
+            "file": self.file,
+            "aggregator": self.found.declared.name,
+            "claim": self.found.declared.claim,
+            "associativity": _word(law) if self.verdicts else "unknown",
+            "identity": _word(identity) if self.verdicts else "unknown",
+            "counterexample": _counterexample(law) or _counterexample(identity),
+            "residual": "; ".join(residuals) or None,
+            "repair": None,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def check_file(path: Path, budget: float) -> list[Row]:
+    """A row an aggregator; one row for a file that cannot be read or parsed."""
+    from psmc import pipeline
+
+    begun = time.perf_counter()
+    try:
+        found = pipeline.read(inputs.one_file(str(path)), budget)
+    except PsmcError as error:
+        return [Row(str(path), None, error.diagnostics, time.perf_counter() - begun)]
+    return [_check(str(path), each) for each in found]
+
+
+def _check(file: str, found: Compilation) -> Row:
+    begun = time.perf_counter()
+    try:
+        proof, wrong = found.proof, found.diagnostic
+    except PsmcError as error:  # a recurrence that cannot be lifted
+        return Row(file, found, error.diagnostics, time.perf_counter() - begun)
+    verdicts = {"associativity": proof.associativity, "identity": proof.identity}
+    return Row(file, found, () if wrong is None else (wrong,), time.perf_counter() - begun, verdicts)
+
+
+def _word(verdict: Verdict | None) -> Any:
+    return None if verdict is None else type(verdict).__name__.lower()
+
+
+def _residual(verdict: Verdict | None) -> str:
+    from psmc.algebra.verdict import Unknown
+
+    return (verdict.residual or verdict.reason) if isinstance(verdict, Unknown) else ""
+
+
+def _counterexample(verdict: Verdict | None) -> dict[str, Any] | None:
+    from psmc.algebra.verdict import Refuted
+
+    if not isinstance(verdict, Refuted):
+        return None
+    found = verdict.counterexample
+    return {
+        "law": found.law,
+        "dims": dict(found.dims),
+        "elements": {name: {c: _exact(v) for c, v in parts} for name, parts in found.elements},
+        "component": found.component,
+        "position": list(found.position),
+        "left": _exact(found.left),
+        "right": _exact(found.right),
+        "text": found.text,
+    }
+
+
+def _exact(value: object) -> Any:
+    """Exact numbers as text, arrays as nested lists."""
+    return [_exact(v) for v in value] if isinstance(value, list | tuple) else str(value)
+
+
+def _say_json(rows: list[Row]) -> None:
+    data: dict[str, Any] = {"results": [row.as_data() for row in rows if row.found is not None]}
+    errors = [_error(row.file, d) for row in rows if row.found is None for d in row.diagnostics]
+    inputs.say_json(data | ({"errors": errors} if errors else {}))
+
+
+def _error(file: str, diagnostic: Diagnostic) -> dict[str, Any]:
+    span = diagnostic.span
+    line, column = span.source.position(span.start) if span else (None, None)
+    return {"file": file, "code": diagnostic.code, "message": diagnostic.message, "line": line, "column": column}
+
+
+def _summary(rows: list[Row]) -> str:
+    wrong = sum(1 for row in rows if row.diagnostics)
+    if wrong:
+        return f"{wrong} of {len(rows)} failed."
+    fixed = sum(1 for row in rows if row.found is not None and row.found.declared.claim == "no")
+    held = len(rows) - fixed
+    parts = [f"{held} {'claim holds' if held == 1 else 'claims hold'}"] if held else []
+    parts += [f"{fixed} with a fixed order"] if fixed else []
+    return ", ".join(parts) + "."

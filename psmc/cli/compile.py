@@ -1,0 +1,100 @@
+"""`psmc compile`: standalone Python modules, one an aggregator."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import click
+
+from psmc.cli import console, inputs
+from psmc.diagnostics import PsmcError, fail
+
+_SHOWN = 20  # lines of a diff
+
+
+@click.command(
+    epilog="\b\nExamples:\n  psmc compile gla.psm                     # writes gla.py here\n"
+    "  psmc compile gla.psm -o model/kernels    # into a directory\n"
+    "  psmc compile gla.psm -o model --check    # does model/gla.py still say what gla.psm says?",
+)
+@click.argument("file", metavar="FILE")
+@click.option("-o", "--output", metavar="OUT", help="A directory, or a .py file for a single aggregator.  [default: .]")
+@click.option("--name", metavar="AGG", help="Only this aggregator of the file.")
+@click.option("--check", "compare", is_flag=True, help="Write nothing; exit 1 if what is there differs.")
+@click.option(
+    "--budget", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True, metavar="SECONDS",
+    help="Time for the proof of one aggregator.",
+)  # fmt: skip
+def command(file: str, output: str | None, name: str | None, compare: bool, budget: float) -> int:
+    """Write the Python module of a spec.
+
+    The module holds the mathematics, the kernels and the runtime; it imports torch and nothing of psmc, and may be
+    copied anywhere. Nothing is written if a claim of the file does not hold. The same spec always gives the same text.
+    """
+    from psmc import pipeline
+
+    path = inputs.one_file(file)
+    found = pipeline.read(path, budget)
+    if not found:
+        fail("PSM290", f"{path}: there is no aggregator in this file.", helps=("a library is compiled into what uses it.",))
+    chosen = (pipeline.pick(found, name, str(path)),) if name else found
+    places = _places(output, [c.declared.name for c in chosen])
+    texts: list[str] = []
+    wrong = []
+    for each in chosen:
+        try:
+            texts.append(each.text)
+        except PsmcError as error:
+            wrong += error.diagnostics
+    if wrong:
+        raise PsmcError(*wrong)
+    modules = list(zip(places, texts, strict=True))
+    if compare:
+        return _compare(modules)
+    for place, text in modules:
+        inputs.write(place, text)
+        console.say(f"wrote {place}")
+    return 0
+
+
+def _places(output: str | None, names: list[str]) -> list[Path]:
+    """Where each module goes."""
+    target = Path(output or ".")
+    if target.suffix == ".py" and not target.is_dir():
+        if len(names) > 1:
+            fail(
+                "PSM290", f"{target} is one file, but there are {len(names)} aggregators.",
+                helps=(f"pass a directory, or --name with one of {', '.join(names)}.",),
+            )  # fmt: skip
+        return [target]
+    if target.exists() and not target.is_dir():
+        fail("PSM294", f"{target} is neither a directory nor a .py file", helps=("pass -o DIR or -o FILE.py.",))
+    return [target / f"{name}.py" for name in names]
+
+
+def _compare(modules: list[tuple[Path, str]]) -> int:
+    differing = 0
+    for place, text in modules:
+        try:
+            there = place.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            there = None
+        if there == text:
+            console.say(f"{place}: up to date")
+            continue
+        differing += 1
+        if there is None:
+            console.say(f"{place}: missing")
+            continue
+        lines = list(
+            difflib.unified_diff(there.splitlines(), text.splitlines(), str(place), "as compiled now", n=1, lineterm="")
+        )
+        plus = sum(1 for x in lines[2:] if x.startswith("+"))
+        minus = sum(1 for x in lines[2:] if x.startswith("-"))
+        console.say(f"{place}: differs (+{plus} -{minus})")
+        for line in lines[:_SHOWN]:
+            console.say(f"  {line}")
+        if len(lines) > _SHOWN:
+            console.say(f"  … {len(lines) - _SHOWN} more lines")
+    return 1 if differing else 0

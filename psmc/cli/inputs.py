@@ -1,0 +1,77 @@
+"""Files named on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from psmc.cli import console
+from psmc.diagnostics import PsmcError, fail
+
+SUFFIX = ".psm"
+
+
+def specs(names: Iterable[str]) -> list[Path]:
+    """The files that are meant: a directory stands for its *.psm, in order of name. Raises PsmcError PSM102."""
+    out: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if not path.is_dir():
+            out.append(path)
+            continue
+        inside = sorted(p for p in path.glob(f"*{SUFFIX}") if p.is_file())
+        if not inside:
+            fail("PSM102", f"{path}: this directory holds no {SUFFIX} file", helps=("name a file, or start one: psmc new NAME",))
+        out += inside
+    return list(dict.fromkeys(out))
+
+
+def existing(path: Path) -> Path:
+    """The path itself. Raises PsmcError PSM102, with the names that come close, where there is no such file."""
+    if path.suffix == ".py" and path.is_file():
+        fail(
+            "PSM102", f"{path} is a Python file; psmc reads {SUFFIX} files",
+            helps=("a class under @psmc.aggregator is proved and compiled when Python imports it.",),
+        )  # fmt: skip
+    if path.exists():
+        return path
+    close = similar(path)
+    helps = (f"did you mean {' or '.join(close)}?",) if close else ("check the path; psmc new NAME writes a first spec.",)
+    fail("PSM102", f"{path}: there is no such file", helps=helps)
+
+
+def similar(path: Path) -> list[str]:
+    """Specs in the same directory with a name like this one's."""
+    try:
+        stems = sorted(p.stem for p in path.parent.iterdir() if p.suffix == SUFFIX)
+    except OSError:
+        return []
+    return [str(path.parent / (stem + SUFFIX)) for stem in get_close_matches(path.stem, stems, 2)]
+
+
+def one_file(name: str) -> Path:
+    """A file, not a directory."""
+    path = existing(Path(name))
+    if path.is_dir():
+        fail("PSM102", f"{path} is a directory", helps=(f"name one {SUFFIX} file in it.",))
+    return path
+
+
+def write(path: Path, text: str) -> None:
+    """The whole file or nothing. Raises PsmcError PSM294."""
+    from psmc.runtime.cache import write_atomic
+
+    try:
+        write_atomic(path.resolve(), text)
+    except OSError as error:
+        fail("PSM294", f"{path}: {(error.strerror or 'cannot be written').lower()}", helps=("choose another place: -o DIR",))
+
+
+def say_json(data: Any) -> None:
+    console.say(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+__all__ = ["PsmcError", "existing", "one_file", "say_json", "similar", "specs", "write"]
