@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from psmc.cli import console, inputs
-from psmc.diagnostics import PsmcError, fail
+from psmc.diagnostics import Diagnostic, PsmcError, fail
 
 _SHOWN = 20  # lines of a diff
 
@@ -37,11 +37,12 @@ def command(file: str, output: str | None, name: str | None, compare: bool, budg
     path = inputs.one_file(file)
     found = pipeline.read(path, budget)
     if not found:
-        fail("PSM290", f"{path}: there is no aggregator in this file.", helps=("a library is compiled into what uses it.",))
+        helps = ("a library is compiled into what uses it.",)
+        fail("PSM290", f"{path}: there is no aggregator in this file.", helps=helps)
     chosen = (pipeline.pick(found, name, str(path)),) if name else found
     places = _places(output, [c.declared.name for c in chosen])
     texts: list[str] = []
-    wrong = []
+    wrong: list[Diagnostic] = []
     for each in chosen:
         try:
             texts.append(each.text)

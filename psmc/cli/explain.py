@@ -51,8 +51,7 @@ def lines(found: Compilation) -> list[str]:
 
     out = [f"claim: {_CLAIMS[found.declared.claim]}"]
     if found.declared.recurrence is not None and found.agg.combine is not None:
-        added = [c.name for c in found.agg.state if c.name not in {d.name for d in found.declared.state}]
-        out.append(f"lifted to a scan over {', '.join(c.name for c in found.agg.state)}" + (f", {', '.join(added)} new" if added else ""))
+        out.append(f"lifted to a scan over {', '.join(c.name for c in found.agg.state)}")
     if found.structure is not None:
         out += describe(found.structure)
     else:

@@ -24,7 +24,8 @@ def specs(names: Iterable[str]) -> list[Path]:
             continue
         inside = sorted(p for p in path.glob(f"*{SUFFIX}") if p.is_file())
         if not inside:
-            fail("PSM102", f"{path}: this directory holds no {SUFFIX} file", helps=("name a file, or start one: psmc new NAME",))
+            helps = ("name a file, or start one: psmc new NAME",)
+            fail("PSM102", f"{path}: this directory holds no {SUFFIX} file", helps=helps)
         out += inside
     return list(dict.fromkeys(out))
 
@@ -39,8 +40,8 @@ def existing(path: Path) -> Path:
     if path.exists():
         return path
     close = similar(path)
-    helps = (f"did you mean {' or '.join(close)}?",) if close else ("check the path; psmc new NAME writes a first spec.",)
-    fail("PSM102", f"{path}: there is no such file", helps=helps)
+    hint = f"did you mean {' or '.join(close)}?" if close else "check the path; psmc new NAME writes a first spec."
+    fail("PSM102", f"{path}: there is no such file", helps=(hint,))
 
 
 def similar(path: Path) -> list[str]:
@@ -67,7 +68,8 @@ def write(path: Path, text: str) -> None:
     try:
         write_atomic(path.resolve(), text)
     except OSError as error:
-        fail("PSM294", f"{path}: {(error.strerror or 'cannot be written').lower()}", helps=("choose another place: -o DIR",))
+        why = (error.strerror or "cannot be written").lower()
+        fail("PSM294", f"{path}: {why}", helps=("choose another place.",))
 
 
 def say_json(data: Any) -> None:

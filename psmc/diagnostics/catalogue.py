@@ -163,6 +163,13 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "Fused kernels compute complex values as pairs of reals. Sums, products, quotients, conj, abs, exp, where"
         " and whole powers have such a form; other functions of a complex value do not.",
     ),
+    "PSM601": ("wrong arguments of a call", "A compiled aggregator takes inputs, then params, by position or by name."),
+    "PSM602": ("tensor that does not fit", "Inputs are [B, T, *lanes, *dims], params [*lanes, *dims] or [*dims]."),
+    "PSM603": ("size that is not known", "The size of a dim is taken from the tensors that are passed."),
+    "PSM604": ("mask or reset of a wrong shape", "mask and reset are [B, T]."),
+    "PSM605": ("state that does not fit", "A state is what init_state, a call or a step returned for such inputs."),
+    "PSM606": ("wrong cu_seqlens", "N + 1 token offsets; the sequences are packed in a batch of 1."),
+    "PSM607": ("tokens without a product", "Only an associative rule has a product of tokens."),
     "PSM690": (
         "arguments do not fit the spec",
         "The reference fold was called with tensors that the spec does not allow.",
