@@ -15,6 +15,7 @@ from run_ir import EXAMPLES, draw, evaluated, example, spec, starts
 from psmc.derive.graph import layers, vertex_cover
 from psmc.derive.lifting import lifted
 from psmc.ir import Assign, Block
+from psmc.ir.text import show_expr
 from psmc.structure.analyse import analyse
 from psmc.structure.describe import as_data, describe
 
@@ -276,6 +277,20 @@ def test_earlier_layers_are_read_as_prefixes():
     text = "\n".join(describe(found))
     assert "D[i, j] = exp(prev.m + logsigmoid(fgate) - m), log logsigmoid(fgate) + prev.m - m" in text
     assert found.layer("C").affine.injection.left[0].value == found.layer("n").affine.injection.left[0].value
+
+
+def test_a_normaliser_stacks_on_its_matrix():
+    for name in ("mlstm", "gated_rfa", "linear_attention", "scaled normaliser"):
+        _, found = _analysed(name)
+        assert [len(s) for s in found.stacks] == [2], name
+        assert found.layer(found.stacks[0][0]).affine.value is not None
+    assert _analysed("gla")[1].stacks == ()
+
+
+def test_a_layer_can_be_scanned_by_itself():
+    _, found = _analysed("mlstm")
+    assert found.layer("m").element == ("f", "m")
+    assert show_expr(found.layer("m").step[0].value) == "max(prev.m + logsigmoid(fgate), igate)"
 
 
 def test_factors_of_two_delta_steps():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from psmc.derive.graph import layers
 from psmc.derive.known import known_positive
 from psmc.derive.semiring import SEMIRINGS, NotAffineError, split
-from psmc.ir import Aggregator, Assign, Expr, Extern, Ref
+from psmc.ir import Aggregator, Assign, Expr, Extern, Index, Ref
 from psmc.ir.canonical import declared_names
-from psmc.ir.rewrite import refs
+from psmc.ir.rewrite import refs, rename
 from psmc.structure.live import dependence, element_state, is_pointwise, lanes, live_state, relevant, update
 from psmc.structure.matrix import affine_step
 from psmc.structure.products import Context
@@ -38,6 +39,7 @@ def analyse(agg: Aggregator) -> Structure:
             d.name for d in agg.dims if d.name in {agg.component(c).dims[n] for c in live for n in summed[c]}
         ),
         readout=readouts(agg, affines, context(agg)),
+        stacks=stacks(affines),
     )
 
 
@@ -49,23 +51,25 @@ def context(agg: Aggregator) -> Context:
 def _layer(
     agg: Aggregator, group: tuple[str, ...], step: Mapping[str, Assign], summed: Mapping[str, tuple[int, ...]]
 ) -> Layer:
+    element = element_state(agg, group)
+    own = tuple(step[n] for n in group) if step else ()
+    reads = _reads(agg, group, own)
     if not step or (agg.claim == "no" and agg.recurrence is None):
-        return Layer(group, "opaque", None, _reads(agg, group, step))
-    ring = _ring(group, step)
+        return Layer(group, "opaque", None, reads, element, own)
+    ring = _ring(agg, group, step)
     affine = _affine(agg, group[0], step[group[0]], summed) if len(group) == 1 and ring == "add mul" else None
-    return Layer(group, _class(agg, group, step, ring, affine), ring, _reads(agg, group, step), affine)
+    return Layer(group, _class(agg, group, step, ring, affine), ring, reads, element, own, affine)
 
 
-def _reads(agg: Aggregator, group: tuple[str, ...], step: Mapping[str, Assign]) -> tuple[str, ...]:
-    if not step:
-        return ()
-    read = {r.name for n in group for r in refs(step[n].value) if r.space in ("prev", "state")}
+def _reads(agg: Aggregator, group: tuple[str, ...], step: Sequence[Assign]) -> tuple[str, ...]:
+    read = {r.name for a in step for r in refs(a.value) if r.space in ("prev", "state")}
     return tuple(c.name for c in agg.state if c.name in read and c.name not in group)
 
 
-def _ring(group: tuple[str, ...], step: Mapping[str, Assign]) -> str | None:
+def _ring(agg: Aggregator, group: tuple[str, ...], step: Mapping[str, Assign]) -> str | None:
     """The first semiring in which every member is affine in the layer's earlier values."""
-    for ring in SEMIRINGS:
+    for plain in SEMIRINGS:
+        ring = replace(plain, is_positive=known_positive(agg))
         try:
             for name in group:
                 split(step[name].value, lambda r: r.space == "prev" and r.name in group, ring)
@@ -73,6 +77,20 @@ def _ring(group: tuple[str, ...], step: Mapping[str, Assign]) -> str | None:
             continue
         return f"{ring.plus} {ring.times}"
     return None
+
+
+def stacks(affines: Sequence[Affine]) -> tuple[tuple[str, ...], ...]:
+    """Groups of two and more components that differ in their C alone."""
+    groups: dict[tuple[object, ...], list[Affine]] = {}
+    for a in affines:
+        index = Index("key", a.key.dim)
+        vectors = (*a.transition.left, *a.transition.right, *a.injection.left)
+        if a.decay.kind in ("V", "KV") or a.outer:
+            continue
+        same = tuple(rename(x.value, {a.key: index}) for x in (a.decay.value, *vectors))
+        groups.setdefault((index, len(a.transition.left), same), []).append(a)
+    found = [sorted(g, key=lambda a: a.value is None) for g in groups.values() if len(g) > 1]
+    return tuple(tuple(a.component for a in group) for group in found)
 
 
 def _affine(agg: Aggregator, name: str, step: Assign, summed: Mapping[str, tuple[int, ...]]) -> Affine | None:

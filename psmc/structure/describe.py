@@ -36,6 +36,7 @@ def describe(structure: Structure) -> list[str]:
         lines.append(f"lanes: {', '.join(structure.lanes)}")
     for number, layer in enumerate(structure.layers, 1):
         lines += [f"layer {number}: {_layer(layer)}", *(f"  {line}" for line in _affine(layer))]
+    lines += [f"one matrix with more value columns: {', '.join(stack)}" for stack in structure.stacks]
     for readout in structure.readout:
         lines += _readout(readout)
     return lines
@@ -48,6 +49,7 @@ def as_data(structure: Structure) -> dict[str, Any]:
         "live": list(structure.live),
         "element": list(structure.element),
         "lanes": list(structure.lanes),
+        "stacks": [list(stack) for stack in structure.stacks],
         "layers": [_layer_data(x) for x in structure.layers],
         "outputs": [{"name": r.output, "epilogue": _text(r.epilogue), **_linear_data(r)} for r in structure.readout],
     }

@@ -74,14 +74,22 @@ class Affine:
 
 @dataclass(frozen=True)
 class Layer:
-    """One strongly connected set of live components, scanned with one plan; `reads` names earlier components whose
-    prefixes (`m`, `prev.m`) it sees as per-token inputs. `ring` is the semiring in which it is affine in its own left
-    operand, as 'plus times' in op names ('add mul', 'max add'), None if in none."""
+    """One strongly connected set of live components, scanned with one plan.
+
+    reads    earlier components whose prefixes (`m`, `prev.m`) it sees as per-token inputs
+    ring     the semiring in which it is affine in its own earlier value, as 'plus times' in op names ('add mul',
+             'max add'); None if in none
+    element  what its elements need to be combined with each other when the layer is scanned by `combine` alone
+    step     the new value of each component, over Ref('prev', own), Ref('state' and 'prev', reads), inputs, params;
+             empty where the rule is Python
+    """
 
     components: tuple[str, ...]
     cls: Class
     ring: str | None
     reads: tuple[str, ...] = ()
+    element: tuple[str, ...] = ()
+    step: tuple[Assign, ...] = ()
     affine: Affine | None = None
 
     @property
@@ -123,7 +131,9 @@ class Readout:
 class Structure:
     """`live`: what a prefix must carry, in declaration order; `element`: what elements need to be combined with each
     other (segments, ranks). `lanes`: dims that every component and output has once and that nothing reduces or
-    permutes, so that they can be flattened into lanes. `expanded`: dims of the state that some output contracts."""
+    permutes, so that they can be flattened into lanes. `expanded`: dims of the state that some output contracts.
+    `stacks`: affine components with the same key, decay, transition and B, which are one matrix with more value
+    columns (S and its normaliser); the one with the most columns first."""
 
     name: str
     live: tuple[str, ...]
@@ -133,6 +143,7 @@ class Structure:
     pointwise: bool  # combine and lift of `element` and the readout are free of index sums, gathers and Eye
     expanded: tuple[str, ...] = ()
     readout: tuple[Readout, ...] = ()
+    stacks: tuple[tuple[str, ...], ...] = ()
 
     def layer(self, component: str) -> Layer:
         return next(x for x in self.layers if component in x.components)
