@@ -433,7 +433,11 @@ def test_low_precision_inputs_are_folded_in_fp32() -> None:
     assert outputs["o"].dtype == state["S"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "delta_product", "hgrn2", "lru", "rg_lru", "affine2x2"])
+NAMES = {p.stem for p in (ROOT / "examples").glob("*.psm")}
+NAMES -= {"linear_recurrence"}  # whose combine takes the elements themselves as inputs
+
+
+@pytest.mark.parametrize("name", sorted(n for n in NAMES if f"{n}_recurrence" in NAMES))
 def test_a_recurrence_run_as_written_is_its_lift_and_its_combine(name: str) -> None:
     written = example(f"{name}_recurrence")
     sizes = {d.name: d.size or 3 for d in written.dims}
@@ -441,14 +445,9 @@ def test_a_recurrence_run_as_written_is_its_lift_and_its_combine(name: str) -> N
     for n, t in enumerate((*written.inputs, *written.params)):
         lead = (2, 6, 2) if t in written.inputs else (2,)
         v = randn(*lead, *(sizes[d] for d in t.dims), seed=n)
-        v = (
-            v
-            if t.interval is None
-            else torch.sigmoid(v)
-            if t.interval.hi is not None and t.interval.lo is not None
-            else v.abs()
-        )
-        v = -v if t.interval is not None and t.interval.lo is None else v
+        if t.interval is not None:
+            bounded = None not in (t.interval.lo, t.interval.hi)
+            v = torch.sigmoid(v) if bounded else v.abs() if t.interval.lo is not None else -v.abs()
         (inputs if t in written.inputs else params)[t.name] = v.to(torch.complex128) if t.kind == "complex" else v
     outputs, final = fold(written, inputs, params)
     scanned, last = fold(lifted(written), inputs, params)
