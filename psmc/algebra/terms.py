@@ -35,7 +35,7 @@ class Node:
     _hash: int
 
     def text(self, names: Names) -> str:
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} has no text")
 
     def __eq__(self, other: object) -> bool:
         return self is other or (type(other) is type(self) and other.key == self.key)
