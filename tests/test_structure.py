@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from run_ir import EXAMPLES, draw, evaluated, example, spec, starts
 
 from psmc.derive.graph import layers, vertex_cover
@@ -42,6 +44,20 @@ NEW = {
           S[i, j] = exp(-abs(w[j])) * S[i, j] - sigmoid(a) * (sum[m] S[i, m] * k[m]) * k[j] + v[i] * k[j]
         }
         output o[i] = sum[j] S[i, j] * r[j]
+        associative: yes }""",
+    "decay on V after a delta rule": """aggregator s { dim K, V
+        input q[K], k[K], v[V], f[K], g[V]
+        state S[K, V] = 0
+        recurrence {
+          S[i, j] = sigmoid(g[j]) * sigmoid(f[i]) * (S[i, j] - k[i] * sum[m] k[m] * S[m, j]) + k[i] * v[j]
+        }
+        output o[j] = sum[i] q[i] * S[i, j]
+        associative: yes }""",
+    "decay on V beside a delta rule": """aggregator s { dim K, V
+        input q[K], k[K], v[V], g[V]
+        state S[K, V] = 0
+        recurrence { S[i, j] = sigmoid(g[j]) * S[i, j] - k[i] * (sum[m] k[m] * S[m, j]) + k[i] * v[j] }
+        output o[j] = sum[i] q[i] * S[i, j]
         associative: yes }""",
     "rank in a dim": """aggregator s { dim K, V
         dim R = 3
@@ -125,7 +141,11 @@ def _factored_step(affine, agg, old: torch.Tensor, **spaces) -> torch.Tensor:
     inner = [n for n in own if n != affine.key.name]
     for u, w in zip(affine.transition.left, affine.transition.right, strict=True):
         read = _einsum([(_dims(w), _value(w, agg, **spaces)), (own, old)], inner)
-        new = new + _einsum([(_dims(u), _value(u, agg, **spaces)), (inner, read)], own)
+        term = _einsum([(_dims(u), _value(u, agg, **spaces)), (inner, read)], own)
+        if affine.scaled:
+            part = affine.decay.parts[1]
+            term = _einsum([(_dims(part), _value(part, agg, **spaces)), (own, term)], own)
+        new = new + term
     for b, c in zip(affine.injection.left, affine.injection.right, strict=True):
         new = new + _einsum([(_dims(x), _value(x, agg, **spaces)) for x in (b, c)], own)
     return new
@@ -136,6 +156,10 @@ def test_factors_and_readout_reproduce_the_model(name):
     agg, found = _analysed(name)
     if not isinstance(agg.combine, Block) or not any(x.affine for x in found.layers):
         return
+    _check_steps(agg, found)
+
+
+def _check_steps(agg, found):
     inputs, params = draw(agg, 4, seed=3)
     state = starts(agg)
     for token in inputs:
@@ -206,6 +230,8 @@ EXPECTED = {  # class of each layer; then of the affine ones: decay, rank of the
     "decay on V": ["S affine V 0 1"],
     "two injections, decay on K and V, bonus": ["S affine KV 0 2"],
     "value major": ["S affine K 1 1"],
+    "decay on V after a delta rule": ["S affine KV 1 1"],
+    "decay on V beside a delta rule": ["S dense V 1 1"],
     "rank in a dim": ["S affine scalar 0 3"],
     "sums on both sides": ["S affine constant 0 1"],
     "complementary gate": ["S affine scalar 0 1"],
@@ -349,3 +375,60 @@ def test_the_report_does_not_depend_on_the_hash_seed():
         for s in ("0", "4")
     ]
     assert runs[0] == runs[1] and "delta_product" in runs[0]
+
+
+# --- random affine matrix recurrences -------------------------------------------------------------------
+
+DECAYS = (
+    "1",
+    "0.5",
+    "exp(g)",
+    "sigmoid(f[i])",
+    "exp(-abs(f[i]) - abs(h[j]))",
+    "(1 - sigmoid(f[i]))",
+    "sigmoid(h[j])",
+    "f[i]",
+)
+DELTAS = ("k[i] * (sum[m] w[m] * S[m, j])", "sigmoid(g) * f[i] * (sum[m] (w[m] - k[m]) * S[m, j])")
+DRIVES = (
+    "k[i] * v[j]",
+    "(k[i] - w[i]) * (v[j] + h[j])",
+    "sigmoid(g) * w[i] * h[j]",
+    "exp(k[i] - abs(v[j]))",
+    "f[i]",
+    "v[j]",
+)
+READS = (
+    "sum[i] q[i] * S[i, j]",
+    "sum[i] q[i] * (S[i, j] - prev.S[i, j])",
+    "tanh(g * (sum[i] w[i] * prev.S[i, j])) + v[j]",
+)
+
+
+@st.composite
+def matrix_specs(draw_):
+    """A decay, up to two delta-like terms read off the decayed state, up to two injections, one output."""
+    lines = [f"S[i, j] = {draw_(st.sampled_from(DECAYS))} * S[i, j]"]
+    for term in draw_(st.lists(st.sampled_from(DELTAS), max_size=2)):
+        lines.append(f"S[i, j] = S[i, j] - {term}")
+    drives = draw_(st.lists(st.sampled_from(DRIVES), min_size=1, max_size=2))
+    lines.append(f"S[i, j] = S[i, j] + {' + '.join(drives)}")
+    return (
+        "aggregator s { dim K, V\n input q[K], k[K], w[K], f[K], v[V], h[V], g\n state S[K, V] = 0\n recurrence { "
+        + "; ".join(lines)
+        + f" }}\n output o[j] = {draw_(st.sampled_from(READS))}\n associative: yes }}"
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(matrix_specs())
+def test_random_matrix_recurrences(text):
+    agg = lifted(spec(text))
+    found = analyse(agg)
+    (layer,) = found.layers
+    assert layer.cls == "affine" and layer.affine.rank == min(2, len(set(_used(text))))
+    _check_steps(agg, found)
+
+
+def _used(text: str) -> list[str]:
+    return [t for t in DELTAS if t in text]

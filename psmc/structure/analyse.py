@@ -106,7 +106,7 @@ def _class(
     rule = update(agg)
     assert rule is not None and not isinstance(rule, Extern)
     pointwise = is_pointwise(rule.result(n) for n in group)
-    if affine is not None and affine.decay.parts is not None:
+    if affine is not None and affine.columns_alike:
         return "affine"
     if pointwise:
         return "pointwise"

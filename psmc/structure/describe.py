@@ -71,6 +71,8 @@ def _affine(layer: Layer) -> list[str]:
     axes = f"[{a.key.dim}{'' if a.value is None else f', {a.value.dim}'}]"
     lines = [f"{a.component}{axes}: decay {_DECAYS[a.decay.kind]}, transition of rank {a.rank}"]
     lines.append(_text(a.decay.value) + ("" if a.decay.log is None else f", log {show_expr(a.decay.log.value)}"))
+    if a.scaled:
+        lines.append("the decay over the value multiplies the whole transition")
     for columns in (a.transition, a.injection):
         lines += [_text(x) for pair in zip(columns.left, columns.right, strict=True) for x in pair]
     return lines
@@ -114,6 +116,7 @@ def _affine_data(a: Affine) -> dict[str, Any]:
         "key": a.key.dim,
         "value": None if a.value is None else a.value.dim,
         "rank": a.rank,
+        "scaled": a.scaled,
         "decay": {
             "kind": a.decay.kind,
             "value": _text(a.decay.value),

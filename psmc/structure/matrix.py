@@ -8,7 +8,7 @@ from dataclasses import replace
 from psmc.derive.affine import BothSidesError, affine
 from psmc.derive.logs import log_decay
 from psmc.derive.semiring import PLUS_TIMES, NotAffineError
-from psmc.derive.simplify import ONE, ZERO
+from psmc.derive.simplify import ONE, ZERO, make
 from psmc.ir import Assign, Expr, Index, Kind
 from psmc.ir.rewrite import refs, rename
 from psmc.structure.factor import Columns, diagonal_and_low_rank, factored
@@ -67,9 +67,12 @@ def _on_axes(
     key, value = step.indices[axes[0]], None if axes[1] is None else step.indices[axes[1]]
     outer = tuple(i for i in step.indices if i not in (key, value))
     columns: Columns = []
-    decay = transition
+    decay, shared = transition, ONE
     if column is not None:
+        if value is not None and value in transition.free:
+            transition, shared = _common_factor(transition, frozenset((key, column)), value, context)
         decay, columns = diagonal_and_low_rank(transition, key, column, context)
+        decay = make("mul", decay, shared)
         columns = [(left, rename(right, {column: key})) for left, right in columns]
         if value is not None and any(value in x.free for pair in columns for x in pair):
             raise NotSeparableError(transition)
@@ -81,8 +84,18 @@ def _on_axes(
         outer=outer,
         decay=_decay(tidy(decay, context), step.indices, key, value, context, is_positive),
         transition=_term("UW", columns, outer, key, key, context),
+        scaled=shared != ONE,
         injection=_term("BC", _injection(rest, *sides, context), outer, key, value, context),
     )
+
+
+def _common_factor(transition: Expr, sides: frozenset[Index], value: Index, context: Context) -> tuple[Expr, Expr]:
+    """(A, d) with transition = A · d, A free of the value index; d is 1 if they do not come apart."""
+    try:
+        columns = factored(transition, sides, frozenset((value,)), context)
+    except NotSeparableError:
+        return transition, ONE
+    return columns[0] if len(columns) == 1 else (transition, ONE)
 
 
 def _injection(rest: Expr, row: frozenset[Index], col: frozenset[Index], context: Context) -> Columns:

@@ -55,7 +55,8 @@ class Affine:
 
     `key` is the index that the output contracts or the transition acts on, `value` the other one (None for a vector
     component such as a normaliser: then C is one number), `outer` any further ones, along which all is elementwise.
-    The component's own order of dims is that of its declaration: it may be [V, K].
+    The component's own order of dims is that of its declaration: it may be [V, K]. `scaled`: D's value part multiplies
+    all of the transition, S_t = D_value ⊙ (D_key ⊙ S_{t-1} + U (Wᵀ S_{t-1})) + B Cᵀ.
     `transition` holds U (left) and W (right), `injection` B (left) and C (right).
     """
 
@@ -66,10 +67,18 @@ class Affine:
     decay: Decay
     transition: Term
     injection: Term
+    scaled: bool = False
 
     @property
     def rank(self) -> int:
         return self.transition.rank
+
+    @property
+    def columns_alike(self) -> bool:
+        """Apart from D_value, the columns of S over the value index evolve alike: what a chunk of tokens can share."""
+        if self.decay.parts is None:
+            return False
+        return self.rank == 0 or self.scaled or self.decay.kind not in ("V", "KV")
 
 
 @dataclass(frozen=True)
