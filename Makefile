@@ -1,37 +1,51 @@
-# Two commands do all the set-up on a fresh machine: `make demo` (the tour) and `make test` (everything).
-PYTHON ?= python3
+# Two commands do all the set-up on a fresh machine with Python >= 3.11: `make demo` (the tour) and `make test`
+# (everything). They install into .venv; nothing else on the machine changes.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3 python))
 VENV   ?= .venv
-# The build of torch to install; on Linux plain `torch` brings the CUDA libraries along.
+# The build of torch. On Linux plain `torch` brings the CUDA libraries along; a CPU build does for all of this.
 TORCH  ?= torch==2.13.0
-# triton's interpreter needs numpy < 2.4
-TRITON ?= triton==3.6.0 numpy<2.4
-BIN    := $(VENV)/bin
+# Only where torch did not bring triton along, as on a machine without a GPU: the kernels' tests run in its interpreter.
+TRITON ?= triton==3.6.0
+JOBS   ?= 2
 
-.PHONY: demo test lint format generated clean
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(foreach r,$(TORCH) $(TRITON),"$(r)")
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
+.PHONY: demo test lint format tables generated clean
+
+$(VENV)/.demo: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "psmc needs Python 3.11 or newer: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" "numpy<2.4"
+	$(PIP) -e ".[demo]"
 	touch $@
 
-demo: $(VENV)/.installed
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -c "import triton" 2>/dev/null || test "$$(uname -s)" != Linux || $(PIP) "$(TRITON)"
+	$(PIP) -e ".[test]"
+	touch $@
+
+demo: $(VENV)/.demo
 	$(BIN)/python examples/demo/demo.py
 
+# One thread of torch a worker: the workers are the parallelism.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 15
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.test
 	$(BIN)/ruff check psmc tests examples benchmarks
-	$(BIN)/ruff format --check psmc
 	$(BIN)/mypy
 
-format: $(VENV)/.installed
+format: $(VENV)/.test
 	$(BIN)/ruff check --fix psmc tests examples benchmarks
 	$(BIN)/ruff format psmc
 
-generated: $(VENV)/.installed
+# README's tables, from benchmarks/results/.
+tables: $(VENV)/.demo
+	$(BIN)/python benchmarks/tables.py
+
+generated: $(VENV)/.test
 	$(BIN)/python -m tests.generated_list --write
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
