@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from psmc.codegen.linearise import every_op, linearise
+from psmc.codegen.paste import paste
 from psmc.codegen.torch_code import join, print_functions, print_output
+from psmc.codegen.torch_ops import HELPERS
 from psmc.codegen.torch_value import number
 from psmc.frontend.psm import parse, read
 from psmc.frontend.resolve import resolve
@@ -126,7 +128,7 @@ def blocks(draw: st.DrawFn) -> Block:
     return Block(lets, results)
 
 
-@settings(max_examples=int(os.environ.get("PSMC_EXAMPLES", 40)), deadline=None)
+@settings(max_examples=int(os.environ.get("PSMC_EXAMPLES", 25)), deadline=None)
 @given(blocks(), st.integers(0, 2**31))
 def test_random_blocks_agree_with_the_oracle(block: Block, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -368,6 +370,24 @@ def test_constants_are_exact(value: str, text: str) -> None:
     printed = number(Fraction(value))
     assert printed.text == text
     assert eval(printed.text) == float(Fraction(value))
+
+
+def test_ints_in_real_operators_take_the_dtype_of_the_work() -> None:
+    agg = spec(
+        """aggregator ints {
+      dim K
+      input u[K], p[K] : int
+      state h[K] = 0
+      lift { h[i] = exp(p[i] - p[0]) + sqrt(i + p[i]) + p[i] / (1 + i) + logsigmoid(p[i] - i) * u[i] + (p[i] + 1) ^ -1 }
+      combine (l, r) { h[i] = l.h[i] + r.h[i] }
+      associative: yes
+    }""".replace("dim K", "dim K = 3")
+    )
+    compare(*call(agg, "lift", torch.float64))
+
+
+def test_helpers_do_not_collide_with_the_runtime_pasted_beside_them() -> None:
+    assert not paste().defined & (HELPERS.keys() | {"lift", "combine", "advance", "recurrence", "output", "start"})
 
 
 def test_numbers_never_divide_by_zero() -> None:

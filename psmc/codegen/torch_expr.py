@@ -152,7 +152,7 @@ class ExprPrinter:
     def exp_sum(self, terms: Sequence[tuple[int, Printed]], kind: Kind) -> Printed:
         self.helpers.add("_exp_sum")
         signed = [t if sign > 0 else Printed(f"-{t.within(UNARY)}", UNARY, t.axes, t.kind) for sign, t in terms]
-        tensors = [self.like.full("()", t) if t.axes is None else t for t in signed]
+        tensors = [self.like.full("()", t) if t.axes is None else self.real(t) for t in signed]
         axes = self.union(tensors)
         texts = ", ".join(self.align(t, axes).text for t in tensors)
         return Printed(f"_exp_sum({texts})", ATOM, axes, kind)
@@ -164,13 +164,19 @@ class ExprPrinter:
         for place, arg in enumerate(args):
             kind = "real" if node.op == "complex" else join((arg.kind, node.kind))
             promotes = node.op in _PROMOTING and any(t is not arg for t in tensors)
-            if arg.axes is not None and arg.kind == "int" and kind in ("real", "complex") and not promotes:
-                arg = Printed(f"{arg.within(ATOM)}.to({self.like.dtype})", ATOM, arg.axes, "real")
+            if arg.axes is not None and kind in ("real", "complex") and not promotes:
+                arg = self.real(arg)
             # Two numbers make torch take its default dtype, whatever the dtype of the work is.
             takes = _TAKES_NUMBERS.get(node.op, ())
             alone = place in takes[:1] and all(a.axes is None or a.kind == "bool" for a in args)
             out.append(self.like.full("()", arg) if arg.axes is None and (alone or place not in takes) else arg)
         return out
+
+    def real(self, value: Printed) -> Printed:
+        """An int tensor as a real one."""
+        if value.kind != "int":
+            return value
+        return Printed(f"{value.within(ATOM)}.to({self.like.dtype})", ATOM, value.axes, "real")
 
     def apply(self, row: Row, args: Sequence[Printed], kind: Kind) -> Printed:
         numbers = all(a.axes is None for a in args)
