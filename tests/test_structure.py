@@ -66,6 +66,18 @@ NEW = {
         recurrence { S[i, j] = sigmoid(g) * S[i, j] + sum[r] k[r, i] * v[r, j] }
         output o[j] = sum[i] q[i] * S[i, j]
         associative: yes }""",
+    "eight micro-steps": """aggregator s { dim K, V
+        dim R = 8
+        input q[K], k[R, K], v[R, V], beta[R] in [0, 1]
+        state S[K, V] = 0
+        recurrence { for r in R { S[i, j] = S[i, j] + beta[r] * k[r, i] * (v[r, j] - sum[m] k[r, m] * S[m, j]) } }
+        output o[j] = sum[i] q[i] * S[i, j]
+        associative: yes }""",
+    "state returned": """aggregator s { dim K, V
+        input k[K], v[V]
+        state S[K, V] = 0, z[K] = 0
+        recurrence { S[i, j] = 0.5 * S[i, j] + k[i] * v[j]; z[i] = 0.5 * z[i] + k[i] }
+        associative: yes }""",
     "sums on both sides": """aggregator s { dim K, V
         input q[K], k[K], v[V], x[K], y[V]
         state S[K, V] = 0
@@ -233,6 +245,8 @@ EXPECTED = {  # class of each layer; then of the affine ones: decay, rank of the
     "decay on V after a delta rule": ["S affine KV 1 1"],
     "decay on V beside a delta rule": ["S dense V 1 1"],
     "rank in a dim": ["S affine scalar 0 3"],
+    "eight micro-steps": ["S affine none 8 8"],
+    "state returned": ["S affine constant 0 1", "z pointwise"],
     "sums on both sides": ["S affine constant 0 1"],
     "complementary gate": ["S affine scalar 0 1"],
     "outer dim": ["S affine K 0 1"],
@@ -331,6 +345,7 @@ def test_readouts():
     assert readout.linear[0].query is None and readout.linear[0].previous is not None and not readout.whole
     _, found = _analysed("several queries")
     assert [r.linear[0].name for r in found.readout] == ["y_S", "y_S"]
+    assert [r.whole for r in _analysed("state returned")[1].readout] == [("S",), ("z",)]
     assert found.readout[1].reduces == ("Q", "V")
     _, found = _analysed("two injections, decay on K and V, bonus")
     assert found.readout[0].linear[0].query is not None and found.readout[0].linear[0].previous is not None

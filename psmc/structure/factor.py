@@ -10,6 +10,7 @@ from psmc.ir import Expr, Eye, Index
 from psmc.ir.rewrite import rename
 from psmc.structure.products import Context, Expansion, NotSeparableError, Product, collected, expand, text, tidy, total
 
+MAX_DISTRIBUTED = 16  # terms
 Columns = list[tuple[Expr, Expr]]  # (left over rows, right over columns)
 
 
@@ -17,7 +18,8 @@ def factored(matrix: Expr, row: frozenset[Index], col: frozenset[Index], context
     """Columns of the matrix; none if it is 0. Raises NotSeparableError.
 
     The expression is taken apart as little as possible first, then with every one-sided sum distributed. The second
-    is preferred where it needs no more columns and more than one: its vectors are the same for every spelling.
+    is preferred where it needs no more columns and more than one: its vectors are the same for every spelling. With
+    many terms (R micro-steps have 2^R) the first stays as it is: its vectors are nested, and short.
     """
     found = _diagonal_and_rest(matrix, row, col, context)
     if found[0]:
@@ -36,18 +38,19 @@ def _diagonal_and_rest(
 ) -> tuple[list[Product], Columns]:
     sides = row | col
     openings: list[Callable[[Expr], bool]] = [lambda _: False, lambda e: bool(e.free & sides)]
-    found: list[tuple[list[Product], Columns]] = []
+    found: list[tuple[tuple[list[Product], Columns], int]] = []
     problem: NotSeparableError | None = None
     for opens in openings:
         try:
-            found.append(_attempt(expand(matrix, Expansion((row, col), opens, context)), row, col))
+            products = expand(matrix, Expansion((row, col), opens, context))
+            found.append((_attempt(products, row, col), len(products)))
         except NotSeparableError as error:
             problem = problem or error
     if not found:
         assert problem is not None
         raise problem
-    first, last = found[0], found[-1]
-    return last if 1 < len(last[1]) <= len(first[1]) else first
+    (first, _), (last, terms) = found[0], found[-1]
+    return last if 1 < len(last[1]) <= len(first[1]) and terms <= MAX_DISTRIBUTED else first
 
 
 def _attempt(

@@ -51,7 +51,7 @@ def _axes(rank: int, acted: int | None, contracted: Sequence[int]) -> list[_Axes
     else:
         keys = [0] if rank else []
     if rank == 1:
-        return [(k, None) for k in keys]
+        return [(k, None) for k in keys if acted is not None or contracted]
     return [(k, v) for k in keys for v in reversed(range(rank)) if v != k]
 
 
@@ -67,7 +67,8 @@ def _on_axes(
     key, value = step.indices[axes[0]], None if axes[1] is None else step.indices[axes[1]]
     outer = tuple(i for i in step.indices if i not in (key, value))
     columns: Columns = []
-    decay, shared = transition, ONE
+    decay: Expr = transition
+    shared: Expr = ONE
     if column is not None:
         if value is not None and value in transition.free:
             transition, shared = _common_factor(transition, frozenset((key, column)), value, context)

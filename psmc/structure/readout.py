@@ -137,7 +137,9 @@ class _Reader:
 
 
 def _refused(vector: Expr, at: tuple[Sub, ...]) -> bool:
-    """A query must know nothing of any state, nor of the value index."""
+    """A query must know nothing of any state, nor of the value index; reading one entry is no contraction."""
+    if any(isinstance(n, Eye) and isinstance(n.row, Index) and isinstance(n.col, Index) for n in walk(vector)):
+        return True
     return any(r.space in ("state", "prev") for r in refs(vector)) or any(
         s in vector.free for s in at if isinstance(s, Index)
     )
