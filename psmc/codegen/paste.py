@@ -10,7 +10,7 @@ from pathlib import Path
 
 _RUNTIME = Path(__file__).resolve().parent.parent / "runtime"
 # In the order of their use; `tree` files only where a tree is the meaning of the spec or its state.
-KIT = ("kit_scan", "kit_layer", "kit_tree", "kit_forest", "kit_bind", "kit_taps", "kit_run", "kit_op", "kit")
+KIT = ("kit_scan", "kit_layer", "kit_tree", "kit_forest", "kit_bind", "kit_check", "kit_taps", "kit_run", "kit_op", "kit")
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psmc.runtime.kit_bind import (
-    ArgumentError,
-    Call,
-    Spec,
-    bind_call,
-    check_cu_seqlens,
-    check_flags,
-    check_state,
-)
+from psmc.runtime.kit_bind import ArgumentError, Call, Spec, bind_call
+from psmc.runtime.kit_check import check_counter, check_cu_seqlens, check_flags, check_state, tail_names
 from psmc.runtime.kit_op import Operator
-from psmc.runtime.kit_run import Rules, as_output, as_state, prepared, run_scan, run_step, start_state
-from psmc.runtime.kit_scan import Values
-from psmc.runtime.kit_taps import Places, flip, lagged, next_tail, places
-from psmc.runtime.kit_tree import counter_prefix, counter_push, counter_start
+from psmc.runtime.kit_run import Rules, as_state, prepared, run_push, run_scan, run_step, start_state
+from psmc.runtime.kit_taps import flip, places, tap_token, tap_tokens
+from psmc.runtime.kit_tree import counter_rows, counter_start
 
 State = dict[str, Tensor]
 
@@ -66,26 +58,25 @@ class Aggregator:
         Raises ArgumentError if a shape, dtype or device does not fit the spec.
         """
         call = bind_call(self.spec, args, kwargs, tokens=True)
-        mask = check_flags(self.spec, "mask", mask, call.leading)
-        reset = check_flags(self.spec, "reset", reset, call.leading)
-        cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call.leading)
-        rows = call.leading[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        initial = self._initial(call, initial_state, rows)
-        back = places(*call.leading, call.device, cu_seqlens, None) if reverse and cu_seqlens is not None else None
+        mask = check_flags(self.spec, "mask", mask, call)
+        reset = check_flags(self.spec, "reset", reset, call)
+        cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
+        state = self._checked(call, initial_state, call.leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        back = None
         if reverse:
+            back = None if cu_seqlens is None else places(call, cu_seqlens, None)
             call = replace(call, inputs={k: flip(x, back) for k, x in call.inputs.items()})
             mask = None if mask is None else flip(mask, back)
             reset = None if reset is None else flip(reset, back)
-        carried: Values | None = None if initial is None else {k: v for k, v in initial.items() if not k.endswith("_tail")}
-        extra, tails = self._taps(call, initial, mask, reset, cu_seqlens)
+        lags, tails = tap_tokens(self.spec, call, state, mask, reset, cu_seqlens)
+        begin = None if state is None else {k: x for k, x in state.items() if k not in tail_names(self.spec)}
         if self.operator is not None and self.operator.wanted(call):
-            outputs, final = self.operator(call, extra, carried, mask, reset, cu_seqlens)
+            outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
         else:
-            x, p = prepared(self.spec, call)
+            x, p = prepared(self.spec, call, lags)
             outputs, final = run_scan(
-                self.spec, self.rules, call, self.fold_order, {**x, **self._prepare_taps(call, extra)}, p, carried,
-                mask, reset, cu_seqlens,
-            )  # fmt: skip
+                self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
+            )
         found = tuple(flip(outputs[s.name], back) if reverse else outputs[s.name] for s in self.spec.outputs)
         out = found[0] if len(found) == 1 else found
         return (out, {**final, **tails}) if return_state else out
@@ -93,28 +84,25 @@ class Aggregator:
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
         call = bind_call(self.spec, args, kwargs, tokens=False)
-        initial = self._initial(call, state, call.leading[0])
-        x, p = prepared(self.spec, call)
-        tails: Values = {}
-        for name, longest in self.spec.taps.items():
-            now = call.inputs[name]
-            zeros = now.new_zeros(now.shape[0], longest, *now.shape[1:])
-            past = zeros if initial is None else initial[f"{name}_tail"]
-            tails[f"{name}_tail"] = torch.cat([past[:, 1:], now.unsqueeze(1)], 1)
-            for lag in range(1, longest + 1):
-                x[f"{name}_lag{lag}"] = self._prepare_taps(call, {f"{name}_lag{lag}": past[:, longest - lag]})[f"{name}_lag{lag}"]
-        if self.fold_order == "tree":
-            outputs, after = self._push(call, initial, x, p)
-        else:
-            before = initial or self.init_state(call.leading[0], call.lanes, call.device, sizes=call.sizes, dtype=call.compute)
-            outputs, after = run_step(self.spec, self.rules, call, self.fold_order, before, x, p)
+        before = self._checked(call, state, call.leading[0])
+        lags, tails = tap_token(self.spec, call, before)
+        x, p = prepared(self.spec, call, lags)
+        if before is None:
+            before = self._start(call)
+        run = run_push if self.fold_order == "tree" else run_step
+        outputs, after = run(self.spec, self.rules, call, before, x, p)
         found = tuple(outputs[s.name] for s in self.spec.outputs)
         return found[0] if len(found) == 1 else found, {**after, **tails}
 
     @torch.no_grad()
     def step_(self, state: State, *args: Tensor, slots: Tensor | None = None, **kwargs: Tensor) -> Any:
-        """One token, in place and without gradient: `state` is overwritten; with `slots` [B] the rows that it names."""
-        rows = state if slots is None else {k: v.index_select(0, slots) for k, v in state.items()}
+        """One token, in place and without gradient: `state` is overwritten; with `slots` [B] the rows that it names.
+
+        The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
+        """
+        if slots is not None and self.fold_order == "tree":
+            return self._push_rows(state, slots, *args, **kwargs)
+        rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
         out, after = self.step(rows, *args, **kwargs)
         if self.fold_order == "tree":
             state.clear()
@@ -137,88 +125,65 @@ class Aggregator:
         dtype: torch.dtype = torch.float32,
         **dims: int,
     ) -> State:
-        """The state before any token, [batch, *lanes, *dims]. Sizes of dims by name: `init_state(1, (16,), K=64, V=64)`."""
+        """The state before any token, [batch, *lanes, *dims]. Dims by name: `init_state(1, (16,), K=64, V=64)`."""
         lanes = (lanes,) if isinstance(lanes, int) else tuple(lanes)
         known = {**self.spec.sizes, **(sizes or {}), **dims}
-        needed = {d for s in (*self.spec.components, *self.spec.inputs) for d in s.dims if s.name in (*self.spec.live, *self.spec.taps)}
-        missing = sorted(needed - known.keys())
+        stray = sorted(known.keys() - set(self.spec.dims))
+        if stray:
+            raise ArgumentError(f"PSM603: {self.spec.name} has no dim {', '.join(stray)}; it has {self.spec.dims}.")
+        read = (*self.spec.components, *(s for s in self.spec.inputs if s.name in self.spec.taps))
+        missing = sorted({d for s in read for d in s.dims} - known.keys())
         if missing:
             raise ArgumentError(f"PSM603: {self.spec.name}: init_state needs the size of {', '.join(missing)}.")
-        place = torch.device(device or "cpu")
-        call = Call({}, {}, known, (batch,), lanes, dtype, dtype, place)
-        if self.fold_order == "tree":
-            return counter_start(batch)
-        slots = {s.name: s for s in self.spec.components}
-        begin = start_state(self.spec, self.rules, call, self.spec.live)
-        state = {k: as_state(v, slots[k], call, (batch,)).clone() for k, v in begin.items()}
+        call = Call({}, {}, known, (batch,), lanes, dtype, dtype, torch.device(device or "cpu"))
+        state = self._start(call)
         for slot in self.spec.inputs:
             if slot.name in self.spec.taps:
                 width = (batch, self.spec.taps[slot.name], *lanes, *(known[d] for d in slot.dims))
-                state[f"{slot.name}_tail"] = torch.zeros(width, dtype=call.of_kind(slot.kind), device=place)
+                state[f"{slot.name}_tail"] = torch.zeros(width, dtype=call.of_kind(slot.kind), device=call.device)
         return state
 
-    def fold(self, *args: Tensor, cu_seqlens: Tensor | None = None, mask: Tensor | None = None, **kwargs: Tensor) -> State:
-        """The product of all tokens' elements, every component, [B, *lanes, *dims]: what segments and ranks exchange."""
+    def fold(
+        self, *args: Tensor, cu_seqlens: Tensor | None = None, mask: Tensor | None = None, **kwargs: Tensor
+    ) -> State:
+        """The product of all tokens' elements, every component, [B, *lanes, *dims]: what segments and ranks exchange.
+
+        No tokens give the identity; taps read 0 before the first. Raises ArgumentError, too, if there is no such thing.
+        """
         if self.fold_order != "scan":
             raise ArgumentError(f"PSM607: {self.spec.name} is not associative: tokens have no product of their own.")
         call = bind_call(self.spec, args, kwargs, tokens=True)
-        mask = check_flags(self.spec, "mask", mask, call.leading)
-        x, p = prepared(self.spec, call)
-        extra, _ = self._taps(call, None, mask, None, cu_seqlens)
+        mask = check_flags(self.spec, "mask", mask, call)
+        cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
+        lags, _ = tap_tokens(self.spec, call, None, mask, None, cu_seqlens)
         rules = SimpleNamespace(**{k: v for k, v in vars(self.rules).items() if k != "start"})
-        tokens = {**x, **self._prepare_taps(call, extra)}
-        return run_scan(self.spec, rules, call, "scan", tokens, p, None, mask, None, cu_seqlens, whole=True)[1]
+        x, p = prepared(self.spec, call, lags)
+        return run_scan(self.spec, rules, call, "scan", x, p, None, mask, None, cu_seqlens, whole=True)[1]
 
-    def _initial(self, call: Call, state: Mapping[str, Tensor] | None, rows: int) -> State | None:
+    def _checked(self, call: Call, state: Mapping[str, Tensor] | None, rows: int) -> State | None:
+        check = check_counter if self.fold_order == "tree" else check_state
+        return check(self.spec, call, state, rows)
+
+    def _start(self, call: Call) -> State:
+        """Before any token; tails apart."""
         if self.fold_order == "tree":
-            return None if state is None else dict(state)
-        return check_state(self.spec, call, state, rows)
-
-    def _push(self, call: Call, counter: State | None, x: Values, p: Values) -> tuple[Values, State]:
-        params, n = SimpleNamespace(**p), call.n
+            return counter_start(call.leading[0])
         slots = {s.name: s for s in self.spec.components}
+        begin = start_state(self.spec, self.rules, call, self.spec.live)
+        return {k: as_state(v, slots[k], call, call.leading[:1]).clone() for k, v in begin.items()}
 
-        def combine(l: Values, r: Values) -> Values:  # noqa: E741
-            joined: Values = self.rules.combine(SimpleNamespace(**l), SimpleNamespace(**r), params, n)
-            return joined
-
-        counter = counter_start(call.leading[0]) if counter is None else counter
-        element = self.rules.lift(SimpleNamespace(**x), params, n)
-        leaf = {k: as_state(v, slots[k], call, call.leading) for k, v in element.items()}
-        prefix, after = counter_push(combine, counter, leaf)
-        before = None
-        if self.spec.previous:
-            empty = start_state(self.spec, self.rules, call, tuple(slots))
-            like = {k: v.unsqueeze(1) for k, v in leaf.items()}
-            before = SimpleNamespace(**counter_prefix(counter, like, empty))
-        found = self.rules.output(SimpleNamespace(**prefix), before, SimpleNamespace(**x), params, n)
-        return {s.name: as_output(found[s.name], s, call, call.leading) for s in self.spec.outputs}, after
-
-    def _taps(
-        self, call: Call, initial: State | None, mask: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Values, State]:
-        """Inputs read some tokens earlier, as inputs of their own; and the tails after the last token."""
-        if not self.spec.taps:
-            return {}, {}
-        where: Places = places(*call.leading, call.device, cu_seqlens, reset)
-        extra: Values = {}
-        tails: State = {}
-        for name, longest in self.spec.taps.items():
-            x = call.inputs[name]
-            tail = None if initial is None else initial[f"{name}_tail"]
-            if mask is not None:
-                x = torch.where(mask.reshape(mask.shape + (1,) * (x.dim() - 2)), x, torch.zeros((), dtype=x.dtype, device=x.device))
-            for lag in range(1, longest + 1):
-                extra[f"{name}_lag{lag}"] = lagged(x, lag, where, tail)
-            tails[f"{name}_tail"] = next_tail(x, longest, where, tail)
-        return extra, tails
-
-    def _prepare_taps(self, call: Call, extra: Values) -> Values:
-        out = {}
-        for slot in self.spec.inputs:
-            for lag in range(1, self.spec.taps.get(slot.name, 0) + 1):
-                name = f"{slot.name}_lag{lag}"
-                if name in extra:
-                    narrow = replace(call, inputs={slot.name: extra[name]})
-                    out[name] = prepared(replace(self.spec, inputs=(slot,), params=()), narrow)[0][slot.name]
+    def _push_rows(self, state: State, slots: Tensor, *args: Tensor, **kwargs: Tensor) -> Any:
+        """`step_` of some streams of a tree, which may be at positions of their own."""
+        names = tail_names(self.spec)
+        rows: list[int] = slots.tolist()
+        counter = {k: x for k, x in state.items() if k not in names}
+        tails = {k: x.index_select(0, slots) for k, x in state.items() if k in names}
+        out, after = self.step({**counter_rows([(counter, r) for r in rows]), **tails}, *args, **kwargs)
+        pushed = {r: i for i, r in enumerate(rows)}
+        streams = range(counter["position"].shape[0])
+        kept = counter_rows([(after, pushed[r]) if r in pushed else (counter, r) for r in streams])
+        for name in names:
+            kept[name] = state[name].index_copy_(0, slots, after[name].to(state[name].dtype))
+        state.clear()
+        state.update(kept)
         return out

@@ -37,6 +37,7 @@ def scan_tokens(
     initial: Values | None = None,
     *,
     initial_exists: Tensor | None = None,
+    restart: Values | None = None,
     valid: Tensor | None = None,
     reset: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -50,6 +51,7 @@ def scan_tokens(
     inputs      [B, T, ...] each (taps as shifted copies); masked tokens are filled here, before `lift` sees them
     lift        inputs -> elements;  output   (prefix, previous or None, inputs) -> outputs; None: outputs is {}
     initial     [B, ...], or [N, ...] with cu_seqlens [N + 1] (then B is 1);  initial_exists   [B] or [N] bool
+    restart     [1, ...] where a sequence without `initial` and a reset begin, if that counts (None: with nothing)
     left        the sequential scan instead of the blocked one
     segment     tokens lifted at once; None: by the size of an element
     recompute   keep only the states between segments for backward; None: by the size of all elements
@@ -59,7 +61,15 @@ def scan_tokens(
     inputs = fill_masked(inputs, valid)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
     batch, length = _leading(inputs)
+    if initial is None and restart is not None:
+        rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        initial = {k: s.expand(rows, *s.shape[1:]) for k, s in restart.items()}
     entry = scan_entries(batch, length, reset=reset, cu_seqlens=cu_seqlens, initial=initial is not None)
+    entering = initial if cu_seqlens is not None else None
+    if restart is not None and reset is not None and entry is not None:  # one row more, for the resets
+        named = 0 if entering is None else next(iter(entering.values())).shape[0]
+        entering = restart if entering is None else {k: torch.cat([s, restart[k]]) for k, s in entering.items()}
+        entry = torch.where(entry == RESTART, named, entry)
     with torch.no_grad():
         size = sum(v.numel() * v.element_size() for v in lift({k: x[:, :1] for k, x in inputs.items()}).values())
     kind = "cpu" if next(iter(inputs.values())).device.type == "cpu" else "cuda"
@@ -85,13 +95,13 @@ def scan_tokens(
         final = {} if rows is None else {k: s[0].index_select(0, rows) for k, s in scan.prefix.items()}
         return outputs, scan.carry, scan.exists, final
 
-    carry, exists, entering = (None, None, initial) if ends else (initial, initial_exists if initial else None, None)
+    carry, exists = (None, None) if ends else (initial, initial_exists if initial else None)
     sizes = [min(segment, length - at) for at in range(0, length, segment)] or [0]
     masks = [None] * len(sizes) if valid is None else torch.split(valid, sizes, 1)
     entries = [None] * len(sizes) if entry is None else torch.split(entry, sizes, 1)
-    rows = [None] * len(sizes) if ends is None else ends.rows.unbind(0)
+    last = [None] * len(sizes) if ends is None else ends.rows.unbind(0)
     outputs, finals = [], []
-    for args in zip(_split(inputs, sizes), masks, entries, rows, strict=True):
+    for args in zip(_split(inputs, sizes), masks, entries, last, strict=True):
         x, v, e, r = args
         if recompute and torch.is_grad_enabled():
             out, carry, exists, final = checkpoint(body, x, v, e, carry, exists, r, use_reentrant=False)

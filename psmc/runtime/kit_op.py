@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from psmc.runtime.kit_bind import Call, Spec, bind_call
-from psmc.runtime.kit_run import Rules, prepared, run_scan, spread
+from psmc.runtime.kit_bind import Call, Slot, Spec, bind_call
+from psmc.runtime.kit_run import Rules, prepared, run_scan
 from psmc.runtime.kit_scan import Values
 
 _FORWARD = (
@@ -19,6 +19,17 @@ _BACKWARD = (
     "(Tensor[] grads, Tensor[] inputs, Tensor[] params, Tensor[] initial, Tensor? mask, Tensor? reset,"
     " Tensor? cu_seqlens, Tensor[] results) -> Tensor[]"
 )
+
+
+class Given(NamedTuple):
+    """The tensors of a call as the operator takes them; `inputs` end with the taps, `initial` may be empty."""
+
+    inputs: list[Tensor]
+    params: list[Tensor]
+    initial: list[Tensor]
+    mask: Tensor | None
+    reset: Tensor | None
+    cu_seqlens: Tensor | None
 
 
 class Operator:
@@ -37,7 +48,7 @@ class Operator:
         self.op = getattr(torch.ops.psmc, name).default
 
     def wanted(self, call: Call) -> bool:
-        """Kernels where there are some for this device and dtype; one node while torch.compile traces; else autograd."""
+        """Kernels where there are some for this device and dtype, one node of a compiled graph; else plain autograd."""
         return self._kernels(call) or torch.compiler.is_compiling()
 
     def _kernels(self, call: Call) -> bool:
@@ -60,125 +71,115 @@ class Operator:
     def _register(self, name: str) -> None:
         forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
         backward = torch.library.custom_op(f"psmc::{name}_backward", self._backward, mutates_args=(), schema=_BACKWARD)
-        forward.register_fake(self._fake)
+        forward.register_fake(lambda *args: self._fake(Given(*args[:-1]), args[-1]))
         backward.register_fake(lambda grads, inputs, params, initial, *rest: _like(inputs, params, initial))
         forward.register_autograd(self._differentiate, setup_context=self._remember)
 
-    def _call(self, inputs: list[Tensor], params: list[Tensor]) -> Call:
-        return bind_call(self.spec, [*inputs[: len(self.spec.inputs)], *params], {}, tokens=True)
+    def _call(self, given: Given) -> Call:
+        return bind_call(self.spec, [*given.inputs[: len(self.spec.inputs)], *given.params], {}, tokens=True)
 
     def _forward(
         self, inputs: list[Tensor], params: list[Tensor], initial: list[Tensor], mask: Tensor | None,
         reset: Tensor | None, cu_seqlens: Tensor | None, save: bool,
     ) -> list[Tensor]:  # fmt: skip
-        call = self._call(inputs, params)
-        if self._kernels(call):
+        given = Given(inputs, params, initial, mask, reset, cu_seqlens)
+        if self._kernels(self._call(given)):
             outputs, finals, saved = self.kernels.scan_forward(
                 inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
             )
             return [*outputs, *finals, *saved]
-        found, final = self._run(call, inputs, params, initial, mask, reset, cu_seqlens)
+        found, final = self._run(given)
         return [x.clone() for x in (*found.values(), *final.values())]
 
-    def _run(
-        self, call: Call, inputs: list[Tensor], params: list[Tensor], initial: list[Tensor], mask: Tensor | None,
-        reset: Tensor | None, cu_seqlens: Tensor | None,
-    ) -> tuple[Values, Values]:  # fmt: skip
-        count = len(self.spec.inputs)
-        call.inputs = dict(zip(call.inputs, inputs[:count], strict=True))
-        call.params = dict(zip(call.params, params, strict=True))
-        x, p = prepared(self.spec, call)
-        for (slot, lag), value in zip(self.extras, inputs[count:], strict=True):
-            value = value.to(call.of_kind(slot.kind))
-            x[f"{slot.name}_lag{lag}"] = spread(value, value.dim() - len(slot.dims), call.lanes)
-        begin = {s.name: v for s, v in zip(self.live, initial, strict=True)} if initial else None
-        return run_scan(self.spec, self.rules, call, self.fold, x, p, begin, mask, reset, cu_seqlens)
+    def _run(self, given: Given) -> tuple[Values, Values]:
+        call = self._call(given)
+        taps = zip(self.extras, given.inputs[len(self.spec.inputs) :], strict=True)
+        x, p = prepared(self.spec, call, {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps})
+        begin = {s.name: v for s, v in zip(self.live, given.initial, strict=True)} if given.initial else None
+        return run_scan(self.spec, self.rules, call, self.fold, x, p, begin, given.mask, given.reset, given.cu_seqlens)
 
-    def _fake(
-        self, inputs: list[Tensor], params: list[Tensor], initial: list[Tensor], mask: Tensor | None,
-        reset: Tensor | None, cu_seqlens: Tensor | None, save: bool,
-    ) -> list[Tensor]:  # fmt: skip
-        call = self._call(inputs, params)
-        rows = call.leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    def _fake(self, given: Given, save: bool) -> list[Tensor]:
+        call = self._call(given)
+        rows = call.leading[0] if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
+        like = given.inputs[0]
 
-        def shape(dims: tuple[str, ...]) -> tuple[int, ...]:
-            return (*call.lanes, *(call.sizes[d] for d in dims))
+        def empty(leading: tuple[int, ...], slot: Slot, dtype: torch.dtype | None = None) -> Tensor:
+            shape = (*leading, *call.lanes, *(call.sizes[d] for d in slot.dims))
+            return like.new_empty(shape, dtype=call.of_kind(slot.kind, dtype))
 
-        results = [
-            inputs[0].new_empty((*call.leading, *shape(s.dims)), dtype=call.of_kind(s.kind, call.dtype))
-            for s in self.spec.outputs
-        ]
-        results += [inputs[0].new_empty((rows, *shape(s.dims)), dtype=call.of_kind(s.kind)) for s in self.live]
+        results = [empty(call.leading, s, call.dtype) for s in self.spec.outputs]
+        results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call):
             slots = {s.name: s for s in self.live}
-            results += [
-                inputs[0].new_empty((*call.leading, *shape(slots[k].dims)), dtype=call.of_kind(slots[k].kind))
-                for k in self.kernels.saved_components(call.dtype)
-            ]
+            results += [empty(call.leading, slots[k]) for k in self.kernels.saved_components(call.dtype)]
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        tensors, params, initial, mask, reset, cu_seqlens, _ = inputs
-        ctx.counts = (len(tensors), len(params), len(initial))
-        keep = output if self.kernels is not None else []
-        ctx.save_for_backward(*tensors, *params, *initial, mask, reset, cu_seqlens, *keep)
-        ctx.results = len(self.spec.outputs) + len(self.live)
+        given = Given(*inputs[:-1])
+        ctx.counts = [len(part) for part in given[:3]]
+        saved = output if self.kernels is not None else []
+        ctx.save_for_backward(*given.inputs, *given.params, *given.initial, *given[3:], *saved)
 
     def _differentiate(self, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
-        parts = []
+        parts: list[list[Tensor]] = []
         for count in ctx.counts:
             parts.append(saved[:count])
             saved = saved[count:]
         mask, reset, cu_seqlens, *results = saved
-        used = list(grads[: ctx.results])
-        call = self._call(parts[0], parts[1])
-        fake = self._fake(*parts, mask, reset, cu_seqlens, False) if any(g is None for g in used) else used
-        dense = [torch.zeros_like(f) if g is None else g.contiguous() for g, f in zip(used, fake, strict=True)]
+        given = Given(parts[0], parts[1], parts[2], mask, reset, cu_seqlens)
+        used = grads[: len(self.spec.outputs) + len(self.live)]
+        like = self._fake(given, False) if any(g is None for g in used) else used
+        dense = [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(used, like, strict=True)]  # type: ignore[arg-type]
         backward = getattr(torch.ops.psmc, f"{self.spec.name}_{self.spec.digest}_backward").default
-        found = backward(dense, *parts, mask, reset, cu_seqlens, results if self._kernels(call) else [])
-        each = iter(found)
-        split = [[next(each) if _smooth(x) else (next(each), None)[1] for x in part] for part in parts]
+        found = iter(backward(dense, *given, results if self._kernels(self._call(given)) else []))
+        split = [[g if _smooth(x) else None for x, g in zip(part, found, strict=False)] for part in parts]
         return (*split, None, None, None, None)
 
     def _backward(
         self, grads: list[Tensor], inputs: list[Tensor], params: list[Tensor], initial: list[Tensor],
         mask: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None, results: list[Tensor],
     ) -> list[Tensor]:  # fmt: skip
-        call = self._call(inputs, params)
+        given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         everything = [*inputs, *params, *initial]
-        outputs = len(self.spec.outputs)
-        if self._kernels(call):
+        if self._kernels(self._call(given)):
+            count = len(self.spec.outputs)
             found = self.kernels.scan_backward(
-                grads[:outputs], grads[outputs:], inputs, params, initial or None, results[:outputs],
-                results[outputs + len(self.live) :], token_code(mask, reset), cu_seqlens,
+                grads[:count], grads[count:], inputs, params, initial or None, results[:count],
+                results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
             )  # fmt: skip
-            flat = [g for part, like in zip(found, (inputs, params, initial), strict=True) for g in (part or [None] * len(like))]
+            flat = [
+                g
+                for part, like in zip(found, (inputs, params, initial), strict=True)
+                for g in (part or [None] * len(like))
+            ]
         else:
-            with torch.enable_grad():
-                leaves = [[x.detach().requires_grad_(_smooth(x)) for x in part] for part in (inputs, params, initial)]
-                out, final = self._run(call, *leaves, mask, reset, cu_seqlens)
-                reached = [(y, g) for y, g in zip((*out.values(), *final.values()), grads, strict=True) if y.requires_grad]
-                wanted = [x for part in leaves for x in part if x.requires_grad]
-                gradients = torch.autograd.grad(
-                    [y for y, _ in reached], wanted, [g for _, g in reached], allow_unused=True
-                ) if reached else [None] * len(wanted)  # fmt: skip
-                each = iter(gradients)
-                flat = [next(each) if x.requires_grad else None for part in leaves for x in part]
+            flat = self._transpose(given, grads)
         return [torch.zeros_like(x) if g is None else g.clone() for g, x in zip(flat, everything, strict=True)]
+
+    def _transpose(self, given: Given, grads: list[Tensor]) -> list[Tensor | None]:
+        """Autograd through a run of its own."""
+        with torch.enable_grad():
+            inputs, params, initial = (
+                [x.detach().requires_grad_(_smooth(x)) for x in part]
+                for part in (given.inputs, given.params, given.initial)
+            )
+            out, final = self._run(given._replace(inputs=inputs, params=params, initial=initial))
+        pairs = zip((*out.values(), *final.values()), grads, strict=True)
+        reached = [(y, g) for y, g in pairs if y.requires_grad]
+        leaves = [*inputs, *params, *initial]
+        wanted = [x for x in leaves if x.requires_grad]
+        if not reached or not wanted:
+            return [None] * len(leaves)
+        found = iter(torch.autograd.grad([y for y, _ in reached], wanted, [g for _, g in reached], allow_unused=True))
+        return [next(found) if x.requires_grad else None for x in leaves]
 
 
 def token_code(mask: Tensor | None, reset: Tensor | None) -> Tensor | None:
-    """[B, T] int8 for the kernels: 0 does not count, 1 counts, 2 a restart comes before it; None: all count.
-
-    3 is a restart before a token that does not count.
-    """
-    if mask is None and reset is None:
-        return None
+    """[B, T] int8 for the kernels, None where nothing is said. Bit 0: the token counts; bit 1: a restart before it."""
     if reset is None:
-        return mask.to(torch.int8) if mask is not None else None
-    code = torch.where(reset, 2, 0) + (1 if mask is None else mask.to(torch.int8))
-    return code.to(torch.int8)
+        return None if mask is None else mask.to(torch.int8)
+    return (torch.ones_like(reset) if mask is None else mask).to(torch.int8) + 2 * reset.to(torch.int8)
 
 
 def _smooth(x: Tensor) -> bool:

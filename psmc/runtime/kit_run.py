@@ -10,10 +10,10 @@ from torch import Tensor
 from psmc.runtime.kit_bind import Call, Slot, Spec, spread
 from psmc.runtime.kit_forest import tree_tokens
 from psmc.runtime.kit_layer import fill_masked, scan_tokens
-from psmc.runtime.kit_scan import Values
+from psmc.runtime.kit_scan import Values, _flag
+from psmc.runtime.kit_tree import counter_prefix, counter_push
 
 Rules = SimpleNamespace  # the functions of the spec: lift, combine, advance, output, identity, (start), (recurrence)
-STEPS = ("scan", "left", "tree")  # how prefixes are folded: any order, from the left, the Blelloch tree
 
 
 def as_state(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -> Tensor:
@@ -23,16 +23,17 @@ def as_state(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) ->
     return value.to(call.of_kind(slot.kind)).expand(*leading, *call.lanes, *dims)
 
 
-def prepared(spec: Spec, call: Call) -> tuple[Values, Values]:
-    """Inputs and params in the dtypes of computation, grouped lanes made whole."""
-    x, p = {}, {}
+def prepared(spec: Spec, call: Call, lags: Values) -> tuple[Values, Values]:
+    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`."""
+    x = {s.name: _prepared(s, call.inputs[s.name], call) for s in spec.inputs}
     for slot in spec.inputs:
-        value = call.inputs[slot.name].to(call.of_kind(slot.kind))
-        x[slot.name] = spread(value, value.dim() - len(slot.dims), call.lanes)
-    for slot in spec.params:
-        value = call.params[slot.name].to(call.of_kind(slot.kind))
-        p[slot.name] = spread(value, value.dim() - len(slot.dims), call.lanes)
-    return x, p
+        for lag in range(1, spec.taps.get(slot.name, 0) + 1):
+            x[f"{slot.name}_lag{lag}"] = _prepared(slot, lags[f"{slot.name}_lag{lag}"], call)
+    return x, {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+
+
+def _prepared(slot: Slot, value: Tensor, call: Call) -> Tensor:
+    return spread(value.to(call.of_kind(slot.kind)), value.dim() - len(slot.dims), call.lanes)
 
 
 def start_state(spec: Spec, rules: Rules, call: Call, names: tuple[str, ...]) -> Values:
@@ -84,24 +85,26 @@ def run_scan(
     if sequences:
         empty = {k: as_state(v, slots[k], call, ()) for k, v in empty.items()}
     rows = call.leading[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    if initial is None and hasattr(rules, "start") and fold == "scan":
-        initial = {k: as_state(v, slots[k], call, (rows,)) for k, v in empty.items()}
-    flags = {"valid": mask, "reset": reset, "cu_seqlens": cu_seqlens}
+    restart = None
+    if hasattr(rules, "start") and fold == "scan":
+        restart = {k: as_state(v, slots[k], call, (1,)) for k, v in empty.items()}
     if fold == "tree":
         x = fill_masked(x, mask)
         prefix, before, counter = tree_tokens(
-            combine, lift(x), empty, initial, previous=spec.previous and not whole, **flags
-        )
+            combine, lift(x), empty, initial, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
+            previous=spec.previous and not whole,
+        )  # fmt: skip
         if whole:
             return {}, counter
         outputs = output(prefix, before, x)
         if mask is not None:
-            outputs = {k: torch.where(mask.reshape(mask.shape + (1,) * (v.dim() - 2)), v, 0) for k, v in outputs.items()}
+            outputs = {k: torch.where(_flag(mask, v), v, 0) for k, v in outputs.items()}
         return outputs, counter
     final: Values
     outputs, final = scan_tokens(
         (lambda tokens: tokens) if sequences else lift, combine, recur if sequences else advance,
-        None if whole else output, x, empty, initial, previous=spec.previous and not whole, left=fold == "left", **flags,
+        None if whole else output, x, empty, initial, restart=restart, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
+        previous=spec.previous and not whole, left=fold == "left",
     )  # fmt: skip
     final = {k: as_state(v, slots[k], call, (rows,)) for k, v in final.items()}
     return outputs, final or {k: as_state(v, slots[k], call, (rows,)) for k, v in empty.items()}
@@ -115,16 +118,35 @@ def as_output(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -
     return value.to(call.of_kind(kind, call.dtype)).expand(*leading, *call.lanes, *dims)
 
 
-def run_step(spec: Spec, rules: Rules, call: Call, fold: str, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
-    """One token for every row: (outputs [B, *lanes, *dims], the state after it); fold 'scan' or 'left'."""
+def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
+    """One token for every row: (outputs [B, *lanes, *dims], the state after it); not of a tree."""
     params, n = SimpleNamespace(**p), call.n
     slots = {s.name: s for s in spec.components}
     tokens, before = SimpleNamespace(**x), SimpleNamespace(**state)
-    leading = call.leading
     if hasattr(rules, "recurrence"):
         moved = rules.recurrence(before, tokens, params, n)
     else:
         moved = rules.advance(before, SimpleNamespace(**rules.lift(tokens, params, n)), params, n)
-    after = {k: as_state(moved[k], slots[k], call, leading) for k in spec.live}
+    after = {k: as_state(moved[k], slots[k], call, call.leading) for k in spec.live}
     found = rules.output(SimpleNamespace(**after), before if spec.previous else None, tokens, params, n)
-    return {s.name: as_output(found[s.name], s, call, leading) for s in spec.outputs}, after
+    return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
+
+
+def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
+    """One token of a tree: (outputs, the counter after it)."""
+    params, n, tokens = SimpleNamespace(**p), call.n, SimpleNamespace(**x)
+    slots = {s.name: s for s in spec.components}
+
+    def combine(l: Values, r: Values) -> Values:  # noqa: E741
+        joined: Values = rules.combine(SimpleNamespace(**l), SimpleNamespace(**r), params, n)
+        return {k: v.to(l[k].dtype) for k, v in joined.items()}
+
+    element = rules.lift(tokens, params, n)
+    leaf = {k: as_state(v, slots[k], call, call.leading) for k, v in element.items()}
+    prefix, after = counter_push(combine, state, leaf)
+    before = None
+    if spec.previous:
+        empty = start_state(spec, rules, call, tuple(slots))
+        before = SimpleNamespace(**counter_prefix(state, {k: v.unsqueeze(1) for k, v in leaf.items()}, empty))
+    found = rules.output(SimpleNamespace(**prefix), before, tokens, params, n)
+    return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
