@@ -19,7 +19,7 @@ from psmc.ir.text import show, show_expr, show_interval, show_number
 from psmc.ir.verify import verify
 from psmc.source import SourceFile
 
-I, J, M = ir.Index("i", "K"), ir.Index("j", "V"), ir.Index("m", "K")
+II, J, M = ir.Index("i", "K"), ir.Index("j", "V"), ir.Index("m", "K")
 
 
 def x(*subs: ir.Sub, name: str = "x") -> ir.Ref:
@@ -386,14 +386,14 @@ def _broken() -> list[tuple[str, ir.Aggregator]]:
         ("assigns", replace(agg, combine=ir.Block())),
         ("reads input", replace(agg, combine=replace(rule, results=lift.results))),
         ("reads left", replace(agg, lift=replace(lift, results=rule.results))),
-        ("unbound i", readout(x(I, name="q"))),
-        ("2 subscripts, not 1", readout(x(I, I, name="q"), I)),
-        ("runs over K, not V", readout(x(I, name="v"), I)),
+        ("unbound i", readout(x(II, name="q"))),
+        ("2 subscripts, not 1", readout(x(II, II, name="q"), II)),
+        ("runs over K, not V", readout(x(II, name="v"), II)),
         ("position 0 of K", readout(x(0, name="q"))),
         ("undeclared input", readout(x(name="nothing"))),
         ("before it is defined", readout(ir.Ref("let", "y", ()))),
-        ("is bound twice", readout(ir.Reduce("sum", I, x(I, name="q")), I)),
-        ("lag 1", readout(ir.Ref("state", "S", (I, J), "real", 1), I, J)),
+        ("is bound twice", readout(ir.Reduce("sum", II, x(II, name="q")), II)),
+        ("lag 1", readout(ir.Ref("state", "S", (II, J), "real", 1), II, J)),
         ("not complex", readout(ir.Ref("input", "c", (), "complex"))),
         ("condition", readout(ir.Op("lt", (x(name="c"), number(0))))),
         ("a gather by real", readout(x(x(name="c"), name="q"))),

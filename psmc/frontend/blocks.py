@@ -24,6 +24,7 @@ class BlockResolver:
     errors: Errors
     lets: list[ir.Assign] = field(default_factory=list)
     finals: dict[str, ir.Assign] = field(default_factory=dict)  # newest definition of each component
+    versions: dict[str, int] = field(default_factory=dict)  # the last number given, by name
     taken: set[str] = field(init=False)  # names that a new let must not have
 
     def __post_init__(self) -> None:
@@ -101,10 +102,10 @@ class BlockResolver:
 
     def _push(self, plain: str, wanted: str, definition: ir.Assign) -> None:
         """A new version of a name, as a let of its own."""
-        base, number = (plain, 1)
         version = wanted
         while version in self.taken:
-            version, number = f"{base}_{number}", number + 1
+            self.versions[plain] = number = self.versions.get(plain, 0) + 1
+            version = f"{plain}_{number}"
         self.taken.add(version)
         self.lets.append(ir.Assign(version, definition.indices, definition.value))
         self.scope.newest[plain] = handle_of(self.lets[-1])

@@ -10,7 +10,7 @@ from psmc.frontend.scope import Poisoned
 from psmc.ir.rewrite import children, walk
 from psmc.source import Span
 
-MAX_NODES = 50_000  # of one aggregator, after macros and loops are expanded
+MAX_NODES = 20_000  # of one aggregator, after macros and loops are expanded
 MAX_DEPTH = 200  # as the parser's, but after macros are expanded
 
 

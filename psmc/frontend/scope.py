@@ -42,7 +42,7 @@ class Handle:
 Meaning: TypeAlias = Handle | ir.Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fn:
     """A macro and the consts and fns that its body sees."""
 

@@ -78,39 +78,49 @@ def show_number(value: Fraction) -> str:
 
 
 # --- expressions --------------------------------------------------------------------------------
+# Two frames a level, so that every depth the parser lets through fits the stack.
 
 
 def _expr(node: Expr, least: int, open_right: bool) -> str:
     """`least`: parenthesise what binds less tightly. `open_right`: a '*' or '/' follows that a reduction would take."""
-    text, precedence, reaches = _parts(node, open_right and least <= _PRODUCT)
-    if precedence < least or (reaches and open_right):
-        return f"({_parts(node, False)[0]})"
-    return text
-
-
-def _parts(node: Expr, open_right: bool) -> tuple[str, int, bool]:
-    """Text, how tightly it binds, and whether it ends in a reduction that is not closed by a bracket."""
+    brackets = _precedence(node) < least
+    if brackets:
+        open_right = False
     match node:
         case Const(value=value):
             text = show_number(value)
-            quotient = "/" in text
-            return text, _PRODUCT if quotient else _SIGN if value < 0 else _ATOM, False
         case Infinity(negative=negative):
-            return ("-inf", _SIGN, False) if negative else ("inf", _ATOM, False)
+            text = "-inf" if negative else "inf"
         case IndexValue(index=index):
-            return index.name, _ATOM, False
+            text = index.name
         case DimValue(dim=dim):
-            return dim, _ATOM, False
+            text = dim
         case Eye(row=row, col=col):
-            return f"eye({_sub(row)}, {_sub(col)})", _ATOM, False
+            text = f"eye({_subs((row, col))})"
         case Ref():
             tap = f"{{-{node.lag}}}" if node.lag else ""
-            return f"{_OWNER.get(node.space, '')}{node.name}{tap}{_brackets(node.subs)}", _ATOM, False
+            text = f"{_OWNER.get(node.space, '')}{node.name}{tap}{_brackets(node.subs)}"
         case Reduce():
-            return _reduce(node), _PRODUCT, True
+            text = _reduce(node)
+            brackets = brackets or open_right
         case Op():
-            return _op(node, open_right)
-    raise AssertionError(f"no text for {type(node).__name__}")
+            text = _op(node, open_right)
+        case _:
+            raise AssertionError(f"no text for {type(node).__name__}")
+    return f"({text})" if brackets else text
+
+
+def _precedence(node: Expr) -> int:
+    match node:
+        case Const(value=value):
+            return _PRODUCT if "/" in show_number(value) else _SIGN if value < 0 else _ATOM
+        case Infinity(negative=negative):
+            return _SIGN if negative else _ATOM
+        case Reduce():
+            return _PRODUCT
+        case Op(op=op):
+            return OPS[op].precedence
+    return _ATOM
 
 
 def _reduce(node: Reduce) -> str:
@@ -119,34 +129,35 @@ def _reduce(node: Reduce) -> str:
     while isinstance(body, Reduce) and body.op == node.op:
         names.append(body.index.name)
         body = body.body
-    # A sign or a quotient of numbers as the whole body is bracketed: easier on the eye than the grammar asks for.
+    # a sign as the whole body is bracketed: easier on the eye than the grammar asks for
     least = _SIGN + 1 if isinstance(body, Op) and body.op == "neg" else _PRODUCT
     return f"{node.op}[{', '.join(names)}] {_expr(body, least, False)}"
 
 
-def _op(node: Op, open_right: bool) -> tuple[str, int, bool]:
+def _op(node: Op, open_right: bool) -> str:
     info = OPS[node.op]
     if info.symbol is None:
-        return f"{node.op}({', '.join(show_expr(a) for a in node.args)})", _ATOM, False
+        args: list[str] = []
+        for arg in node.args:
+            args.append(_expr(arg, 0, False))
+        return f"{node.op}({', '.join(args)})"
     if info.arity == 1:
-        space = " " if info.symbol.isalpha() else ""
+        (arg,) = node.args
+        if info.symbol.isalpha():
+            return f"{info.symbol} {_expr(arg, info.precedence, open_right)}"
         # '--x' parses, but nobody should have to read it
-        text = _expr(node.args[0], info.precedence + (not space), open_right)
-        ends_open = node.op == "neg" and isinstance(node.args[0], Reduce)
-        if ends_open:
-            text = _reduce(node.args[0])  # type: ignore[arg-type]
-        return f"{info.symbol}{space}{text}", info.precedence, ends_open
+        least = _PRODUCT if isinstance(arg, Reduce) else info.precedence + 1
+        return f"{info.symbol}{_expr(arg, least, open_right)}"
     product = info.precedence == _PRODUCT
     left_least, right_least = _OPERANDS.get(node.op, (info.precedence, info.precedence + 1))
     left, right = node.args
-    left_text = _expr(left, left_least, product)
     if product and isinstance(right, Reduce):
-        text = f"({_reduce(right)})" if open_right else _reduce(right)
-        return f"{left_text} {info.symbol} {text}", info.precedence, not open_right
-    # a sign after an operator is bracketed: a - (-b)
-    right_text = _expr(right, max(right_least, _SIGN + 1) if _signed(right) else right_least, False)
+        right_least = _PRODUCT
+    elif _signed(right):  # a sign after an operator is bracketed: a - (-b)
+        right_least = max(right_least, _SIGN + 1)
     space = "" if node.op == "pow" else " "
-    return f"{left_text}{space}{info.symbol}{space}{right_text}", info.precedence, False
+    left_text = _expr(left, left_least, product)
+    return f"{left_text}{space}{info.symbol}{space}{_expr(right, right_least, product and open_right)}"
 
 
 def _signed(node: Expr) -> bool:
@@ -158,12 +169,15 @@ def _signed(node: Expr) -> bool:
     return False
 
 
-def _sub(sub: Sub) -> str:
-    return sub.name if isinstance(sub, Index) else str(sub) if isinstance(sub, int) else show_expr(sub)
+def _subs(subs: Sequence[Sub]) -> str:
+    texts: list[str] = []
+    for sub in subs:
+        texts.append(sub.name if isinstance(sub, Index) else str(sub) if isinstance(sub, int) else _expr(sub, 0, False))
+    return ", ".join(texts)
 
 
 def _brackets(subs: Sequence[Sub]) -> str:
-    return f"[{', '.join(_sub(s) for s in subs)}]" if subs else ""
+    return f"[{_subs(subs)}]" if subs else ""
 
 
 # --- statements ---------------------------------------------------------------------------------
