@@ -12,6 +12,7 @@ from psmc.derive.lifting import lifted
 from psmc.derive.logs import log_decay
 from psmc.diagnostics import PsmcError, render
 from psmc.ir.text import show, show_expr
+from psmc.ir.verify import verify
 
 RECURRENCES = sorted(
     p.stem for p in EXAMPLES.glob("*_recurrence.psm") if p.stem not in ("elman_recurrence", "linear_recurrence")
@@ -136,6 +137,9 @@ MORE = {
 def _check(agg, seed=0, steps=6):
     once = lifted(agg)
     assert once.recurrence is None and lifted(once) is once
+    verify(once)
+    if not any(c.initial or len(c.dims) > 2 for c in once.state):  # the text has no words for these two
+        assert spec(show(once)) == once
     inputs, params = draw(agg, steps, seed)
     for n in (0, 1, 2, steps):
         want = stepped(agg, inputs[:n], params)[-1]
