@@ -21,15 +21,11 @@ _Weights = dict[Expr, Fraction]
 
 
 class CannotRescaleError(Exception):
-    """`node` keeps reading `name`."""
+    """A coefficient still reads `node`, another component, after rescaling."""
 
     def __init__(self, node: Expr) -> None:
         super().__init__()
         self.node = node
-
-
-def is_scale(ref: Ref) -> bool:
-    return ref.space == "state"
 
 
 def shifts(updates: Sequence[Assign]) -> tuple[Shift, ...]:
