@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from psmc import ir
 from psmc.diagnostics import PsmcError
+from psmc.diagnostics.catalogue import CATALOGUE
 from psmc.frontend import psm
 from psmc.frontend import surface as sf
 from psmc.frontend.resolve import resolve
@@ -49,6 +50,18 @@ def lift_of(body: str, head: str = "") -> str:
     block = one(vector(body, head)).lift
     assert block is not None
     return "; ".join(show_assign(a) for a in (*block.lets, *block.results))
+
+
+@pytest.mark.parametrize("code", [c for c in CATALOGUE if c.startswith("PSM2")])
+def test_every_code_is_raised_and_pinned(code: str) -> None:
+    assert list((ROOT / "tests" / "bad").glob(f"{code}_*.psm"))
+    assert any(f'"{code}"' in p.read_text(encoding="utf-8") for p in (ROOT / "psmc" / "frontend").glob("*.py"))
+
+
+def test_docstrings_are_trimmed() -> None:
+    agg = one('aggregator t { """  two  \n     lines \n """ state s = 0 combine (l, r) { s = l.s } associative: yes }')
+    assert agg.doc == "two\nlines"
+    assert one(show(agg)) == agg
 
 
 # --- real specs -----------------------------------------------------------------------------------

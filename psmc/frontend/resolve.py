@@ -86,7 +86,7 @@ def _aggregator(node: sf.Aggregator, outer: Library) -> ir.Aggregator:
         readout=readout,
         claim=claim,
         order=order,
-        doc=node.doc,
+        doc="\n".join(line.rstrip() for line in node.doc.strip().splitlines()),
         origin=dict(sorted(found.origin.items())),
     )
     _check_dims(agg, found)
