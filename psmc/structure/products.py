@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from psmc.derive.simplify import ONE, ZERO, make
-from psmc.ir import Assign, Const, Expr, Eye, Index, Op, Reduce
+from psmc.ir import Assign, Const, DimValue, Expr, Eye, Index, Op, Reduce
 from psmc.ir.canonical import Names, canonical_assign
 from psmc.ir.rewrite import rename, walk
 from psmc.ir.text import show_expr
@@ -202,6 +202,8 @@ def _exponential(exponent: Expr, how: Expansion) -> Product:
 
 def _summed(index: Index, term: Product, how: Expansion) -> Product:
     inner, outer = term.split(lambda f: index in f.free)
+    if not inner.factors:
+        return outer * _atom(DimValue(index.dim))
     body = inner.expr()
     if how.mixed(body):
         raise NotSeparableError(body)
