@@ -333,6 +333,20 @@ def test_values_that_differ_in_index_names_only_are_one() -> None:
     assert [(s.name, len(s.axes)) for s in steps] == [("exp_x", 1), ("s", 2)]
 
 
+def test_a_transposed_result_is_not_the_same_result() -> None:
+    agg = spec("""aggregator transposed {
+      dim K
+      input k[K], u[K]
+      state A[K, K] = 0, B[K, K] = 0, C[K, K] = 0
+      lift { A[i, m] = k[i] - u[m]; B[i, m] = k[m] - u[i]; C[m, i] = k[m] - u[i] }
+      combine (l, r) { A[i, m] = l.A[i, m] + r.A[i, m]; B[i, m] = l.B[m, i] + r.B[i, m]; C[i, m] = l.C[i, m] }
+      associative: no
+    }""")
+    assert dict(linearise(agg.leaf).results) == {"A": "A", "B": "B", "C": "A"}
+    for function in ("lift", "combine"):
+        compare(*call(agg, function, torch.float64))
+
+
 def test_three_address_code_has_one_operation_a_step() -> None:
     agg = spec(GATED)
     assert isinstance(agg.combine, Block)
