@@ -1,0 +1,1 @@
+"""What all tests of a compiled aggregator share: data for a spec, cases to run, the comparison with the oracle."""
