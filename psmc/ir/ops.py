@@ -1,4 +1,4 @@
-"""The pointwise operators of the language, one row each. Every interpreter of the IR is a table keyed by these names."""
+"""The pointwise operators of the language, a row each. Every interpreter of the IR is a table keyed by these names."""
 
 from __future__ import annotations
 
