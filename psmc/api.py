@@ -47,7 +47,7 @@ def realise(compilation: Compilation, extern: Callable[..., Any] | None = None) 
     elif extern is not None:
         fail("PSM293", f"'{compilation.declared.name}' has a combine of its own; 'extern' is for 'combine extern'.")
     found.proof, found.structure, found.plan = compilation.proof, compilation.structure, compilation.plan
-    found.source, found.reference, found.module = text, oracle, module
+    found.source, found.reference, found.module, found.declared = text, oracle, module, compilation.declared
     return found
 
 
