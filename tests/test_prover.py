@@ -221,7 +221,7 @@ def test_same_text_under_any_hash_seed() -> None:
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from prover_specs import *\nfrom dataclasses import replace\nfrom psmc.algebra.prover import prove\n"
-        "for n in ('mlstm', 'welford', 'bottleneck', 'signed'):\n"
+        "for n in ('mlstm', 'welford', 'bottleneck', 'latest_nonzero'):\n"
         "    print(replace(prove(spec(ASSOCIATIVE[n])), seconds=0))\n"
         "for n in ('swapped_delta', 'wrong_gather'): print(prove(spec(NOT_ASSOCIATIVE[n][0])).associativity)\n"
     )

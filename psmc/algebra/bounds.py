@@ -57,7 +57,11 @@ def _by_tag(ring: Ring, atom: Atom) -> Interval:
         case "prime":
             return im.point(atom.args[0])
         case "exp":
-            return im.exp(bounds(ring, atom.args[0])) if atom.real else im.ANY
+            if not atom.real:
+                return im.ANY
+            found = im.exp(bounds(ring, atom.args[0]))
+            # log 0 = -inf and exp(-inf) = 0 are within the meaning of the language
+            return im.closed(found) if "plog" in atom.key else found
         case "log":
             return im.log(bounds(ring, atom.args[0]))
         case "base":

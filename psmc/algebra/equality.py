@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import gcd
 
 from psmc.algebra import powers
 from psmc.algebra.extended import Infinite, Value
@@ -17,7 +18,7 @@ from psmc.algebra.linear import feasible
 from psmc.algebra.normal import Normaliser, integral
 from psmc.algebra.powers import guard_of
 from psmc.algebra.ring import OutOfBudgetError, Ring, SplitError, UndefinedError
-from psmc.algebra.terms import UNIT, Atom, Poly
+from psmc.algebra.terms import ONE, Atom, Poly
 from psmc.ir import Expr, Index
 from psmc.ir.rewrite import rename
 
@@ -98,8 +99,7 @@ class _Search:
             return self.run(left, right, ring.under(ring.facts.apart(guard)), depth + 1)
         if not guard.free <= left.free | right.free:
             return self._fail(ring, None, "a condition under a reduction could not be split on")
-        above = (guard - UNIT, False) if integral(guard) else (guard, True)
-        for poly, strict in (above, (-guard, False)):
+        for poly, strict in (_tightened(guard, True), _tightened(-guard, False)):
             facts = ring.facts.with_case(poly, strict=strict)
             branch = ring.under(facts)
             if not feasible(facts_as_constraints(branch, ())):
@@ -108,6 +108,16 @@ class _Search:
             if not self.run(left, right, branch, depth + 1):
                 return False
         return True
+
+
+def _tightened(poly: Poly, strict: bool) -> tuple[Poly, bool]:
+    """Of integers: g·q + c > 0 says q + ⌊(c - 1)/g⌋ ≥ 0."""
+    if not integral(poly):
+        return poly, strict
+    constant = poly.terms.get(ONE, Fraction(0)) - (1 if strict else 0)
+    rest = {m: c for m, c in poly if m.factors}
+    by = gcd(*(int(c) for c in rest.values()))
+    return Poly({**{m: c / by for m, c in rest.items()}, ONE: Fraction(constant // by)}), False
 
 
 def _difference(x: Value, y: Value) -> Poly | Infinite | None:

@@ -26,6 +26,11 @@ def point(value: Fraction | int) -> Interval:
     return Interval(Fraction(value), Fraction(value), False, False)
 
 
+def closed(x: Interval) -> Interval:
+    """With its finite ends."""
+    return Interval(x.lo, x.hi, x.lo is None, x.hi is None)
+
+
 def contains(outer: Interval, inner: Interval) -> bool:
     """inner ⊆ outer."""
     return _within(outer.lo, outer.lo_open, inner.lo, inner.lo_open, 1) and _within(

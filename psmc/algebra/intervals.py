@@ -26,6 +26,7 @@ from psmc.ir import (
     Reduce,
     Ref,
 )
+from psmc.ir.rewrite import children
 
 Env = Mapping[tuple[str, str], Interval]  # (space, name) -> interval; ints and reals only
 _HALF = Fraction(1, 2)
@@ -40,6 +41,7 @@ class _Bounds:
     def __init__(self, env: Env) -> None:
         self.env = env
         self._done: dict[Expr, Interval] = {}
+        self._infinite: dict[Expr, bool] = {}
 
     def __call__(self, expr: Expr) -> Interval:
         found = self._done.get(expr)
@@ -66,8 +68,23 @@ class _Bounds:
                     return im.power(self(args[0]), 2)
                 if any(a.kind == "complex" for a in args) and op != "abs":
                     return im.ANY
-                return TABLE[op](*(self(a) for a in args))
+                found = TABLE[op](*(self(a) for a in args))
+                # exp(-inf) = 0 and its like: at infinity an open limit is reached
+                return im.closed(found) if any(map(self._may_be_infinite, args)) else found
         raise AssertionError(expr)
+
+    def _may_be_infinite(self, expr: Expr) -> bool:
+        found = self._infinite.get(expr)
+        if found is None:
+            logarithm = isinstance(expr, Op) and expr.op in ("log", "log1p")
+            shift = 1 if logarithm and expr.op == "log1p" else 0  # type: ignore[attr-defined]
+            found = (
+                isinstance(expr, Infinity)
+                or (logarithm and not im.positive(im.add(self(children(expr)[0]), im.point(shift))))
+                or any(map(self._may_be_infinite, children(expr)))
+            )
+            self._infinite[expr] = found
+        return found
 
 
 def _sum(x: Interval) -> Interval:

@@ -35,6 +35,7 @@ from psmc.algebra.terms import ONE, UNIT, ZERO, Atom, Bag, Mono, Poly, Term, tot
 from psmc.ir import Index
 
 _MAX_TERMS = 256
+_MAX_LITS = 32
 _MAX_FACTORS = 6
 Member = tuple[tuple[Poly, ...], tuple[Index, ...]]  # lits and bound, the bound under fresh names
 
@@ -127,6 +128,9 @@ def least(ring: Ring, *polys: Poly) -> Poly:
 def _flatten(ring: Ring, lits: tuple[Poly, ...], bound: tuple[Index, ...]) -> Iterator[Term]:
     """Terms whose lits hold no maximum linearly. Lits of one term are joined by min, terms by max."""
     ring.tick()
+    lits = tuple(dict.fromkeys(lits))
+    if len(lits) > _MAX_LITS:
+        raise OutOfBudgetError("a minimum grew too large")
     for k, lit in enumerate(lits):
         found = _linear_max(ring, lit)
         if found is None:
@@ -202,6 +206,7 @@ def _term(ring: Ring, lits: Sequence[Poly], bound: Sequence[Index]) -> Term:
 
 def _drops(ring: Ring, q: Poly, p: Poly, first: bool) -> bool:
     """min(p, q) = q: p may go. Of two equal ones the later goes."""
+    ring.tick()
     return is_positive(ring, p - q, strict=False) and (first or not is_positive(ring, q - p, strict=False))
 
 
@@ -216,6 +221,7 @@ def _absorb(ring: Ring, terms: list[Term]) -> list[Term]:
     """Drop a term that another one is never below: every lit of the other is ≥ some lit of it."""
 
     def below(t: Term, other: Term) -> bool:
+        ring.tick()
         return not t.bound and not other.bound and all(
             any(u == v or is_positive(ring, v - u, strict=False) for u in t.lits) for v in other.lits
         )  # fmt: skip

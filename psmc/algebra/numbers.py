@@ -156,7 +156,7 @@ def compare(x: Real, y: Real) -> int:
     if (isinstance(x, Fraction) and isinstance(y, Fraction)) or infinite(x) or infinite(y):
         return (x > y) - (x < y)
     a, b = decimal(x), decimal(y)
-    if abs(a - b) <= _SAME * (1 + abs(a) + abs(b)):
+    if _apart(a, b) <= _SAME:
         raise UndefinedError("too close to call")
     return (a > b) - (a < b)
 
@@ -177,7 +177,14 @@ def differ(x: Number, y: Number) -> bool:
     if (isinstance(x, Fraction) and isinstance(y, Fraction)) or infinite(x) or infinite(y):
         return x != y
     a, b = decimal(x), decimal(y)
-    return abs(a - b) > _DIFFERENT * (1 + abs(a) + abs(b))
+    return _apart(a, b) > _DIFFERENT
+
+
+def _apart(a: Decimal, b: Decimal) -> Decimal:
+    """Relative distance."""
+    c = CONTEXT
+    size = c.add(Decimal(1), c.add(a.copy_abs(), b.copy_abs()))
+    return c.divide(c.subtract(a, b).copy_abs(), size)
 
 
 # --- functions ----------------------------------------------------------------------------------
@@ -256,11 +263,12 @@ def _series(x: Decimal, first: int) -> Decimal:
     if not x.is_finite() or abs(x) > _LARGEST_ARGUMENT:
         raise UndefinedError("out of range")
     c = CONTEXT
-    x = c.subtract(x, c.multiply(2 * _PI, c.divide(x, 2 * _PI).to_integral_value()))
+    turn = c.multiply(_PI, Decimal(2))
+    x = c.subtract(x, c.multiply(turn, c.divide(x, turn).to_integral_value()))
     term = x if first else Decimal(1)
     out, k = term, first
-    while abs(term) > Decimal("1e-70"):
-        term = c.divide(c.multiply(-term, c.multiply(x, x)), Decimal((k + 1) * (k + 2)))
+    while term.copy_abs() > Decimal("1e-70"):
+        term = c.divide(c.multiply(term.copy_negate(), c.multiply(x, x)), Decimal((k + 1) * (k + 2)))
         out, k = c.add(out, term), k + 2
     return out
 
@@ -275,8 +283,8 @@ def erf(x: Real) -> Real:
     c = Context(prec=150)
     v = c.plus(decimal(x))
     term, out, k = v, v, 0
-    while abs(term) > Decimal("1e-80"):
+    while term.copy_abs() > Decimal("1e-80"):
         k += 1
-        term = c.divide(c.multiply(-term, c.multiply(v, v)), Decimal(k))
+        term = c.divide(c.multiply(term.copy_negate(), c.multiply(v, v)), Decimal(k))
         out = c.add(out, c.divide(term, Decimal(2 * k + 1)))
     return CONTEXT.plus(c.divide(c.multiply(out, Decimal(2)), c.sqrt(_PI)))

@@ -26,7 +26,7 @@ from psmc.algebra.verdict import Counterexample, Proof, Proved, Refuted, Unknown
 from psmc.ir import Aggregator, Block, Expr, Interval
 
 # Points that are looked at before a proof is tried, after one failed, and (others) after one succeeded.
-_QUICK, _LONG, _AFTER = range(32), range(32, 4000), range(10_000, 10_024)
+_QUICK, _LONG, _AFTER = range(32), range(32, 1500), range(10_000, 10_024)
 # (split eagerly, write out sums over dims of fixed size, share of what is left of time and work)
 _WAYS = ((False, False, 0.4), (True, False, 0.6), (False, True, 0.5), (True, True, 1.0))
 _RECURSION = 20_000
@@ -43,7 +43,7 @@ def prove(agg: Aggregator, budget: float = 20.0, *, associativity: bool | None =
     if not isinstance(agg.combine, Block):
         return Proof(None, None)
     wanted = agg.claim != "no" if associativity is None else associativity
-    with _deep_recursion():
+    with deep_recursion():
         attempt = _Attempt(agg, started, budget)
         first = attempt.associativity() if wanted else None
         second, breaks = attempt.identity() if wanted else (None, ())
@@ -51,7 +51,7 @@ def prove(agg: Aggregator, budget: float = 20.0, *, associativity: bool | None =
 
 
 @contextmanager
-def _deep_recursion() -> Iterator[None]:
+def deep_recursion() -> Iterator[None]:
     """Composed rules nest three times as deep as the spec's own expressions."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(max(before, _RECURSION))
