@@ -14,7 +14,9 @@ from psmc.ir import Extern as ExternRule
 from psmc.pipeline import Compilation, compilations, extern_rule, pick, read
 
 
-def load(path: str | Path, name: str | None = None, *, extern: Callable[..., Any] | None = None, budget: float = 20.0) -> Any:
+def load(
+    path: str | Path, name: str | None = None, *, extern: Callable[..., Any] | None = None, budget: float = 20.0
+) -> Any:
     """The compiled aggregator of a .psm file: prove, generate (or take from the cache), import.
 
     path    the file;  name   which aggregator, if there are several
@@ -69,7 +71,14 @@ def aggregator(
 
     def decorate(target: type) -> Any:
         file = trace(
-            target, inputs=inputs, state=state, params=params, dims=dims, associative=associative, order=order, name=name
+            target,
+            inputs=inputs,
+            state=state,
+            params=params,
+            dims=dims,
+            associative=associative,
+            order=order,
+            name=name,
         )
         (compilation,) = compilations(file, file.source.name)
         return realise(compilation, extern_rule(file))

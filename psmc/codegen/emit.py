@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 
 from psmc.algebra.verdict import Proof, Proved, Refuted, Unknown, Verdict
-from psmc.codegen.paste import imports, paste
+from psmc.codegen.chunk_code import print_layers
+from psmc.codegen.paste import KIT, imports, paste
 from psmc.codegen.render import render
-from psmc.codegen.torch_code import print_functions, taps
+from psmc.codegen.torch_code import function_sources, join, taps
 from psmc.ir import Aggregator, Extern, Tensor
 from psmc.ir.rewrite import refs
 from psmc.ir.text import show
@@ -17,16 +18,26 @@ from psmc.structure.report import Structure
 _LAWS = (("associativity", "associative"), ("identity", "identity element"))
 
 
-def emit(agg: Aggregator, declared: Aggregator, proof: Proof, structure: Structure | None, plan: Plan, file: str) -> str:
+def emit(
+    agg: Aggregator, declared: Aggregator, proof: Proof, structure: Structure | None, plan: Plan, file: str
+) -> str:
     """The module's text. `declared` is the spec as written, `agg` what runs (a lifted recurrence); `file` is what the
     regenerate command names. The same inputs give the same text, in any process."""
     live = structure.live if structure is not None and plan.fold == "scan" else tuple(c.name for c in agg.state)
     extern = isinstance(agg.combine, Extern)
     kernels = _kernels(agg, structure, plan)
-    pasted = paste()
-    functions = print_functions(agg, live)
+    pasted = paste(KIT if plan.name != "chunked" else (*KIT[:-2], "kit_chunk", "kit_layers", *KIT[-2:]))
+    sources, layers = function_sources(agg, live), ""
+    if plan.name == "chunked" and structure is not None:
+        more, layers = print_layers(agg, structure)
+        sources += more
+    functions = join(sources)
     spec_text = show(declared).strip()
-    names = [n for n in ("lift", "combine", "advance", "recurrence", "output", "identity", "start") if f"def {n}(" in functions]
+    names = [
+        n
+        for n in ("lift", "combine", "advance", "recurrence", "output", "identity", "start")
+        if f"def {n}(" in functions
+    ]
     runtime = pasted.body
     digest = hashlib.sha256("\n".join((spec_text, functions, kernels, runtime, repr(plan))).encode()).hexdigest()[:16]
     extra = ["math"] if "math." in functions + kernels else []
@@ -44,7 +55,13 @@ def emit(agg: Aggregator, declared: Aggregator, proof: Proof, structure: Structu
         kernels=kernels.strip(),
         runtime=runtime.strip() + "\n",
         border=_border(agg, digest, live),
-        rules=", ".join(f"{n}={n}" for n in names),
+        rules=", ".join(
+            [
+                *(f"{n}={n}" for n in names),
+                *(["layered=run_layers", "layers=LAYERS", "readout=readout"] if layers else []),
+            ]
+        ),
+        layers=layers,
         fold=plan.fold,
         extern=extern,
     )
@@ -82,7 +99,9 @@ def _say(verdict: Verdict | None, claim: str) -> str:
         case Refuted():
             return "refuted"
         case Unknown(reason=reason):
-            return f"not decided ({reason}); the author vouches for it" if claim == "assume" else f"not decided ({reason})"
+            return (
+                f"not decided ({reason}); the author vouches for it" if claim == "assume" else f"not decided ({reason})"
+            )
     return "the author vouches for it"
 
 

@@ -10,12 +10,23 @@ from pathlib import Path
 
 _RUNTIME = Path(__file__).resolve().parent.parent / "runtime"
 # In the order of their use; `tree` files only where a tree is the meaning of the spec or its state.
-KIT = ("kit_scan", "kit_layer", "kit_tree", "kit_forest", "kit_bind", "kit_check", "kit_taps", "kit_run", "kit_op", "kit")
+KIT = (
+    "kit_scan",
+    "kit_layer",
+    "kit_tree",
+    "kit_forest",
+    "kit_bind",
+    "kit_check",
+    "kit_taps",
+    "kit_run",
+    "kit_op",
+    "kit",
+)
 
 
 @dataclass(frozen=True)
 class Pasted:
-    """`plain`: modules imported whole; `names`: module -> names imported from it; `body`: everything below the imports."""
+    """`plain`: modules imported whole; `names`: module -> names imported from it; `body`: all below the imports."""
 
     plain: frozenset[str]
     names: tuple[tuple[str, frozenset[str]], ...]
@@ -50,7 +61,10 @@ def paste(files: tuple[str, ...] = KIT) -> Pasted:
         title = doc.split("\n\n")[0].replace("\n", " ")
         bodies.append(f"# {'-' * 3} {title}\n" + "\n".join(text.splitlines()[last:]).rstrip() + "\n")
     return Pasted(
-        frozenset(plain), tuple(sorted((m, frozenset(n)) for m, n in names.items())), "\n\n".join(bodies), frozenset(defined)
+        frozenset(plain),
+        tuple(sorted((m, frozenset(n)) for m, n in names.items())),
+        "\n\n".join(bodies),
+        frozenset(defined),
     )
 
 

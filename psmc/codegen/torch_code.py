@@ -83,17 +83,21 @@ def print_start(agg: Aggregator) -> Source:
     return _constants(agg, "start", tuple(c.start for c in agg.state))
 
 
-def print_functions(agg: Aggregator, live: tuple[str, ...]) -> str:
-    """All functions of an aggregator, after the helpers that they call. A rule from Python has no combine and advance,
-    a recurrence that is run as it stands has `recurrence` instead of these and lift; `start` is there where it is not
-    the identity. The text needs `import math` and `import torch`."""
+def function_sources(agg: Aggregator, live: tuple[str, ...]) -> list[Source]:
+    """All functions of an aggregator. A rule from Python has no combine and advance, a recurrence that is run as it
+    stands has `recurrence` instead of these and lift; `start` is there where it is not the identity."""
     sources = [print_recurrence(agg)] if agg.recurrence is not None else [print_lift(agg)]
     if isinstance(agg.combine, Block):
         sources += [print_combine(agg), print_advance(agg, live)]
     sources += [print_output(agg), print_identity(agg)]
     if any(c.initial is not None for c in agg.state):
         sources.append(print_start(agg))
-    return join(sources)
+    return sources
+
+
+def print_functions(agg: Aggregator, live: tuple[str, ...]) -> str:
+    """The same as text, after the helpers that they call. It needs `import math` and `import torch`."""
+    return join(function_sources(agg, live))
 
 
 def join(sources: Sequence[Source]) -> str:
@@ -198,6 +202,6 @@ def _constants(agg: Aggregator, name: str, values: tuple[Assign, ...]) -> Source
 
 
 __all__ = [
-    "Signature", "Source", "join", "lagged", "print_advance", "print_block", "print_combine", "print_functions",
-    "print_identity", "print_lift", "print_output", "print_recurrence", "print_start", "taps",
+    "Signature", "Source", "function_sources", "join", "lagged", "print_advance", "print_block", "print_combine",
+    "print_functions", "print_identity", "print_lift", "print_output", "print_recurrence", "print_start", "taps",
 ]  # fmt: skip

@@ -52,6 +52,9 @@ def run_scan(
 
     x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
     """
+    if hasattr(rules, "layers") and cu_seqlens is None and not whole:
+        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset)
+        return layered
     params, n = SimpleNamespace(**p), call.n
     slots = {s.name: s for s in spec.components}
     live = tuple(slots) if whole or fold == "tree" else spec.live
