@@ -181,7 +181,8 @@ class Aggregator:
         out, after = self.step({**counter_rows([(counter, r) for r in rows]), **tails}, *args, **kwargs)
         pushed = {r: i for i, r in enumerate(rows)}
         streams = range(counter["position"].shape[0])
-        kept = counter_rows([(after, pushed[r]) if r in pushed else (counter, r) for r in streams])
+        moved = {k: x for k, x in after.items() if k not in names}
+        kept = counter_rows([(moved, pushed[r]) if r in pushed else (counter, r) for r in streams])
         for name in names:
             kept[name] = state[name].index_copy_(0, slots, after[name].to(state[name].dtype))
         state.clear()
