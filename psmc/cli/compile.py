@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from psmc.cli import console, inputs
 from psmc.diagnostics import Diagnostic, PsmcError, fail
+
+if TYPE_CHECKING:
+    from psmc.pipeline import Compilation
 
 _SHOWN = 20  # lines of a diff
 
@@ -18,36 +22,31 @@ _SHOWN = 20  # lines of a diff
     "  psmc compile gla.psm -o model/kernels    # into a directory\n"
     "  psmc compile gla.psm -o model --check    # does model/gla.py still say what gla.psm says?",
 )
-@click.argument("file", metavar="FILE")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("-o", "--output", metavar="OUT", help="A directory, or a .py file for a single aggregator.  [default: .]")
-@click.option("--name", metavar="AGG", help="Only this aggregator of the file.")
+@click.option("--name", metavar="AGG", help="Only this aggregator of each file.")
 @click.option("--check", "compare", is_flag=True, help="Write nothing; exit 1 if what is there differs.")
 @click.option(
     "--budget", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True, metavar="SECONDS",
     help="Time for the proof of one aggregator.",
 )  # fmt: skip
-def command(file: str, output: str | None, name: str | None, compare: bool, budget: float) -> int:
-    """Write the Python module of a spec.
+def command(files: tuple[str, ...], output: str | None, name: str | None, compare: bool, budget: float) -> int:
+    """Write the Python module of each aggregator.
 
-    The module holds the mathematics, the kernels and the runtime; it imports torch and nothing of psmc, and may be
-    copied anywhere. Nothing is written if a claim of the file does not hold. The same spec always gives the same text.
+    A module holds the mathematics, the kernels and the runtime; it imports torch and nothing of psmc, and may be
+    copied anywhere. Nothing is written if any claim does not hold. The same spec always gives the same text.
     """
-    from psmc import pipeline
-
-    path = inputs.one_file(file)
-    found = pipeline.read(path, budget)
-    if not found:
-        helps = ("a library is compiled into what uses it.",)
-        fail("PSM290", f"{path}: there is no aggregator in this file.", helps=helps)
-    chosen = (pipeline.pick(found, name, str(path)),) if name else found
+    chosen = [each for file in files for each in _chosen(file, name, budget)]
     places = _places(output, [c.declared.name for c in chosen])
     texts: list[str] = []
     wrong: list[Diagnostic] = []
-    for each in chosen:
-        try:
-            texts.append(each.text)
-        except PsmcError as error:
-            wrong += error.diagnostics
+    with console.progress("compiling", len(chosen)) as progress:
+        for each in chosen:
+            progress.step(each.declared.name)
+            try:
+                texts.append(each.text)
+            except PsmcError as error:
+                wrong += error.diagnostics
     if wrong:
         raise PsmcError(*wrong)
     modules = list(zip(places, texts, strict=True))
@@ -57,6 +56,17 @@ def command(file: str, output: str | None, name: str | None, compare: bool, budg
         inputs.write(place, text)
         console.say(f"wrote {place}")
     return 0
+
+
+def _chosen(file: str, name: str | None, budget: float) -> tuple[Compilation, ...]:
+    from psmc import pipeline
+
+    path = inputs.one_file(file)
+    found = pipeline.read(path, budget)
+    if not found:
+        helps = ("a library is compiled into what uses it.",)
+        fail("PSM290", f"{path}: there is no aggregator in this file.", helps=helps)
+    return (pipeline.pick(found, name, str(path)),) if name else found
 
 
 def _places(output: str | None, names: list[str]) -> list[Path]:
@@ -71,6 +81,10 @@ def _places(output: str | None, names: list[str]) -> list[Path]:
         return [target]
     if target.exists() and not target.is_dir():
         fail("PSM294", f"{target} is neither a directory nor a .py file", helps=("pass -o DIR or -o FILE.py.",))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        helps = ("compile the files one by one, into different directories.",)
+        fail("PSM290", f"there is more than one aggregator '{twice[0]}', which would be one module.", helps=helps)
     return [target / f"{name}.py" for name in names]
 
 
