@@ -14,6 +14,7 @@ from prover_specs import ASSOCIATIVE, CLAMP, NOT_ASSOCIATIVE, spec
 from psmc.algebra.intervals import closure
 from psmc.algebra.prover import prove
 from psmc.algebra.refute import Point, Refuter
+from psmc.algebra.repair import repair
 from psmc.algebra.report import diagnostic_for, require
 from psmc.algebra.samples import Sampler
 from psmc.algebra.verdict import Counterexample, Proved, Refuted, Unknown
@@ -215,6 +216,28 @@ def test_refused_claim_points_at_rule_and_claim() -> None:
     (diagnostic,) = error.value.diagnostics
     assert diagnostic.span is not None and diagnostic.span.text == "s = l.s * r.d + r.s"
     assert "claimed here" in render(diagnostic)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (NOT_ASSOCIATIVE["leaky"][0], "d = l.d * r.d"),
+        (NOT_ASSOCIATIVE["swapped_delta"][0], "A[i, j] = sum[m] r.A[i, m] * l.A[m, j]"),
+        (NOT_ASSOCIATIVE["unscaled_softmax"][0], "w = l.w * exp(l.m - m) + r.w * exp(r.m - m)"),
+        ("state p = 0 combine (l, r) { p = l.p * r.p }", "p = 1"),
+        ("state m = 0 combine (l, r) { m = min(l.m, r.m) }", "m = inf"),
+        ("dim K state A[K, K] = 0 combine (l, r) { A[i, j] = sum[m] l.A[i, m] * r.A[m, j] }", "A[K, K] = eye"),
+        ("state a = 0, s = 0 combine (l, r) { a = l.a + r.a; s = exp(r.a) * l.s + l.s }", "s = exp(r.a) * l.s + r.s"),
+        (NOT_ASSOCIATIVE["mean_of_means"][0], None),
+    ],
+)
+def test_repairs_are_proved(body: str, text: str | None) -> None:
+    agg = spec(body)
+    found = repair(agg, prove(agg))
+    assert (None if found is None else found.text) == text
+    if found is not None:
+        again = prove(found.agg)
+        assert isinstance(again.associativity, Proved) and isinstance(again.identity, Proved)
 
 
 def test_same_text_under_any_hash_seed() -> None:

@@ -1,4 +1,4 @@
-"""Exact numbers for evaluating the IR: rationals where possible, decimals of 60 digits where a function leaves them.
+"""Exact numbers for evaluating the IR: rationals where possible, decimals of 100 digits where a function leaves them.
 
 An operation without a value (0/0, inf - inf, log of a negative number, a comparison too close to call) raises
 UndefinedError.
@@ -15,8 +15,9 @@ from typing import TypeAlias, TypeGuard
 
 from psmc.algebra.ring import UndefinedError
 
-CONTEXT = Context(prec=60, rounding=ROUND_HALF_EVEN, Emin=-(10**6), Emax=10**6)
-_SAME, _DIFFERENT = Decimal("1e-40"), Decimal("1e-20")
+CONTEXT = Context(prec=100, rounding=ROUND_HALF_EVEN, Emin=-(10**6), Emax=10**6)
+# Sums may pass through values 1e60 times the result before rounding could look like a difference.
+_SAME, _DIFFERENT = Decimal("1e-60"), Decimal("1e-40")
 _LARGEST_ARGUMENT = 10_000  # of exp: past it numbers get too long to be useful
 
 
@@ -243,7 +244,10 @@ def power(x: Number, y: Real) -> Number:
     return exp(mul_real(y, log(base)))
 
 
-_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803")
+_PI = Decimal(
+    "3.1415926535897932384626433832795028841971693993751058209749445923078164062"
+    "8620899862803482534211706798214808651328230664709384460955058223172535940813"
+)
 
 
 def sin(x: Real) -> Real:
@@ -267,7 +271,7 @@ def _series(x: Decimal, first: int) -> Decimal:
     x = c.subtract(x, c.multiply(turn, c.divide(x, turn).to_integral_value()))
     term = x if first else Decimal(1)
     out, k = term, first
-    while term.copy_abs() > Decimal("1e-70"):
+    while term.copy_abs() > Decimal("1e-110"):
         term = c.divide(c.multiply(term.copy_negate(), c.multiply(x, x)), Decimal((k + 1) * (k + 2)))
         out, k = c.add(out, term), k + 2
     return out
@@ -278,12 +282,12 @@ def erf(x: Real) -> Real:
         return ZERO
     if infinite(x):
         return Fraction(sign(x))
-    if not -12 < x < 12:
-        return Decimal(sign(x))  # 1 - erf(12) < 1e-60
-    c = Context(prec=150)
+    if not -16 < x < 16:
+        return Decimal(sign(x))  # 1 - erf(16) < 1e-110
+    c = Context(prec=350)
     v = c.plus(decimal(x))
     term, out, k = v, v, 0
-    while term.copy_abs() > Decimal("1e-80"):
+    while term.copy_abs() > Decimal("1e-130"):
         k += 1
         term = c.divide(c.multiply(term.copy_negate(), c.multiply(v, v)), Decimal(k))
         out = c.add(out, c.divide(term, Decimal(2 * k + 1)))

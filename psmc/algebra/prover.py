@@ -50,6 +50,15 @@ def prove(agg: Aggregator, budget: float = 20.0, *, associativity: bool | None =
     return Proof(first, second, breaks, time.monotonic() - started)
 
 
+def survives(agg: Aggregator, budget: float = 1.0) -> bool:
+    """No counterexample to either law at the first few points: a cheap filter of candidates."""
+    refuter = Refuter(agg, Sampler.of(agg, closure(agg).closed))
+    deadline = time.monotonic() + budget
+    laws_: tuple[Law, ...] = ("associativity", "left identity", "right identity")
+    with deep_recursion():
+        return all(refuter.first(law, _QUICK, deadline) is None for law in laws_)
+
+
 @contextmanager
 def deep_recursion() -> Iterator[None]:
     """Composed rules nest three times as deep as the spec's own expressions."""
@@ -115,7 +124,8 @@ class _Attempt:
             if isinstance(outcome, Unknown):
                 return outcome
             if not outcome.equal:
-                return Unknown(residual_text(name, outcome), f"{law} of '{name}': {outcome.reason}")
+                reason = f"{law} of '{name}': {outcome.reason}"
+                return Unknown(residual_text(name, outcome), reason, outcome.undefined)
             lines.append(_line(law, name, outcome))
         return Proved("normal form", (*lines, *self._used_lines(used)))
 

@@ -54,14 +54,21 @@ class Refuter:
         self.components: frozenset[str] | None = None  # only these are compared, if set
 
     def search(self, law: Law, trials: range, deadline: float) -> Counterexample | None:
+        """A minimised counterexample among the numbered points."""
+        hit = self.first(law, trials, deadline)
+        if hit is None:
+            return None
+        return self._counterexample(law, *self._minimised(law, *hit, deadline))
+
+    def first(self, law: Law, trials: range, deadline: float) -> tuple[Point, Difference] | None:
+        """The first of the numbered points where the law fails."""
         for trial in trials:
             if time.monotonic() > deadline:
                 return None
             point = self._point(law, trial)
             found = self.difference(law, point)
             if found is not None:
-                point, found = self._minimised(law, point, found, deadline)
-                return self._counterexample(law, point, found)
+                return point, found
         return None
 
     def _point(self, law: Law, trial: int) -> Point:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from psmc.algebra.intervals import closure
 from psmc.algebra.prover import prove
+from psmc.algebra.repair import Repair, repair
 from psmc.algebra.verdict import Counterexample, Proof, Refuted, Unknown
 from psmc.diagnostics import Diagnostic, Label, PsmcError
 from psmc.ir import Aggregator, Block
@@ -20,9 +21,9 @@ def diagnostic_for(agg: Aggregator, proof: Proof) -> Diagnostic | None:
     if agg.claim == "no":
         return None
     if isinstance(proof.associativity, Refuted):
-        return _refuted(agg, proof.associativity.counterexample)
+        return _refuted(agg, proof.associativity.counterexample, repair(agg, proof))
     if isinstance(proof.identity, Refuted):
-        return _wrong_identity(agg, proof.identity.counterexample)
+        return _wrong_identity(agg, proof.identity.counterexample, repair(agg, proof))
     if agg.claim == "assume":
         return None
     if isinstance(proof.associativity, Unknown):
@@ -47,7 +48,13 @@ def _claim(agg: Aggregator, text: str) -> tuple[Label, ...]:
     return () if span is None else (Label(span, text),)
 
 
-def _refuted(agg: Aggregator, found: Counterexample) -> Diagnostic:
+def _repair_lines(repaired: Repair | None) -> tuple[str, ...]:
+    if repaired is None:
+        return ()
+    return (f"{repaired.why}: write '{repaired.text}' (both laws are proved with it)",)
+
+
+def _refuted(agg: Aggregator, found: Counterexample, repaired: Repair | None) -> Diagnostic:
     vouched = agg.claim == "assume"
     return Diagnostic(
         "PSM301",
@@ -57,13 +64,14 @@ def _refuted(agg: Aggregator, found: Counterexample) -> Diagnostic:
         _claim(agg, "vouched for here" if vouched else "claimed here"),
         (found.text, *_interval_notes(agg)),
         (
+            *_repair_lines(repaired),
             "correct the rule, or write 'associative: no' if a fixed order is the meaning",
             *(("'assume' is for rules that cannot be decided; this one is decided",) if vouched else ()),
         ),
     )
 
 
-def _wrong_identity(agg: Aggregator, found: Counterexample) -> Diagnostic:
+def _wrong_identity(agg: Aggregator, found: Counterexample, repaired: Repair | None) -> Diagnostic:
     side = "e∘x = x" if found.law == "left identity" else "x∘e = x"
     return Diagnostic(
         "PSM302",
@@ -73,6 +81,7 @@ def _wrong_identity(agg: Aggregator, found: Counterexample) -> Diagnostic:
         _claim(agg, "claimed here"),
         (found.text, *_interval_notes(agg)),
         (
+            *_repair_lines(repaired),
             f"change the value behind '=' of '{found.component}', or the rule: combining with it must change nothing",
             f"if only some values of '{found.component}' can occur, declare their interval on the state: "
             "it is used where lift lands in it and combine keeps it",
@@ -81,7 +90,12 @@ def _wrong_identity(agg: Aggregator, found: Counterexample) -> Diagnostic:
 
 
 def _undecided(agg: Aggregator, code: str, message: str, verdict: Unknown) -> Diagnostic:
-    notes = [verdict.reason + "."] + ([f"left to show: {verdict.residual}"] if verdict.residual else [])
+    notes = [verdict.reason + "."]
+    if "= 0" in verdict.residual:
+        notes.append(f"left to show: {verdict.residual}")
+    advice = "declare intervals on the state and the params where values are known to be positive or bounded"
+    if verdict.undefined:
+        advice = "write the rule so that it has a value there, as logaddexp(x, y) or where(...) have at infinity"
     return Diagnostic(
         code,
         message,
@@ -91,7 +105,7 @@ def _undecided(agg: Aggregator, code: str, message: str, verdict: Unknown) -> Di
         (*notes, *_interval_notes(agg)),
         (
             "write 'associative: assume' to vouch for it yourself",
-            "declare intervals on the state and the params where values are known to be positive or bounded",
+            advice,
         ),
     )
 

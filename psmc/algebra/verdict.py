@@ -42,6 +42,8 @@ class Unknown:
 
     residual: str
     reason: str
+    # The law as written has no value for any operand: inf - inf, 0/0.
+    undefined: bool = False
 
 
 Verdict: TypeAlias = Proved | Refuted | Unknown

@@ -1,0 +1,188 @@
+"""The usual mistakes, undone one at a time: a repair is offered only if it proves.
+
+Tried in order: a component that forgets its left operand is carried on; operands of one component swapped; a rescale
+by a running maximum put in; one operand of one term exchanged. For an identity element: another one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from psmc.algebra.laws import flat_combine
+from psmc.algebra.prover import prove, survives
+from psmc.algebra.verdict import Proof, Proved, Refuted
+from psmc.ir import Aggregator, Assign, Block, Component, Const, Expr, Eye, Index, Infinity, Op, Reduce, Ref
+from psmc.ir.rewrite import fresh, refs, transform, with_children
+from psmc.ir.text import show_assign, show_expr
+
+MAX_FLIPS = 60
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A changed spec that proves. `text` is the statement or declaration to write; `why` says what was missing."""
+
+    agg: Aggregator
+    text: str
+    why: str
+
+
+def repair(agg: Aggregator, proof: Proof, budget: float = 5.0) -> Repair | None:
+    """The first usual repair of a refuted claim that makes both laws provable, if there is one."""
+    if not isinstance(agg.combine, Block):
+        return None
+    deadline = time.monotonic() + budget
+    if isinstance(proof.associativity, Refuted):
+        candidates = rules(agg)
+    elif isinstance(proof.identity, Refuted):
+        candidates = identities(agg, proof.identity.counterexample.component)
+    else:
+        return None
+    for candidate in candidates:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None
+        if survives(candidate.agg):
+            again = prove(candidate.agg, left, associativity=True)
+            if isinstance(again.associativity, Proved) and isinstance(again.identity, Proved):
+                return candidate
+    return None
+
+
+def rules(agg: Aggregator) -> Iterator[Repair]:
+    """Changed combine rules, likeliest first."""
+    rule = flat_combine(agg)
+    # What reads fewest components comes first: a transition is repaired before what it acts on.
+    order = sorted(rule.results, key=lambda r: len({ref.name for ref in refs(r.value)}))
+
+    def changed(result: Assign, value: Expr, why: str) -> Repair:
+        return _changed(agg, rule, {result.name: value}, why)
+
+    for result in order:
+        if not any(r.space == "left" and r.name == result.name for r in refs(result.value)):
+            for value in _carried(agg.component(result.name)):
+                yield changed(result, value, f"'{result.name}' of the left element is never carried on")
+    for result in order:
+        yield changed(result, _swapped(result.value), f"the operands of '{result.name}' are in the wrong order")
+    for scale in rule.results:
+        values = _rescaled(rule, scale)
+        if values:
+            names = ", ".join(f"'{n}'" for n in values)
+            yield _changed(agg, rule, values, f"the old scale of {names} is forgotten", scale)
+    for result in order:
+        for count, value in enumerate(_flipped(result.value)):
+            if count >= MAX_FLIPS:
+                break
+            yield changed(result, value, f"'{result.name}' reads the wrong operand in one place")
+
+
+def _changed(
+    agg: Aggregator, rule: Block, values: Mapping[str, Expr], why: str, named: Assign | None = None
+) -> Repair:  # fmt: skip
+    """The spec with other values of some components; in the text, the value of `named` reads as its name."""
+
+    def short(node: Expr) -> Expr | None:
+        return Ref("let", named.name, named.indices) if named is not None and node == named.value else None
+
+    results = tuple(replace(r, value=values.get(r.name, r.value)) for r in rule.results)
+    text = "; ".join(show_assign(replace(r, value=transform(r.value, short))) for r in results if r.name in values)
+    return Repair(replace(agg, combine=Block(results=results)), text, why)
+
+
+def identities(agg: Aggregator, name: str) -> Iterator[Repair]:
+    """Other identity elements of one component."""
+    component = agg.component(name)
+    choices: list[Expr] = [Const(Fraction(0)), Const(Fraction(1)), Infinity(True), Infinity(False)]
+    indices = component.identity.indices
+    if len(indices) == 2 and indices[0].dim == indices[1].dim:
+        choices.append(Eye(*indices))
+    for value in choices:
+        new = replace(component, identity=replace(component.identity, value=value))
+        state = tuple(new if c.name == name else c for c in agg.state)
+        shown = "eye" if isinstance(value, Eye) else show_expr(value)
+        text = f"{name}{_dims(component)} = {shown}"
+        yield Repair(replace(agg, state=state), text, f"{shown} is the identity of '{name}'")
+
+
+def _dims(component: Component) -> str:
+    return f"[{', '.join(component.dims)}]" if component.dims else ""
+
+
+def _operands(component: Component) -> tuple[Ref, Ref]:
+    indices = component.identity.indices
+    return Ref("left", component.name, indices, component.kind), Ref("right", component.name, indices, component.kind)
+
+
+def _carried(component: Component) -> Iterator[Expr]:
+    """The monoids that a component's identity element suggests, then the others."""
+    left, right = _operands(component)
+    identity = component.identity.value
+    if isinstance(identity, Eye) and len(component.dims) == 2:
+        row, col = component.identity.indices
+        mid = fresh(Index("p", row.dim), (row.name, col.name))
+        for forwards in (False, True):
+            reads = [(row, mid), (mid, col)] if forwards else [(mid, col), (row, mid)]
+            first, second = Ref("left", component.name, reads[0]), Ref("right", component.name, reads[1])
+            yield Reduce("sum", mid, Op("mul", (first, second) if forwards else (second, first)))
+    if identity == Const(Fraction(1)):
+        yield Op("mul", (left, right))
+    if identity == Const(Fraction(0)):
+        yield Op("add", (left, right))
+    if isinstance(identity, Infinity):
+        yield Op("max" if identity.negative else "min", (left, right))
+
+
+def _swapped(value: Expr) -> Expr:
+    return transform(value, lambda n: _other_side(n) if isinstance(n, Ref) else None)
+
+
+def _other_side(ref: Ref) -> Ref:
+    match ref.space:
+        case "left":
+            return Ref("right", ref.name, ref.subs, ref.value_kind)
+        case "right":
+            return Ref("left", ref.name, ref.subs, ref.value_kind)
+    return ref
+
+
+def _rescaled(rule: Block, scale: Assign) -> dict[str, Expr]:
+    """With m = max(x, y): reads of the left element times exp(x - m), of the right times exp(y - m), if not so yet."""
+    new = scale.value
+    if not (isinstance(new, Op) and new.op == "max"):
+        return {}
+    pairs = zip(("left", "right"), new.args, strict=True)
+    factors = {side: Op("exp", (Op("sub", (arg, new)),)) for side, arg in pairs}
+
+    def scaled(node: Expr) -> Expr | None:
+        if isinstance(node, Ref) and node.space in factors and node.name in names:
+            return Op("mul", (node, factors[node.space]))
+        if isinstance(node, Op) and node.op == "mul" and isinstance(node.args[0], Op) and node.args[0].op == "mul":
+            inner = node.args[0]
+            if inner.args[1] == node.args[1] and node.args[1] in factors.values():
+                return inner  # it was rescaled already
+        return None
+
+    read = {ref.name for ref in refs(new)}
+    names = {r.name for r in rule.results if r.name not in read and set(scale.indices) <= set(r.indices)}
+    values = {r.name: transform(r.value, scaled) for r in rule.results if r.name in names}
+    return {r.name: values[r.name] for r in rule.results if r.name in values and values[r.name] != r.value}
+
+
+def _flipped(expr: Expr) -> Iterator[Expr]:
+    """All trees with one reference to an operand turned to the other operand."""
+    if isinstance(expr, Ref) and expr.space in ("left", "right"):
+        yield _other_side(expr)
+        return
+    parts: list[Expr] = []
+    with_children(expr, lambda child: parts.append(child) or child)  # type: ignore[func-returns-value]
+    for k, part in enumerate(parts):
+        for new in _flipped(part):
+            yield with_children(expr, _in_turn([*parts[:k], new, *parts[k + 1 :]]))
+
+
+def _in_turn(values: list[Expr]) -> Callable[[Expr], Expr]:
+    rest = iter(values)
+    return lambda _: next(rest)
