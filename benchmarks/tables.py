@@ -1,0 +1,133 @@
+"""README's tables, printed from benchmarks/results/*.json between its two markers.
+
+    python benchmarks/tables.py [--check]
+
+A file is {"commit", "device", "versions", "command", "rows": [...]}. Rows with "ms" have "spec", "shape", "dtype",
+"pass" ("fwd", "fwd+bwd", "step"), "floor_ms", "floor" (what bounds it: "bytes", "flops", "exp"), "peers": {name: ms},
+"peer_error": {name: text}, "peak_mib"; keys that do not apply are left out. Any other rows are shown as they are, a
+column a key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks/tables.py: begin -->", "<!-- benchmarks/tables.py: end -->"
+NOTHING = "No measurements are committed yet."
+TITLES = {
+    "pointwise": "Pointwise scans",
+    "overhead": "First calls and host time",
+    "gradients": "Gradients against the oracle",
+    "accuracy": "Error against the fp64 oracle",
+    "decode": "One token",
+    "tree": "Trees",
+}
+Row = Mapping[str, Any]
+
+
+def number(value: object) -> str:
+    """Three significant digits; whole numbers as they are."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    if not isinstance(value, float):
+        return str(value)
+    if value == 0 or 1e-2 <= abs(value) < 1e5:
+        digits = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+        return digits
+    return f"{value:.1e}"
+
+
+def cell(value: object) -> str:
+    """Text for one cell of a table in Markdown."""
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{k} {number(v)}" for k, v in value.items())
+    elif isinstance(value, list | tuple):
+        value = ", ".join(number(v) for v in value)
+    return number(value).replace("|", "\\|").replace("\n", " ")
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Columns in which nothing stands are left out."""
+    body = [list(r) for r in rows]
+    kept = [n for n in range(len(headings)) if any(r[n] for r in body)]
+    lines = [[headings[n] for n in kept], ["---"] * len(kept), *([r[n] for n in kept] for r in body)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def timed(rows: Sequence[Row]) -> list[str]:
+    """psmc beside its peers and the floor, a row a measurement."""
+    peers = list(dict.fromkeys(p for r in rows for p in (*r.get("peers", {}), *r.get("peer_error", {}))))
+    headings = ["spec", "shape", "dtype", "pass", "psmc ms", "of the floor", *(f"{p} ms" for p in peers), "peak MiB"]
+    body = []
+    for row in rows:
+        ms, floor = row.get("ms"), row.get("floor_ms")
+        share = f"{floor / ms:.2f} ({row.get('floor', 'bytes')})" if ms and floor else ""
+        errors = row.get("peer_error", {})
+        theirs = [cell(row.get("peers", {}).get(p)) or ("fails" if p in errors else "") for p in peers]
+        named = [cell(row.get(k)) for k in ("spec", "shape", "dtype", "pass")]
+        body.append([*named, cell(ms) or "fails", share, *theirs, cell(row.get("peak_mib"))])
+    return table(headings, body)
+
+
+def plain(rows: Sequence[Row]) -> list[str]:
+    """A column a key, in the order in which keys first appear."""
+    keys = list(dict.fromkeys(k for r in rows for k in r))
+    return table(keys, ([cell(r.get(k)) for k in keys] for r in rows))
+
+
+def section(path: Path) -> list[str]:
+    """One file. Raises ValueError with the path if it is not what the header says."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows = record["rows"]
+        versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+        source = f"{record['device']}; {versions}; commit {record['commit']}; `{record['command']}`"
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path.name}: {error!r}; expected commit, device, versions, command, rows") from error
+    if "copy_gb_s" in record:
+        source += f"; device copy {record['copy_gb_s']} GB/s"
+    is_timed = rows and all("pass" in r and ("ms" in r or "error" in r) for r in rows)
+    title = TITLES.get(path.stem, path.stem.replace("_", " ").capitalize())
+    return [f"**{title}.** {source}", "", *(timed(rows) if is_timed else plain(rows)), ""]
+
+
+def tables(results: Path = RESULTS) -> str:
+    """Everything between the markers."""
+    sections = [line for path in sorted(results.glob("*.json")) for line in section(path)]
+    return "\n".join(sections or [NOTHING, ""])
+
+
+def updated(text: str, found: str) -> str:
+    """The text with what stands between the markers replaced. Raises ValueError without exactly one pair of them."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected one '{BEGIN}' and, after it, one '{END}'")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n\n{found}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README differs")
+    options = parser.parse_args(argv)
+    text = README.read_text(encoding="utf-8")
+    try:
+        new = updated(text, tables())
+    except ValueError as error:
+        print(f"tables: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        return int(new != text)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
