@@ -18,12 +18,15 @@ def distances(found: Tensors, wanted: Tensors, scale: Tensors, time: bool) -> di
     `time`: [B, T, ...] are compared token by token, relative to the largest value so far, so that a state that grows
     does not hide its beginnings. A tensor that is nearly zero beside the others is compared on their scale.
     """
-    sizes = {k: _magnitude(scale[k]) for k in wanted}
-    whole = max((float(s.max()) if s.numel() else 0.0 for s in sizes.values()), default=0.0)
+    smooth = [k for k, v in wanted.items() if v.is_floating_point() or v.is_complex()]
+    sizes = {k: _size(scale[k], time) for k in smooth}
+    floor: Tensor | float = 0.0
+    for size in sizes.values():
+        floor = torch.maximum(size, torch.as_tensor(floor, dtype=size.dtype, device=size.device))
     out = {}
     for name, right in wanted.items():
         left = found[name]
-        if not (right.is_floating_point() or right.is_complex()):
+        if name not in sizes:
             out[name] = 0.0 if torch.equal(left.to(right.dtype), right) else float("inf")
             continue
         wide = torch.complex128 if right.is_complex() else torch.float64
@@ -33,20 +36,22 @@ def distances(found: Tensors, wanted: Tensors, scale: Tensors, time: bool) -> di
             out[name] = float("inf")
             continue
         gap = torch.where(finite, left - right, 0).abs()
-        size = sizes[name]
-        if time and size.dim() > 1 and size.numel():
-            size = size.flatten(2).amax(-1) if size.dim() > 2 else size
-            size, gap = size.cummax(1).values, gap.flatten(2).amax(-1) if gap.dim() > 2 else gap
-        else:
-            size = size.max() if size.numel() else size.sum()
-        ratio = gap / torch.clamp(size, min=1e-3 * whole + 1e-30)
+        ratio = _largest(gap, time) / torch.clamp(sizes[name], min=1e-3 * floor + 1e-30)
         out[name] = float(ratio.max()) if ratio.numel() else 0.0
     return out
 
 
-def _magnitude(x: Tensor) -> Tensor:
+def _size(x: Tensor, time: bool) -> Tensor:
+    """The largest finite |x|; with `time` [B, T], the largest up to each token."""
     wide = x.to(torch.complex128 if x.is_complex() else torch.float64)
-    return torch.where(torch.isfinite(wide), wide, 0).abs()
+    largest = _largest(torch.where(torch.isfinite(wide), wide, 0).abs(), time)
+    return largest.cummax(1).values if time and largest.numel() else largest
+
+
+def _largest(x: Tensor, time: bool) -> Tensor:
+    if time:
+        return x.flatten(2).amax(-1) if x.dim() > 2 else x
+    return x.max() if x.numel() else x.sum()
 
 
 def _same_limits(left: Tensor, right: Tensor, finite: Tensor) -> bool:

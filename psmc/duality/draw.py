@@ -81,7 +81,8 @@ class Draw:
         if not t.dims:
             return x if data == "mild" else torch.sign(x) * self._spread(shape) * 0.5
         if data == "hard" and len(shape) > len(t.dims) + 1:  # keys that repeat: cosine about 0.9
-            x = self._normal((shape[0], 1, *shape[2:])) + 0.3 * x
+            base = self._normal((shape[0], 1, *shape[2:]))
+            x = base * (math.sqrt(shape[-1]) / base.norm(dim=-1, keepdim=True)) + 0.3 * x
         return x / math.sqrt(shape[-1])
 
     def _spread(self, shape: tuple[int, ...]) -> Tensor:
