@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from psmc.algebra.prover import prove
+from psmc.algebra.repair import Repair, repair
 from psmc.algebra.report import diagnostic_for
 from psmc.algebra.verdict import Proof
 from psmc.derive.lifting import lifted
@@ -47,7 +48,12 @@ class Compilation:
     @cached_property
     def diagnostic(self) -> Diagnostic | None:
         """The error that the proof amounts to under the claim."""
-        return diagnostic_for(self.agg, self.proof)
+        return diagnostic_for(self.agg, self.proof, lambda agg, proof: self.repair)
+
+    @cached_property
+    def repair(self) -> Repair | None:
+        """A changed spec that proves, where a law is refuted and one of the usual mistakes explains it."""
+        return repair(self.agg, self.proof)
 
     @cached_property
     def structure(self) -> Structure | None:

@@ -151,6 +151,7 @@ def test_check_json(psmc) -> None:
     point = leaky["counterexample"]
     assert point["left"] != point["right"] and point["law"] == "associativity"
     assert {k: set(v) for k, v in point["elements"].items()} == {x: {"s", "d"} for x in "abc"}
+    assert leaky["repair"] == "d = l.d * r.d" and gla["repair"] is None
     assert (elman["claim"], elman["associativity"], elman["identity"]) == ("no", None, None)
 
 

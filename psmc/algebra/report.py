@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from psmc.algebra.intervals import closure
 from psmc.algebra.prover import prove
 from psmc.algebra.repair import Repair, repair
@@ -12,8 +14,10 @@ from psmc.ir import Aggregator, Block
 _HALF = {"lift": "a lifted token may lie outside", "combine": "combine may leave it"}
 
 
-def diagnostic_for(agg: Aggregator, proof: Proof) -> Diagnostic | None:
-    """The error that a proof amounts to under the spec's claim, if it is one.
+def diagnostic_for(
+    agg: Aggregator, proof: Proof, find: Callable[[Aggregator, Proof], Repair | None] = repair
+) -> Diagnostic | None:
+    """The error that a proof amounts to under the spec's claim, if it is one; `find` looks for a repair to offer.
 
     PSM301 the claim (yes or assume) is refuted, PSM302 the identity element is wrong, PSM303 `yes` could not be proved,
     PSM304 the identity could not be proved under `yes`.
@@ -21,9 +25,9 @@ def diagnostic_for(agg: Aggregator, proof: Proof) -> Diagnostic | None:
     if agg.claim == "no":
         return None
     if isinstance(proof.associativity, Refuted):
-        return _refuted(agg, proof.associativity.counterexample, repair(agg, proof))
+        return _refuted(agg, proof.associativity.counterexample, find(agg, proof))
     if isinstance(proof.identity, Refuted):
-        return _wrong_identity(agg, proof.identity.counterexample, repair(agg, proof))
+        return _wrong_identity(agg, proof.identity.counterexample, find(agg, proof))
     if agg.claim == "assume":
         return None
     if isinstance(proof.associativity, Unknown):

@@ -91,9 +91,15 @@ class Row:
             "identity": _word(identity) if self.verdicts else "unknown",
             "counterexample": _counterexample(law) or _counterexample(identity),
             "residual": "; ".join(residuals) or None,
-            "repair": None,
+            "repair": self._repair(),
             "seconds": round(self.seconds, 3),
         }
+
+    def _repair(self) -> str | None:
+        """The statement to write instead, where a claim is refuted and a repair proves."""
+        assert self.found is not None
+        fix = self.found.repair if self.verdicts and self.diagnostics else None
+        return None if fix is None else fix.text
 
 
 def check_file(path: Path, budget: float) -> list[Row]:

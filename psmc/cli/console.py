@@ -76,7 +76,7 @@ def report(*diagnostics: Diagnostic) -> None:
 
 
 def _paint(role: Role, text: str) -> str:
-    return click.style(text, **_ROLES.get(role, {}))  # type: ignore[arg-type]
+    return click.style(text, **_ROLES[role]) if role in _ROLES else text  # type: ignore[arg-type]
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
