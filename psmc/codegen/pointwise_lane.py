@@ -1,0 +1,247 @@
+"""What one lane of a pointwise spec computes, forwards and backwards, as scalar functions in Triton.
+
+All lanes do the same, so indices go; complex tensors become two scalars each. With Λ_t the whole cotangent of s_t,
+
+    Λ_t  = r_t + p_{t+1} + J_{t+1}ᵀ Λ_{t+1}     r: readout by state, p: readout by prev, J: state by the one before
+    dx_t = (∂F/∂x_t)ᵀ Λ_t + (∂R/∂x_t)ᵀ do_t
+
+the backward scans the elements (J_{t+1}, r_t + p_{t+1}), composed as `derive.adjoint` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from psmc.codegen.triton_expr import Key, LaneFunction, number, print_function, reads
+from psmc.derive.adjoint import Adjoint, adjoint
+from psmc.derive.names import declared_names, fresh_name
+from psmc.derive.realify import realify
+from psmc.derive.simplify import ZERO, make
+from psmc.derive.step import step
+from psmc.derive.vjp import vjp
+from psmc.ir import Aggregator, Assign, Block, Const, DimValue, Expr, Kind, Ref
+from psmc.ir.query import restrict
+from psmc.ir.rewrite import inline, map_values, refs, transform, walk
+from psmc.structure.live import element_state
+
+_COSTLY = frozenset({"exp", "log", "div", "sqrt", "sin", "cos", "tanh", "sigmoid", "logaddexp", "pow", "expm1"})
+
+
+@dataclass(frozen=True)
+class Lane:
+    """`agg`: the spec over real scalars; `parts`: a declared complex tensor's two scalars. Functions:
+
+    lift       inputs, params -> the components of `element`
+    combine    two of them -> one;  advance: its `live` part
+    readout    inputs, params, state, prev -> outputs
+    """
+
+    agg: Aggregator
+    parts: Mapping[str, tuple[str, str]]
+    live: tuple[str, ...]
+    element: tuple[str, ...]
+    starts: Mapping[str, str]
+    counts: bool  # the declared start is combined with the first token
+    lift: LaneFunction
+    combine: LaneFunction
+    advance: LaneFunction
+    readout: LaneFunction
+    costly: bool  # a combine is more than a few multiply-adds
+    back: Backward | None
+
+    def kind(self, component: str) -> Kind:
+        return self.agg.component(component).kind
+
+    def scalars(self, name: str) -> tuple[str, ...]:
+        """The scalars of a declared tensor."""
+        return self.parts.get(name, (name,))
+
+
+@dataclass(frozen=True)
+class Backward:
+    """direct     what a readout reads, and do -> r = (∂R/∂s)ᵀ do
+    transition  one token -> its J, and p = (∂R/∂prev)ᵀ do
+    compose     (J, Λ) of later tokens and of one -> theirs;  pull: its Λ part
+    gradient    a token, do and Λ -> a share for each input and param
+
+    `cotangents`: output -> the key of its cotangent; `moved`: live component -> its key as Λ; `element`: what the
+    backward scans, J entries first, with `identity` as numbers; `shares`: what `gradient` returns -> whose share it is.
+    `first`: the key of the flag 'the state after this token is its lifted element', if `gradient` must be told."""
+
+    cotangents: Mapping[str, Key]
+    moved: Mapping[str, Key]
+    element: tuple[str, ...]
+    identity: Mapping[str, str]
+    slopes: frozenset[str]
+    direct: LaneFunction
+    transition: LaneFunction
+    compose: LaneFunction
+    pull: LaneFunction
+    gradient: LaneFunction
+    shares: Mapping[str, Key]
+    first: Key | None
+    names: Mapping[str, str]  # live component -> its entry of `element`
+    states: frozenset[str]  # live components whose values are read
+    linear: bool  # J reads no state
+
+
+def lane(agg: Aggregator, live: Sequence[str]) -> Lane:
+    """`agg` must be licensed (plan.pointwise)."""
+    real, parts = realify(agg)
+    real = _scalar(real)
+    whole = tuple(s for c in live for s in parts.get(c, (c,)))
+    element = element_state(real, whole)
+    assert isinstance(real.combine, Block)
+    kinds = {c.name: c.kind for c in real.state}
+    tokens = _tokens(real)
+    left: list[Key] = [("left", c, 0) for c in element]
+    right: list[Key] = [("right", c, 0) for c in element]
+    before: list[Key] = [("prev", c, 0) for c in whole]
+    after: list[Key] = [("state", c, 0) for c in whole]
+    advance = restrict(real.combine, whole)
+    return Lane(
+        agg=real,
+        parts=parts,
+        live=whole,
+        element=element,
+        starts={c.name: number(c.start.value) for c in real.state},
+        counts=any(c.initial is not None for c in real.state),
+        lift=print_function("lane_lift", restrict(real.leaf, element), tokens, kinds),
+        combine=print_function("lane_combine", restrict(real.combine, element), [*left, *right], kinds, whole=True),
+        advance=print_function("lane_advance", advance, [*left, *right], kinds),
+        readout=print_function("lane_readout", real.output, [*tokens, *after, *before]),
+        costly=any(getattr(n, "op", "") in _COSTLY for a in inline(advance).results for n in walk(a.value)),
+        back=_backward(real, whole, tokens) if any(kinds[c] == "real" for c in whole) else None,
+    )
+
+
+def _scalar(agg: Aggregator) -> Aggregator:
+    """Every tensor a scalar: what is pointwise does the same in each lane."""
+    sizes = {d.name: d.size for d in agg.dims}
+
+    def rule(node: Expr) -> Expr | None:
+        if isinstance(node, Ref):
+            return Ref(node.space, node.name, (), node.value_kind, node.lag)
+        if isinstance(node, DimValue):
+            return Const(Fraction(sizes[node.dim] or 0))
+        return None
+
+    def block(body: Block) -> Block:
+        bare = map_values(body, lambda e: transform(e, rule))
+        return Block(tuple(map(_bare, bare.lets)), tuple(map(_bare, bare.results)))
+
+    assert isinstance(agg.combine, Block)
+    return replace(
+        agg,
+        dims=(),
+        inputs=tuple(replace(t, dims=()) for t in agg.inputs),
+        params=tuple(replace(t, dims=()) for t in agg.params),
+        state=tuple(
+            replace(c, dims=(), identity=_bare(c.identity), initial=None if c.initial is None else _bare(c.initial))
+            for c in agg.state
+        ),
+        lift=None if agg.lift is None else block(agg.lift),
+        combine=block(agg.combine),
+        readout=block(agg.readout),
+    )
+
+
+def _bare(a: Assign) -> Assign:
+    return replace(a, indices=())
+
+
+def _tokens(agg: Aggregator) -> list[Key]:
+    """Inputs at the lags that are read, then params."""
+    found = reads(agg.leaf) | reads(agg.output)
+    inputs: list[Key] = [("input", t.name, lag) for t in agg.leaf_inputs for lag in range(65)]
+    params: list[Key] = [("param", t.name, 0) for t in agg.params]
+    return [k for k in (*inputs, *params) if k in found]
+
+
+def _backward(agg: Aggregator, live: tuple[str, ...], tokens: list[Key]) -> Backward:
+    taken = declared_names(agg)
+    update, leaf, readout = inline(step(agg, live)), inline(agg.leaf), inline(agg.output)
+    smooth = [c for c in live if agg.component(c).kind == "real"]
+    outputs = [a for a in readout.results if a.value.kind == "real"]
+    cotangents: dict[str, Key] = {a.name: ("input", fresh_name(f"d_{a.name}", taken), 0) for a in outputs}
+    moved: dict[str, Key] = {c: ("input", fresh_name(f"grad_{c}", taken), 0) for c in smooth}
+    flag: Key = ("input", fresh_name("first", taken), 0)
+    kinds = {t.name: t.kind for t in (*agg.leaf_inputs, *agg.params)}
+    wanted = [k for k in tokens if kinds[k[1]] == "real"]
+    token_refs = [_ref(k) for k in wanted]
+    after: list[Key] = [("state", c, 0) for c in live]
+    before: list[Key] = [("prev", c, 0) for c in live]
+
+    found = adjoint(agg, live)
+    slopes = _slopes(found)
+    linear = not any(r.space == "prev" for a in slopes for r in refs(a.value))
+    smooth_after, smooth_before = [_ref(("state", c, 0)) for c in smooth], [_ref(("prev", c, 0)) for c in smooth]
+    ct = [_ref(cotangents[a.name]) for a in outputs]
+    shares = vjp([a.value for a in outputs], ct, [*smooth_after, *smooth_before, *token_refs])
+    by_state, by_prev = shares[: len(smooth)], shares[len(smooth) : 2 * len(smooth)]
+    by_token = shares[2 * len(smooth) :]
+    lam = [_ref(moved[c]) for c in smooth]
+    through = vjp([update.result(c).value for c in smooth], lam, token_refs)
+    lifted = vjp([leaf.result(c).value for c in smooth], lam, token_refs)
+    names = {c: found.cotangent[c] for c in smooth}
+
+    def block(values: Sequence[tuple[str, Expr | None]]) -> Block:
+        return Block(results=tuple(Assign(n, (), v) for n, v in values if v is not None and v != ZERO))
+
+    special = not linear and not any(c.initial is not None for c in agg.state)
+    gradient: list[tuple[str, Expr | None]] = []
+    owners: dict[str, Key] = {}
+    for key, at_first, later, direct in zip(wanted, lifted, through, by_token, strict=True):
+        moved_share = later
+        if special and at_first != later:
+            moved_share = make("where", _ref(flag, "bool"), at_first or ZERO, later or ZERO)
+        share = direct if moved_share is None else moved_share if direct is None else make("add", moved_share, direct)
+        name = fresh_name("g_" + key[1] + (f"_lag{key[2]}" if key[2] else ""), taken)
+        owners[name] = key
+        gradient.append((name, share if share is not None else ZERO))
+    direct_block = block([(names[c], v) for c, v in zip(smooth, by_state, strict=True)])
+    reads_prev = block([(names[c], v) for c, v in zip(smooth, by_prev, strict=True)])
+    transition_block = Block(results=(*slopes, *reads_prev.results))
+    gradient_block = Block(results=tuple(Assign(n, (), v) for n, v in gradient if v is not None))
+    assert isinstance(found.aggregator.combine, Block)
+    element = tuple(c.name for c in found.aggregator.state)
+    order = [*tokens, *after, *before, *cotangents.values(), *moved.values(), flag]
+    pair: list[Key] = [(side, c, 0) for side in ("left", "right") for c in element]
+    read = reads(direct_block) | reads(transition_block) | reads(gradient_block)
+    real: dict[str, Kind] = dict.fromkeys((*element, *owners), "real")
+    return Backward(
+        cotangents=cotangents,
+        moved=moved,
+        element=element,
+        identity={c.name: number(c.identity.value) for c in found.aggregator.state},
+        slopes=frozenset(found.jacobian.values()),
+        direct=print_function("lane_direct", direct_block, order, real),
+        transition=print_function("lane_transition", transition_block, order, real),
+        compose=print_function("lane_compose", found.aggregator.combine, pair, real, whole=True),
+        pull=print_function("lane_pull", restrict(found.aggregator.combine, tuple(names.values())), pair, real),
+        gradient=print_function("lane_gradient", gradient_block, order, real),
+        shares=owners,
+        first=flag if flag in reads(gradient_block) else None,
+        names=names,
+        states=frozenset(k[1] for k in read if k[0] in ("state", "prev")),
+        linear=linear,
+    )
+
+
+def _slopes(found: Adjoint) -> tuple[Assign, ...]:
+    """The Jacobian's entries over what the spec's own functions read."""
+    back: dict[str, Key] = {n: ("prev", c, 0) for c, n in found.prev.items()}
+    back |= {n: ("state", c, 0) for c, n in found.state.items()}
+    back |= {n: ("input", x, lag) for (x, lag), n in found.inputs.items()}
+
+    def rule(node: Expr) -> Expr | None:
+        return _ref(back[node.name], node.value_kind) if isinstance(node, Ref) and node.space == "input" else None
+
+    leaf = found.aggregator.leaf
+    return tuple(replace(leaf.result(n), value=transform(leaf.result(n).value, rule)) for n in found.jacobian.values())
+
+
+def _ref(key: Key, kind: Kind = "real") -> Ref:
+    return Ref(key[0], key[1], (), kind, key[2])  # type: ignore[arg-type]
