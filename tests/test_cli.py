@@ -329,6 +329,26 @@ def test_compile_refuses_what_does_not_hold(psmc, tmp_path: Path, name: str) -> 
     assert ran.code == 1 and "error[PSM" in ran.err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["Aggregator", "Tensor", "State", "run_scan", "SPEC", "print", "isinstance", "Any"])
+def test_compile_refuses_names_that_the_module_needs(psmc, tmp_path: Path, name: str) -> None:
+    spec = tmp_path / "spec.psm"
+    spec.write_text((EXAMPLES / "ema.psm").read_text().replace("aggregator ema", f"aggregator {name}"))
+    ran = psmc("compile", spec, "-o", tmp_path / "out")
+    assert ran.code == 1 and "PSM104" in ran.err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["x", "n", "l", "p", "spec", "rules", "K_1"])
+def test_compile_takes_every_other_name(psmc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    import torch
+
+    monkeypatch.setenv("PSMC_CACHE_DIR", str(tmp_path / "cache"))
+    spec = tmp_path / "spec.psm"
+    spec.write_text((EXAMPLES / "cumsum.psm").read_text().replace("aggregator cumsum", f"aggregator {name}"))
+    assert psmc("compile", spec, "-o", tmp_path).code == 0
+    found = runpy.run_path(str(tmp_path / f"{name}.py"))[name]
+    assert found(torch.ones(1, 3)).tolist() == [[1, 2, 3]]
+
+
 def test_compile_to_a_place_that_cannot_be(psmc, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "x.py", tmp_path / "file" / "below"):

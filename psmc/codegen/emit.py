@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
+import re
 
 from psmc.algebra.verdict import Proof, Proved, Refuted, Unknown, Verdict
 from psmc.codegen.chunk_code import print_layers
-from psmc.codegen.paste import KIT, imports, paste
+from psmc.codegen.paste import KIT, Pasted, imports, paste
 from psmc.codegen.render import render
 from psmc.codegen.torch_code import function_sources, join, taps
+from psmc.diagnostics import fail
 from psmc.ir import Aggregator, Extern, Tensor
 from psmc.ir.rewrite import refs
 from psmc.ir.text import show
@@ -42,7 +45,7 @@ def emit(
     digest = hashlib.sha256("\n".join((spec_text, functions, kernels, runtime, repr(plan))).encode()).hexdigest()[:16]
     extra = ["math"] if "math." in functions + kernels else []
     public = agg.name
-    assert public not in pasted.defined | set(names) | {"SPEC", "KERNELS"}, f"{public} is a name of the runtime"
+    _require_free(declared, pasted, "\n".join((functions, kernels, layers)))
     text = render(
         "module.py.j2",
         title=declared.name + (f": {' '.join(declared.doc.split())}" if declared.doc else ""),
@@ -66,6 +69,18 @@ def emit(
         extern=extern,
     )
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def _require_free(declared: Aggregator, pasted: Pasted, code: str) -> None:
+    """PSM104 if the aggregator is called like something that its module needs: it would take its place."""
+    taken = {"SPEC", "KERNELS", *pasted.defined, *pasted.plain, *dir(builtins)}
+    taken |= {name for _, names in pasted.names for name in names}
+    taken |= set(re.findall(r"^(?:def |class )?(\w+)(?: =|\(|:)", code, re.M))
+    if declared.name in taken:
+        fail(
+            "PSM104", f"'{declared.name}' cannot be the name of an aggregator: its module needs that name.",
+            declared.where("name"), helps=(f"call it '{declared.name.lower()}_scan', say.",),
+        )  # fmt: skip
 
 
 def _kernels(agg: Aggregator, structure: Structure | None, plan: Plan) -> str:
