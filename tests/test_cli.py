@@ -191,11 +191,12 @@ BLOCKED = """
 """
 
 
-def test_check_needs_neither_torch_nor_triton() -> None:
+def test_all_but_test_needs_neither_torch_nor_triton(tmp_path: Path) -> None:
     for argv, said in (
         (["check", GLA, EXAMPLES / "mlstm.psm", EXAMPLES / "viterbi_recurrence.psm"], "3 claims hold."),
         (["explain", EXAMPLES / "deltanet.psm"], "transition of rank 1"),
         (["fmt", "--check", GLA], ""),
+        (["compile", GLA, "-o", tmp_path], "wrote "),
     ):
         ran = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(BLOCKED), *map(str, argv)], capture_output=True, text=True,
@@ -374,6 +375,13 @@ def test_explain_json(psmc, name: str) -> None:
         assert layer["components"] and layer["class"] in ("pointwise", "affine", "dense", "opaque") and layer["plan"]
 
 
+def test_explain_a_code(psmc) -> None:
+    ran = psmc("explain", "psm301")
+    assert ran.code == 0 and ran.out.startswith("PSM301: claim refuted\n")
+    ran = psmc("explain", "PSM399")
+    assert ran.code == 2 and "PSM301" in ran.err
+
+
 # --- fmt, new -------------------------------------------------------------------------------------
 
 
@@ -458,3 +466,35 @@ def test_a_closed_pipe_is_no_error() -> None:
         command, shell=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert ran.stdout == "{\n" and ran.stderr == ""
+
+
+def on_a_terminal(*argv: object, **env: str) -> str:
+    """What is shown on a pseudo-terminal."""
+    pty = pytest.importorskip("pty")
+    leader, follower = pty.openpty()
+    merged = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", **env}
+    merged = {k: v for k, v in merged.items() if v}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "psmc", *map(str, argv)], stdin=follower, stdout=follower, stderr=follower, env=merged
+    )
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    os.close(leader)
+    child.wait(timeout=60)
+    return shown.decode()
+
+
+def test_colours_on_a_terminal_and_not_with_no_color() -> None:
+    coloured = on_a_terminal("check", LEAKY, GLA, NO_COLOR="")
+    assert "\x1b[31m" in coloured and "\x1b[32m" in coloured and "PSM301" in coloured and "2/2" not in coloured[-200:]
+    plain = on_a_terminal("check", LEAKY, GLA, NO_COLOR="1")
+    assert not re.search(r"\x1b\[[39]\d", plain) and "refuted" in plain and "PSM301" in plain
+    assert "\x1b" not in on_a_terminal("check", LEAKY, GLA, TERM="dumb")

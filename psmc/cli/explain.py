@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,17 +20,22 @@ _CLAIMS = {
 }
 
 
-@click.command(epilog="\b\nExamples:\n  psmc explain gla.psm\n  psmc explain deltanet.psm --json")
-@click.argument("file", metavar="FILE")
+@click.command(
+    epilog="\b\nExamples:\n  psmc explain gla.psm\n  psmc explain deltanet.psm --json\n  psmc explain PSM301"
+)
+@click.argument("file", metavar="FILE|CODE")
 @click.option("--json", "as_json", is_flag=True, help="Print a list, one item an aggregator.")
 @click.option("--name", metavar="AGG", help="Only this aggregator of the file.")
 def command(file: str, as_json: bool, name: str | None) -> int:
     """Show the algebra of a spec: live state, layers, their class, and the plan with its reasons.
 
     A layer that is affine on a matrix state is shown in factors, S' = D S + U (W^T S) + B C^T, with the readout's query
-    q (of the state after the token) and p (before it).
+    q (of the state after the token) and p (before it). A CODE such as PSM301 is explained in words.
     """
     from psmc import pipeline
+
+    if re.fullmatch(r"PSM\d{3}", file, re.I) and not Path(file).exists():
+        return _code(file.upper())
 
     path = inputs.one_file(file)
     found = pipeline.read(path)
@@ -42,6 +49,18 @@ def command(file: str, as_json: bool, name: str | None) -> int:
         console.say(console.bold(each.declared.name))
         for line in lines(each):
             console.say(f"  {line}")
+    return 0
+
+
+def _code(code: str) -> int:
+    from psmc.diagnostics.catalogue import CATALOGUE
+
+    if code not in CATALOGUE:
+        near = [known for known in CATALOGUE if known[:4] == code[:4]] or list(CATALOGUE)
+        raise click.UsageError(f"there is no code {code}; near it are {', '.join(near[:12])}.")
+    title, text = CATALOGUE[code]
+    console.say(f"{console.bold(code)}: {title}")
+    console.say(f"  {text}")
     return 0
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-# code -> (title, what the user should know). `psmc explain-code` and docs print this table; every
+# code -> (title, what the user should know). `psmc explain PSM301` and docs print this table; every
 # code has one bad file in tests/bad/ whose rendered text is pinned.
 CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM101": ("unexpected text", "The file does not follow the grammar here; the help names the usual cause."),

@@ -103,6 +103,8 @@ class Draw:
         if interval is not None and interval.hi is not None:
             hi = math.ceil(interval.hi) - 1 if interval.hi_open else math.floor(interval.hi)
             lo = min(lo, hi) if interval.lo is not None else hi - 6
+        if self.gathers:
+            hi = max(lo, min(hi, min(self.sizes.values(), default=hi + 1) - 1))
         return torch.randint(lo, hi + 1, shape, generator=self.generator)
 
 
