@@ -44,8 +44,9 @@ format: $(VENV)/.test
 tables: $(VENV)/.demo
 	$(BIN)/python benchmarks/tables.py
 
-generated: $(VENV)/.test
-	$(BIN)/python -m tests.generated_list --write
+# Compile anew what lies there; read the diff before committing it.
+generated: $(VENV)/.demo
+	$(BIN)/psmc compile $(patsubst generated/%.py,examples/%.psm,$(wildcard generated/*.py)) -o generated
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
