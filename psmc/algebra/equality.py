@@ -13,7 +13,7 @@ from math import gcd
 from psmc.algebra import powers
 from psmc.algebra.extended import Infinite, Value
 from psmc.algebra.facts import Facts
-from psmc.algebra.lattice import facts_as_constraints, is_positive
+from psmc.algebra.knowledge import facts_as_constraints, is_positive
 from psmc.algebra.linear import feasible
 from psmc.algebra.normal import Normaliser, integral
 from psmc.algebra.powers import guard_of

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
-from psmc.algebra import atoms, lattice, powers
+from psmc.algebra import atoms, comparisons, lattice, powers
 from psmc.algebra import ring as rg
+from psmc.algebra.knowledge import is_positive
 from psmc.algebra.ring import Ring, SplitError, UndefinedError
 from psmc.algebra.terms import UNIT, ZERO, Atom, Poly
 from psmc.ir import Index
@@ -44,9 +45,9 @@ def sign_of(ring: Ring, x: Value) -> int:
     """1 or -1 where certain; splits on guards, else undefined (0 times inf, unknown sign times inf)."""
     if isinstance(x, Infinite):
         return x.sign
-    if lattice.is_positive(ring, x):
+    if is_positive(ring, x):
         return 1
-    if lattice.is_positive(ring, -x):
+    if is_positive(ring, -x):
         return -1
     raise splitting(x) or UndefinedError("infinity times something of unknown sign, or 0")
 
@@ -96,7 +97,7 @@ def above(ring: Ring, x: Value, y: Value) -> Poly:
         left = x.sign if isinstance(x, Infinite) else 0
         right = y.sign if isinstance(y, Infinite) else 0
         return UNIT if left > right else ZERO
-    return lattice.is_above(ring, x - y)
+    return comparisons.is_above(ring, x - y)
 
 
 def equal(ring: Ring, x: Value, y: Value) -> Poly:
@@ -104,7 +105,7 @@ def equal(ring: Ring, x: Value, y: Value) -> Poly:
     if isinstance(x, Infinite) or isinstance(y, Infinite):
         return UNIT if x == y else ZERO
     match_ = _index_equality(x - y)
-    return atoms.eye(ring, match_, Fraction(1)) if match_ else lattice.is_zero(ring, x - y)
+    return atoms.eye(ring, match_, Fraction(1)) if match_ else comparisons.is_zero(ring, x - y)
 
 
 def _index_equality(difference: Poly) -> tuple[Index | int, Index | int] | None:

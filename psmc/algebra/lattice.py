@@ -1,9 +1,8 @@
-"""Max, min and comparisons in normal form.
+"""Max and min in normal form.
 
 A `max` atom is a maximum of terms, each a minimum of Polys over all values of its own bound indices. Maxima inside
 maxima are flattened, positive multiples and sums distribute, common summands and common positive factors are taken out;
-min(x, y) is -max(-x, -y). A comparison is the atom [P > 0], of value 0 or 1; comparisons of maxima become polynomials
-in such atoms.
+min(x, y) is -max(-x, -y).
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import product as combinations
 
-from psmc.algebra import interval_math as im
-from psmc.algebra.bounds import bounds
+from psmc.algebra.knowledge import is_positive
 from psmc.algebra.labels import canonical_order
-from psmc.algebra.linear import Constraint, feasible
 from psmc.algebra.powers import content, least_coefficients, over_unit, power
 from psmc.algebra.ring import (
     IDEMPOTENT,
@@ -31,71 +28,24 @@ from psmc.algebra.ring import (
     rename,
     times,
 )
-from psmc.algebra.terms import ONE, UNIT, ZERO, Atom, Bag, Mono, Poly, Term, total
+from psmc.algebra.terms import UNIT, ZERO, Atom, Bag, Mono, Poly, Term, total
 from psmc.ir import Index
 
 _MAX_TERMS = 256
 _MAX_LITS = 32
-_MAX_FACTORS = 6
 Member = tuple[tuple[Poly, ...], tuple[Index, ...]]  # lits and bound, the bound under fresh names
-
-
-# --- knowledge ----------------------------------------------------------------------------------
-
-
-def is_positive(ring: Ring, poly: Poly, *, strict: bool = True) -> bool:
-    """Certainly > 0 (≥ 0 if not strict), by intervals or by the assumptions of the case."""
-    if not poly.real:
-        return False
-    if poly.constant is not None:
-        return poly.constant > 0 or (not strict and poly.constant == 0)
-    known = bounds(ring, poly)
-    if im.positive(known) if strict else im.non_negative(known):
-        return True
-    if not ring.facts.cases or not _could_follow(ring, poly):
-        return False
-    found = ring.signs.get((poly, strict))
-    if found is None:
-        ring.tick()
-        against = _constraint(-poly, strict=not strict)
-        found = ring.signs[poly, strict] = not feasible([*facts_as_constraints(ring, (poly,)), against])
-    return found
-
-
-def _could_follow(ring: Ring, poly: Poly) -> bool:
-    """A sum of assumptions and bounds can give poly only if each of its monomials is in an assumption or bounded."""
-    assumed = {m for c in ring.facts.cases for m in c.poly.terms}
-    for mono, coef in poly:
-        if mono not in assumed and mono.factors:
-            known = bounds(ring, Poly({mono: Fraction(1)}))
-            if (known.lo if coef > 0 else known.hi) is None:
-                return False
-    return True
-
-
-def facts_as_constraints(ring: Ring, polys: Iterable[Poly]) -> list[Constraint]:
-    """The case's assumptions, and the known bounds of every monomial they and `polys` mention."""
-    cases = [_constraint(c.poly, strict=c.strict) for c in ring.facts.cases]
-    mentioned = (*polys, *(c.poly for c in ring.facts.cases))
-    monos = sorted({m for p in mentioned for m in p.terms if m.factors})
-    for mono in monos:
-        known = bounds(ring, Poly({mono: Fraction(1)}))
-        if known.lo is not None:
-            cases.append(Constraint({mono.key: Fraction(1)}, -known.lo, known.lo_open))
-        if known.hi is not None:
-            cases.append(Constraint({mono.key: Fraction(-1)}, known.hi, known.hi_open))
-    return cases
-
-
-def _constraint(poly: Poly, *, strict: bool) -> Constraint:
-    return Constraint({m.key: c for m, c in poly if m.factors}, poly.terms.get(ONE, Fraction(0)), strict)
-
-
-# --- maximum ------------------------------------------------------------------------------------
 
 
 def maximum(ring: Ring, members: Iterable[Member]) -> Poly:
     """The greatest of the members' minima, in normal form."""
+    members = list(members)
+    bit = next((b for lits, bound in members for lit in lits for b in [bit_of(lit, bound)] if b is not None), None)
+    if bit is not None:  # max(b x + (1 - b) y, z) = b max(x, z) + (1 - b) max(y, z)
+        on, off = (
+            maximum(ring, [(tuple(with_bit(ring, lit, bit, value) for lit in lits), bound) for lits, bound in members])
+            for value in (UNIT, ZERO)
+        )
+        return mul(ring, lone(bit), on) + mul(ring, UNIT - lone(bit), off)
     terms = _unique(ring, [t for lits, bound in members for t in _flatten(ring, lits, bound)])
     terms = _absorb(ring, terms)
     if len(terms) == 1 and len(terms[0].lits) > 1 and not terms[0].bound:
@@ -109,7 +59,7 @@ def maximum(ring: Ring, members: Iterable[Member]) -> Poly:
         return -maximum(ring, [(tuple(-u for u in choice), ()) for choice in combinations(*(t.lits for t in terms))])
     if ring.eager and not any(t.bound for t in terms):
         first, second, *_ = sorted({lit for t in terms for lit in t.lits}, key=lambda p: (len(p), p.key))
-        _split_on(first - second)
+        split_on(first - second)
     shift, unit, rest = _normalised(ring, terms)
     if rest is None:
         return shift
@@ -132,7 +82,7 @@ def _flatten(ring: Ring, lits: tuple[Poly, ...], bound: tuple[Index, ...]) -> It
     if len(lits) > _MAX_LITS:
         raise OutOfBudgetError("a minimum grew too large")
     for k, lit in enumerate(lits):
-        found = _linear_max(ring, lit)
+        found = linear_max(ring, lit)
         if found is None:
             continue
         atom, factor, rest = found
@@ -157,7 +107,7 @@ def _off_eye(ring: Ring, lits: tuple[Poly, ...], bound: tuple[Index, ...]) -> Me
         for index, other in (eye.args, eye.args[::-1]):
             if len(lits) != 1 or index not in bound or (isinstance(other, Poly) and index in other.free):
                 continue
-            off = _at(ring, lits[0], eye, ZERO)
+            off = with_bit(ring, lits[0], eye, ZERO)
             on = rename(ring, lits[0], {index: other})
             if index not in off.free and is_positive(ring, on - off, strict=False):
                 return _off_eye(ring, (on,), tuple(b for b in bound if b != index))
@@ -173,7 +123,7 @@ def _hides_max(lit: Poly) -> bool:
     )  # fmt: skip
 
 
-def _linear_max(ring: Ring, lit: Poly) -> tuple[Atom, Poly, Poly] | None:
+def linear_max(ring: Ring, lit: Poly) -> tuple[Atom, Poly, Poly] | None:
     """(max atom, factor of known sign, rest) with lit = factor · max + rest.
 
     A negative factor needs terms without bound indices.
@@ -296,66 +246,19 @@ def _max_atom(ring: Ring, members: Iterable[Member]) -> Atom:
     return Atom("max", (Bag(terms),))
 
 
-# --- comparisons --------------------------------------------------------------------------------
+# --- 0 or 1 -------------------------------------------------------------------------------------
 
 
-def is_above(ring: Ring, poly: Poly) -> Poly:
-    """[poly > 0], as a Poly of value 0 or 1."""
-    if is_positive(ring, poly):
-        return UNIT
-    if is_positive(ring, -poly, strict=False):
-        return ZERO
-    found = _linear_max(ring, poly)
-    if found is not None:
-        atom, factor, rest = found
-        if is_positive(ring, factor, strict=False) and not any(t.bound for t in atom.args[0]):
-            terms = [_all_of(ring, [is_above(ring, mul(ring, factor, u) + rest) for u in t.lits]) for t in atom.args[0]]
-            return _any_of(ring, terms)
-        if is_positive(ring, -factor, strict=False):
-            terms = [_any_of(ring, [is_above(ring, mul(ring, factor, u) + rest) for u in t.lits]) for t in atom.args[0]]
-            return _all_of(ring, terms)
-    bit = _bit(poly)
-    if bit is not None:
-        on, off = (is_above(ring, _at(ring, poly, bit, value)) for value in (UNIT, ZERO))
-        return mul(ring, lone(bit), on) + mul(ring, UNIT - lone(bit), off)
-    _, rest = content(ring, poly, "positive")
-    single = rest.single
-    if single is not None and not single[0].bound and 1 < len(single[0].factors) <= _MAX_FACTORS:
-        return _product_above(ring, single[0], single[1])
-    if ring.eager:
-        _split_on(rest)
-    return lone(Atom("pos", (rest,)))
-
-
-def _split_on(guard: Poly) -> None:
-    """Ask for a case split, unless the guard depends on a bound index (which have fresh names)."""
-    if not any(i.name.startswith("~") for i in guard.free):
-        raise SplitError(guard)
-
-
-def _product_above(ring: Ring, mono: Mono, coef: Fraction) -> Poly:
-    """[u·v > 0] = [u > 0][v > 0] + [-u > 0][-v > 0]."""
-    (atom, p), *others = mono.factors
-    first = lone(atom)
-    rest = monomial(ring, coef, others)
-    if p.denominator != 1 or p % 2 == 0:  # a root, ≥ 0, or a square: only whether it is 0 matters
-        apart = is_above(ring, first) + (is_above(ring, -first) if p.denominator == 1 else ZERO)
-        return mul(ring, apart, is_above(ring, rest))
-    return mul(ring, is_above(ring, first), is_above(ring, rest)) + mul(
-        ring, is_above(ring, -first), is_above(ring, -rest)
-    )
-
-
-def _bit(poly: Poly) -> Atom | None:
-    """A factor of value 0 or 1 that no sum binds: [P > 0] is decided for both values instead."""
+def bit_of(poly: Poly, bound: tuple[Index, ...] = ()) -> Atom | None:
+    """A factor of value 0 or 1 that nothing binds: what depends on it is written out for both values."""
     for mono, _ in poly:
         for atom, _ in mono.factors:
-            if atom.tag in IDEMPOTENT and atom.free.isdisjoint(mono.bound):
+            if atom.tag in IDEMPOTENT and atom.free.isdisjoint((*mono.bound, *bound)):
                 return atom
     return None
 
 
-def _at(ring: Ring, poly: Poly, bit: Atom, value: Poly) -> Poly:
+def with_bit(ring: Ring, poly: Poly, bit: Atom, value: Poly) -> Poly:
     """The Poly where `bit`, as a factor, has a value."""
     out = []
     for mono, coef in poly:
@@ -367,29 +270,10 @@ def _at(ring: Ring, poly: Poly, bit: Atom, value: Poly) -> Poly:
     return total(out)
 
 
-def _all_of(ring: Ring, terms: Iterable[Poly]) -> Poly:
-    out = UNIT
-    for term in terms:
-        out = mul(ring, out, term)
-    return out
+def split_on(guard: Poly) -> None:
+    """Ask for a case split, unless the guard depends on a bound index (which have fresh names)."""
+    if not any(i.name.startswith("~") for i in guard.free):
+        raise SplitError(guard)
 
 
-def _any_of(ring: Ring, terms: Iterable[Poly]) -> Poly:
-    return UNIT - _all_of(ring, (UNIT - t for t in terms))
-
-
-def is_zero(ring: Ring, poly: Poly) -> Poly:
-    """[poly == 0]."""
-    if poly.constant is not None:
-        return UNIT if poly.constant == 0 else ZERO
-    if poly.real:
-        return mul(ring, UNIT - is_above(ring, poly), UNIT - is_above(ring, -poly))
-    _, rest = content(ring, poly, "positive")
-    return Poly({Mono(((Atom("zero", (rest,)), Fraction(1)),)): Fraction(1)})
-
-
-REBUILD |= {
-    "max": lambda ring, args, p: power(ring, maximum(ring, args[0]), p),
-    "pos": lambda ring, args, p: is_above(ring, args[0]),
-    "zero": lambda ring, args, p: is_zero(ring, args[0]),
-}
+REBUILD["max"] = lambda ring, args, p: power(ring, maximum(ring, args[0]), p)

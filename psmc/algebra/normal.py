@@ -10,7 +10,7 @@ from psmc.algebra import atoms, powers
 from psmc.algebra import extended as ex
 from psmc.algebra import ring as rg
 from psmc.algebra.extended import INF, NEG_INF, Infinite, Value, finite
-from psmc.algebra.lattice import is_positive
+from psmc.algebra.knowledge import is_positive
 from psmc.algebra.ring import Ring, SplitError, UndefinedError
 from psmc.algebra.terms import UNIT, ZERO, Atom, Bag, Poly, Term, number, total
 from psmc.ir import Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref, Sub
