@@ -29,7 +29,7 @@ class Aggregator:
     def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None, plain: bool = False) -> None:
         """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points; `plain`: never a custom op."""
         self.spec, self.rules, self.fold_order = spec, rules, fold
-        self.operator = None if plain or fold == "tree" else Operator(spec, rules, fold, kernels)
+        self.operator = None if plain else Operator(spec, rules, fold, kernels)
         self.__name__ = spec.name
 
     def __repr__(self) -> str:
@@ -70,7 +70,7 @@ class Aggregator:
             reset = None if reset is None else flip(reset, back)
         lags, tails = tap_tokens(self.spec, call, state, mask, reset, cu_seqlens)
         begin = None if state is None else {k: x for k, x in state.items() if k not in tail_names(self.spec)}
-        if self.operator is not None and self.operator.wanted(call):
+        if self.operator is not None and self.operator.wanted(call, return_state or state is not None):
             outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
         else:
             x, p = prepared(self.spec, call, lags)

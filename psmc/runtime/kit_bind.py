@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +12,16 @@ from torch import Tensor
 
 class ArgumentError(ValueError):
     """A call that does not fit the spec; the message says what was expected and what came."""
+
+
+class Fields:
+    """Values by name as attributes, as the functions of a spec read them; torch.compile traces it."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,8 @@ class Call:
     device: torch.device
 
     @property
-    def n(self) -> SimpleNamespace:
-        return SimpleNamespace(**self.sizes)
+    def n(self) -> Fields:
+        return Fields(self.sizes)
 
     def of_kind(self, kind: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The torch dtype of an element kind; real ones are `dtype`, by default the state's."""

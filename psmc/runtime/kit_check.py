@@ -120,7 +120,8 @@ def _tails(spec: Spec, call: Call, state: Mapping[str, Any], rows: int) -> dict[
 def _placed(spec: Spec, call: Call, key: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.device != call.device:
         _refuse_state(spec, key, f"is on {x.device}, the inputs on {call.device}")
-    if not torch.can_cast(x.dtype, dtype):
+    rank = (x.is_complex(), x.is_floating_point())
+    if rank > (dtype.is_complex, dtype.is_floating_point):
         _refuse_state(spec, key, f"is {x.dtype}, but it holds {dtype}")
     return x.to(dtype)
 

@@ -32,11 +32,11 @@ def tree_tokens(
     bounds = [b * length for b in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     count = len(bounds) - 1
     given = counter_start(count) if counter is None else counter
-    positions: list[int] = given["position"].tolist()
+    positions: list[int] = [0] * count if counter is None else given["position"].tolist()
     if valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1:
-        prefix, after = tree_scan(combine, leaves, given, recompute=recompute)
-        first = counter_prefix(given, leaves, empty) if previous else {}
-        shifted = {k: torch.cat([x.unsqueeze(1), prefix[k]], 1)[:, :length] for k, x in first.items()}
+        prefix, after = tree_scan(combine, leaves, counter, recompute=recompute)
+        first = counter_prefix(counter, leaves, empty) if previous and counter is not None else empty
+        shifted = {k: torch.cat([_first(first[k], x), x], 1)[:, :length] for k, x in prefix.items()}
         return prefix, shifted if previous else None, after or given
     flags = [None if f is None else f.flatten().tolist() for f in (valid, reset)]
     runs = _runs(bounds, flags[0], flags[1])
@@ -75,6 +75,12 @@ def tree_tokens(
 
     before = look([run.seen for run in runs]) if previous else None
     return look([run.after for run in runs]), before, counter_rows([ends[n] for n in range(count)])
+
+
+def _first(state: Tensor, like: Tensor) -> Tensor:
+    """A state, or a constant [*dims], as the first of prefixes [B, T, ...]."""
+    state = state.to(like.dtype).expand(like.shape[:1] + like.shape[2:])
+    return state.unsqueeze(1)
 
 
 class _Run:

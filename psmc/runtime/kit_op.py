@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -41,15 +43,18 @@ class Operator:
     def __init__(self, spec: Spec, rules: Rules, fold: str, kernels: Any) -> None:
         self.spec, self.rules, self.fold, self.kernels = spec, rules, fold, kernels
         self.extras = tuple((s, lag) for s in spec.inputs for lag in range(1, spec.taps.get(s.name, 0) + 1))
-        self.live = tuple(s for s in spec.components if s.name in spec.live)
+        self.live = () if fold == "tree" else tuple(s for s in spec.components if s.name in spec.live)
         name = f"{spec.name}_{spec.digest}"
         if not hasattr(torch.ops.psmc, name):
             self._register(name)
         self.op = getattr(torch.ops.psmc, name).default
 
-    def wanted(self, call: Call) -> bool:
-        """Kernels where there are some for this device and dtype, one node of a compiled graph; else plain autograd."""
-        return self._kernels(call) or torch.compiler.is_compiling()
+    def wanted(self, call: Call, carries: bool) -> bool:
+        """Kernels where there are some for this device and dtype, one node of a compiled graph; else plain autograd.
+
+        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced.
+        """
+        return self._kernels(call) or (torch.compiler.is_compiling() and not (carries and self.fold == "tree"))
 
     def _kernels(self, call: Call) -> bool:
         on_device = call.device.type == "cuda" or (self.kernels is not None and self.kernels.interpreted)
@@ -89,7 +94,8 @@ class Operator:
             )
             return [*outputs, *finals, *saved]
         found, final = self._run(given)
-        return [x.clone() for x in (*found.values(), *final.values())]
+        results = (*found.values(), *(final[s.name] for s in self.live))
+        return [x.clone(memory_format=torch.contiguous_format) for x in results]
 
     def _run(self, given: Given) -> tuple[Values, Values]:
         call = self._call(given)
@@ -155,23 +161,29 @@ class Operator:
             ]
         else:
             flat = self._transpose(given, grads)
-        return [torch.zeros_like(x) if g is None else g.clone() for g, x in zip(flat, everything, strict=True)]
+        return [
+            torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+            if g is None
+            else g.clone(memory_format=torch.contiguous_format)
+            for g, x in zip(flat, everything, strict=True)
+        ]
 
     def _transpose(self, given: Given, grads: list[Tensor]) -> list[Tensor | None]:
         """Autograd through a run of its own."""
-        with torch.enable_grad():
+        with _recorded():
             inputs, params, initial = (
                 [x.detach().requires_grad_(_smooth(x)) for x in part]
                 for part in (given.inputs, given.params, given.initial)
             )
             out, final = self._run(given._replace(inputs=inputs, params=params, initial=initial))
-        pairs = zip((*out.values(), *final.values()), grads, strict=True)
-        reached = [(y, g) for y, g in pairs if y.requires_grad]
-        leaves = [*inputs, *params, *initial]
-        wanted = [x for x in leaves if x.requires_grad]
-        if not reached or not wanted:
-            return [None] * len(leaves)
-        found = iter(torch.autograd.grad([y for y, _ in reached], wanted, [g for _, g in reached], allow_unused=True))
+            pairs = zip((*out.values(), *(final[s.name] for s in self.live)), grads, strict=True)
+            reached = [(y, g) for y, g in pairs if y.requires_grad]
+            leaves = [*inputs, *params, *initial]
+            wanted = [x for x in leaves if x.requires_grad]
+            if not reached or not wanted:
+                return [None] * len(leaves)
+            results, cotangents = ([pair[side] for pair in reached] for side in (0, 1))
+            found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))
         return [next(found) if x.requires_grad else None for x in leaves]
 
 
@@ -182,9 +194,24 @@ def token_code(mask: Tensor | None, reset: Tensor | None) -> Tensor | None:
     return (torch.ones_like(reset) if mask is None else mask).to(torch.int8) + 2 * reset.to(torch.int8)
 
 
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """Autograd inside an operator's kernel, where torch's dispatcher leaves it out."""
+    keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther)
+    before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
+    try:
+        for key in keys:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for key, excluded in zip(keys, before, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
 def _smooth(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
 def _like(*parts: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(x) for part in parts for x in part]
+    return [x.new_empty(x.shape) for part in parts for x in part]

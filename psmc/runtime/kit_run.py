@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from psmc.runtime.kit_bind import Call, Slot, Spec, spread
+from psmc.runtime.kit_bind import Call, Fields, Slot, Spec, spread
 from psmc.runtime.kit_forest import tree_tokens
 from psmc.runtime.kit_layer import fill_masked, scan_tokens
 from psmc.runtime.kit_scan import Values, _flag
@@ -55,32 +55,32 @@ def run_scan(
     if hasattr(rules, "layers") and cu_seqlens is None and not whole:
         layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset)
         return layered
-    params, n = SimpleNamespace(**p), call.n
+    params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
     live = tuple(slots) if whole or fold == "tree" else spec.live
 
     def lift(tokens: Values) -> Values:
         leading = next(iter(tokens.values())).shape[:2]
-        element = rules.lift(SimpleNamespace(**tokens), params, n)
+        element = rules.lift(Fields(tokens), params, n)
         return {k: as_state(v, slots[k], call, leading) for k, v in element.items()}
 
     def combine(l: Values, r: Values) -> Values:  # noqa: E741
-        joined: Values = rules.combine(SimpleNamespace(**l), SimpleNamespace(**r), params, n)
+        joined: Values = rules.combine(Fields(l), Fields(r), params, n)
         return {k: v.to(l[k].dtype) for k, v in joined.items()}
 
     def advance(l: Values, r: Values) -> Values:  # noqa: E741
         rule = rules.combine if whole else rules.advance
-        moved: Values = rule(SimpleNamespace(**l), SimpleNamespace(**r), params, n)
+        moved: Values = rule(Fields(l), Fields(r), params, n)
         return {k: v.to(l[k].dtype) for k, v in moved.items() if k in l}
 
     def recur(state: Values, tokens: Values) -> Values:
-        moved: Values = rules.recurrence(SimpleNamespace(**state), SimpleNamespace(**tokens), params, n)
+        moved: Values = rules.recurrence(Fields(state), Fields(tokens), params, n)
         leading = next(iter(tokens.values())).shape[:1]
         return {k: as_state(moved[k], slots[k], call, leading) for k in state}
 
     def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
-        before = SimpleNamespace(**previous) if previous is not None else None
-        found = rules.output(SimpleNamespace(**prefix), before, SimpleNamespace(**tokens), params, n)
+        before = Fields(previous) if previous is not None else None
+        found = rules.output(Fields(prefix), before, Fields(tokens), params, n)
         return {s.name: as_output(found[s.name], s, call, next(iter(prefix.values())).shape[:2]) for s in spec.outputs}
 
     empty = start_state(spec, rules, call, live)
@@ -123,25 +123,25 @@ def as_output(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -
 
 def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token for every row: (outputs [B, *lanes, *dims], the state after it); not of a tree."""
-    params, n = SimpleNamespace(**p), call.n
+    params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
-    tokens, before = SimpleNamespace(**x), SimpleNamespace(**state)
+    tokens, before = Fields(x), Fields(state)
     if hasattr(rules, "recurrence"):
         moved = rules.recurrence(before, tokens, params, n)
     else:
-        moved = rules.advance(before, SimpleNamespace(**rules.lift(tokens, params, n)), params, n)
+        moved = rules.advance(before, Fields(rules.lift(tokens, params, n)), params, n)
     after = {k: as_state(moved[k], slots[k], call, call.leading) for k in spec.live}
-    found = rules.output(SimpleNamespace(**after), before if spec.previous else None, tokens, params, n)
+    found = rules.output(Fields(after), before if spec.previous else None, tokens, params, n)
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
 def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token of a tree: (outputs, the counter after it)."""
-    params, n, tokens = SimpleNamespace(**p), call.n, SimpleNamespace(**x)
+    params, n, tokens = Fields(p), call.n, Fields(x)
     slots = {s.name: s for s in spec.components}
 
     def combine(l: Values, r: Values) -> Values:  # noqa: E741
-        joined: Values = rules.combine(SimpleNamespace(**l), SimpleNamespace(**r), params, n)
+        joined: Values = rules.combine(Fields(l), Fields(r), params, n)
         return {k: v.to(l[k].dtype) for k, v in joined.items()}
 
     element = rules.lift(tokens, params, n)
@@ -150,6 +150,6 @@ def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     before = None
     if spec.previous:
         empty = start_state(spec, rules, call, tuple(slots))
-        before = SimpleNamespace(**counter_prefix(state, {k: v.unsqueeze(1) for k, v in leaf.items()}, empty))
-    found = rules.output(SimpleNamespace(**prefix), before, tokens, params, n)
+        before = Fields(counter_prefix(state, {k: v.unsqueeze(1) for k, v in leaf.items()}, empty))
+    found = rules.output(Fields(prefix), before, tokens, params, n)
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
