@@ -9,6 +9,7 @@ import re
 from psmc.algebra.verdict import Proof, Proved, Refuted, Unknown, Verdict
 from psmc.codegen.chunk_code import print_layers
 from psmc.codegen.paste import KIT, Pasted, imports, paste
+from psmc.codegen.pointwise import print_kernels
 from psmc.codegen.render import render
 from psmc.codegen.torch_code import function_sources, join, taps
 from psmc.diagnostics import fail
@@ -16,6 +17,7 @@ from psmc.ir import Aggregator, Extern, Tensor
 from psmc.ir.rewrite import refs
 from psmc.ir.text import show
 from psmc.plan.base import Plan
+from psmc.plan.pointwise import PointwisePlan
 from psmc.structure.report import Structure
 
 _LAWS = (("associativity", "associative"), ("identity", "identity element"))
@@ -29,7 +31,8 @@ def emit(
     live = structure.live if structure is not None and plan.fold == "scan" else tuple(c.name for c in agg.state)
     extern = isinstance(agg.combine, Extern)
     kernels = _kernels(agg, structure, plan)
-    pasted = paste(KIT if plan.name != "chunked" else (*KIT[:-2], "kit_chunk", "kit_layers", *KIT[-2:]))
+    files = (*KIT[:-2], "kit_chunk", "kit_layers", *KIT[-2:]) if plan.name == "chunked" else KIT
+    pasted = paste(files)
     sources, layers = function_sources(agg, live), ""
     if plan.name == "chunked" and structure is not None:
         more, layers = print_layers(agg, structure)
@@ -52,7 +55,7 @@ def emit(
         spec=_docstring(spec_text),
         summary=[*_proof_lines(declared, proof), f"Plan: {plan.name}. " + "; ".join(plan.why) + "."],
         command=f"psmc compile {file}",
-        imports=imports(pasted, extra),
+        imports=imports(paste((*files, "kit_launch")) if kernels else pasted, extra),
         public=public,
         mathematics=functions.strip() + "\n",
         kernels=kernels.strip(),
@@ -84,10 +87,8 @@ def _require_free(declared: Aggregator, pasted: Pasted, code: str) -> None:
 
 
 def _kernels(agg: Aggregator, structure: Structure | None, plan: Plan) -> str:
-    if plan.name != "pointwise" or structure is None:
+    if structure is None or not isinstance(plan, PointwisePlan):
         return ""
-    from psmc.codegen.pointwise import print_kernels
-
     return print_kernels(agg, structure, plan)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psmc.ir import Aggregator
-from psmc.plan import chunked
+from psmc.plan import chunked, pointwise
 from psmc.plan.base import Plan
 from psmc.plan.general import general
 from psmc.structure.report import Structure
 
 # name, the algebra that licenses it, the plan; the first licensed one wins
-_FASTER = (("chunked", chunked.licensed, chunked.plan),)
+_FASTER = (("pointwise", pointwise.licensed, pointwise.plan), ("chunked", chunked.licensed, chunked.plan))
 
 
 def choose(agg: Aggregator, structure: Structure | None) -> Plan:
