@@ -130,7 +130,9 @@ class Aggregator:
         known = {**self.spec.sizes, **(sizes or {}), **dims}
         stray = sorted(known.keys() - set(self.spec.dims))
         if stray:
-            raise ArgumentError(f"PSM603: {self.spec.name} has no dim {', '.join(stray)}; it has {self.spec.dims}.")
+            raise ArgumentError(
+                f"PSM603: {self.spec.name} has no dim {', '.join(stray)}; it has {', '.join(self.spec.dims) or 'none'}."
+            )
         read = (*self.spec.components, *(s for s in self.spec.inputs if s.name in self.spec.taps))
         missing = sorted({d for s in read for d in s.dims} - known.keys())
         if missing:
