@@ -1,0 +1,36 @@
+"""The chunked plan's kernels as text: templates/chunk_*.py.j2, then the host's table of them."""
+
+from __future__ import annotations
+
+from psmc.codegen.render import render
+from psmc.plan.chunked_kernels import ChunkTiles, tiles
+from psmc.structure.report import Affine, Structure
+
+_LOG2E = "1.4426950408889634"
+_BOUND = "60.0"  # exponents within which a product of two scaled factors neither overflows nor loses digits
+_KERNELS = ("forward", "states", "join", "gradients", "pairs", "inner")
+
+
+def print_chunk_kernels(structure: Structure) -> str:
+    """Module text that defines MATRICES, a `runtime.kit_chunk_kernels.ChunkKernels` (pasted below it)."""
+    affine = [layer.affine for layer in structure.layers if layer.affine is not None]
+    return kernel_text(tiles(any(a.decay.kind in ("K", "KV") for a in affine)))
+
+
+def kernel_text(sizes: ChunkTiles) -> str:
+    parts = [
+        render("chunk_parts.py.j2", log2e=_LOG2E),
+        *(render(f"chunk_{name}.py.j2", bound=_BOUND) for name in ("forward", "states", "gradients", "pairs", "inner")),
+    ]
+    rows = "".join(f"    {name}=chunk_{name}_kernel,\n" for name in _KERNELS)
+    table = (
+        f"CHUNK_KERNELS = SimpleNamespace(\n{rows}"
+        "    interpreted=triton is not None and not isinstance(chunk_forward_kernel, triton.JITFunction),\n"
+        f"    tiles={sizes.literal()},\n)\n"
+    )
+    return "\n\n".join(part.strip() + "\n" for part in parts) + "\n\n" + table
+
+
+def by_kernel(affine: Affine) -> bool:
+    """Whether these kernels run a layer: no transition of low rank, no decay over the value, one outer axis at most."""
+    return affine.rank == 0 and affine.decay.kind in ("none", "constant", "scalar", "K")

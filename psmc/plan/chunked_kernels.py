@@ -1,0 +1,62 @@
+"""Block sizes of the chunk kernels: a table by kernel, bytes of an operand and block of the key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KERNELS = ("forward", "states", "gradients", "pairs", "inner")
+_KEYS = (64, 128, 256)  # a row holds up to this key block
+
+
+@dataclass(frozen=True)
+class ChunkTile:
+    """`tokens` a chunk, `values` a block of the value, `keys` a block of the key where a kernel may split it."""
+
+    tokens: int
+    values: int
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int, int]:
+        return self.tokens, self.values, self.keys, self.warps, self.stages
+
+
+@dataclass(frozen=True)
+class ChunkTiles:
+    """rows: (kernel, bytes of an operand, largest key block, tile)."""
+
+    rows: tuple[tuple[str, int, int, ChunkTile], ...]
+
+    def literal(self) -> str:
+        """As a Python dict: kernel -> bytes -> ((largest key block, numbers), ...)."""
+        lines = []
+        for kernel in KERNELS:
+            sizes = []
+            for size in (2, 4):
+                found = [(k, t.numbers) for name, s, k, t in self.rows if (name, s) == (kernel, size)]
+                sizes.append(f"{size}: ({', '.join(map(repr, found))})")
+            lines.append(f'        "{kernel}": {{{", ".join(sizes)}}},\n')
+        return "{\n" + "".join(lines) + "    }"
+
+
+def tiles(wide: bool) -> ChunkTiles:
+    """`wide`: some decay runs over the key. All kernels of a module agree on the tokens of a chunk."""
+    rows = []
+    for size in (2, 4):
+        for key in _KEYS:
+            rows += [(kernel, size, key, _tile(kernel, size, key, wide)) for kernel in KERNELS]
+    return ChunkTiles(tuple(rows))
+
+
+def _tile(kernel: str, size: int, key: int, wide: bool) -> ChunkTile:
+    """On chip: a state block K x BV of fp32 in registers (255 a thread), tiles in shared memory (227 KiB)."""
+    tokens = 64 if size == 2 and key <= 128 else 32
+    if kernel == "forward":
+        return ChunkTile(tokens, 64 if key <= 128 else 32, key, 4, 2 if size == 2 else 1)
+    if kernel == "states":
+        return ChunkTile(tokens, 64, 64, 4, 2 if size == 2 else 1)
+    if kernel == "gradients":
+        return ChunkTile(tokens, 64 if size == 2 else 32, key, 8 if key > 64 else 4, 1)
+    return ChunkTile(tokens, 64, key, 4 if key > 64 else 2, 1)

@@ -1,0 +1,274 @@
+"""Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
+
+
+class Lanes(NamedTuple):
+    """What a call's kernels share. `batch`, `tokens` as the rows lie; `sequences`, `chunks`: how many there may be;
+    `cu`, `first`, `owner`: offsets, the first chunk of each sequence, and the sequence of each chunk (-1: none)."""
+
+    batch: int
+    tokens: int
+    lanes: int
+    key: int
+    value: int
+    sequences: int
+    chunks: int
+    cu: Tensor | None
+    first: Tensor | None
+    owner: Tensor | None
+
+
+class ChunkKernels:
+    """The kernels of the chunked plan. `table`: the kernels and `tiles`, which the compiler wrote."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+        self.interpreted: bool = table.interpreted
+        self.processors: int | None = 1 if self.interpreted else None
+
+    def takes(self, key: int, value: int, like: Tensor) -> bool:
+        """Whether there are kernels for this device and these sizes."""
+        on_device = like.device.type == "cuda" or self.interpreted
+        return on_device and 0 < key <= 256 and value > 0 and like.dtype in _PRECISION
+
+    def scan(
+        self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
+        shift: int = 0, scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in q's dtype, and the last state [N, G, K, V] in fp32.
+
+        q, b [B, T, G, K], c [B, T, G, V]; log: log of the decay, None, [B, T, G] or [B, T, G, K]; start [N, G, K, V] or
+        None; cu: N + 1 offsets of sequences in a batch of 1. Differentiable in q, b, c, log and start.
+        """
+        found: tuple[Tensor, Tensor] = _ChunkScan.apply(self, q, b, c, log, start, cu, shift, scale)  # type: ignore[no-untyped-call]
+        return found
+
+    # --- launches
+
+    def forward(
+        self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None, shift: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        how = self.plan("forward", q, b, c, log, cu)
+        n = how.lanes
+        y = torch.empty(n.batch, n.tokens, n.lanes, n.value, dtype=q.dtype, device=q.device)
+        final = _matrices(n, n.sequences, q)
+        if not n.batch * n.tokens * n.lanes:
+            return y, final.zero_() if start is None else final.copy_(start)
+        pairs = self._pairs(q, b, log, shift, how)
+        begin, last = start, final
+        if how.segments > 1:
+            begin = self._starts(b, c, log, start, final, False, shift, 1.0, how)
+            last = None  # type: ignore[assignment]
+        grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
+        self.table.forward[grid](
+            q, b, c, log, pairs, begin, y, last, None, n.cu, n.first, *_strides(q, b, c, log), n.tokens,
+            how.segments, how.segment, n.lanes, scale, how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk,
+            how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+        return y, final
+
+    def backward(
+        self, dy: Tensor, d_final: Tensor | None, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None,
+        start: Tensor | None, cu: Tensor | None, shift: int, scale: float, d_log: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+        """Gradients of q, b, c, log (in fp32; None if not wanted) and start (in fp32)."""
+        how = self.plan("gradients", q, b, c, log, cu)
+        n = how.lanes
+        dq, db, dc = (
+            torch.empty(n.batch, n.tokens, n.lanes, w, dtype=x.dtype, device=q.device)
+            for x, w in ((q, n.key), (b, n.key), (c, n.value))
+        )
+        d_start = _matrices(n, n.sequences, q)
+        dlog = torch.zeros(log.shape, dtype=torch.float32, device=q.device) if log is not None and d_log else None
+        if not dy.numel():
+            return dq, db, dc, dlog, d_start.zero_() if d_final is None else d_final.float()
+        dy = dy.contiguous()
+        states = self.states(b, c, log, start, None, False, shift, 1.0, cu)
+        costates = self.states(q, dy, log, d_final, d_start, True, shift, scale, cu)
+        pairs = self._pairs(q, b, log, shift, how)
+        grid = (n.chunks * n.lanes,)
+        shared = (*_strides(q, b, c, log), n.tokens, n.lanes, scale)
+        kinds = (how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages)
+        self.table.gradients[grid](
+            q, b, c, log, pairs, dy, states, costates, dq, db, dc, dlog, n.cu, n.first, n.owner, *shared, *kinds,
+            num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+        if how.decay == 2:
+            inner = self.plan("inner", q, b, c, log, cu)
+            self.table.inner[grid](
+                q, b, c, log, dy, dq, db, dlog, n.cu, n.first, n.owner, *shared, shift, how.precision, n.key,
+                n.value, how.bt, how.bk, _block(n.value), 16, num_warps=inner.warps,
+            )  # fmt: skip
+        return dq, db, dc, dlog, d_start
+
+    def states(
+        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, back: bool, shift: int,
+        scale: float, cu: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The state before each chunk (behind it, if `back`), [chunks, G, K, V] as operands; into `end`: the last."""
+        how = self.plan("states", x, x, z, log, cu)
+        n = how.lanes
+        states = torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=how.operand, device=x.device)
+        if how.segments > 1:
+            end = _matrices(n, n.sequences, x) if end is None else end
+            start = self._starts(x, z, log, start, end, back, shift, scale, how)
+            end = None
+        self._walk(x, z, log, start, end, None, states, back, shift, scale, how)
+        return states
+
+    def _starts(
+        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, last: Tensor, back: bool, shift: int,
+        scale: float, how: SimpleNamespace,
+    ) -> Tensor:  # fmt: skip
+        """What each segment starts from, [N, S, G, K, V]; into `last`: where the last ends."""
+        n = how.lanes
+        ends, starts = (_matrices(n, n.sequences * how.segments, x) for _ in range(2))
+        width = n.key if how.decay == 2 else 1
+        left = torch.empty(n.sequences, how.segments, n.lanes, width, dtype=torch.float32, device=x.device)
+        own = self.plan("states", x, x, z, log, n.cu)
+        own.bt, own.segments, own.segment = how.bt, how.segments, how.segment
+        self._walk(x, z, log, None, ends, left, None, back, shift, scale, own)
+        block = min(1024, _block(n.key * n.value))
+        self.table.join[(n.sequences * n.lanes * -(-n.key * n.value // block),)](
+            start, ends, left, starts, last, how.segments, n.lanes, back, how.decay, n.key, n.value, block
+        )
+        return starts
+
+    def _walk(
+        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, left: Tensor | None,
+        states: Tensor | None, back: bool, shift: int, scale: float, how: SimpleNamespace,
+    ) -> None:  # fmt: skip
+        n = how.lanes
+        bk = min(how.bk, how.bks)
+        blocks = -(-n.key // bk) * -(-n.value // how.bv)
+        self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
+            x, z, log, start, end, left, states, n.cu, n.first, *_places(x), *_places(z), *_places(log), n.tokens,
+            how.segments, how.segment, n.lanes, scale, back, how.decay, shift, how.precision, n.key, n.value, how.bt, bk,
+            how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+
+    def _pairs(self, q: Tensor, b: Tensor, log: Tensor | None, shift: int, how: SimpleNamespace) -> Tensor | None:
+        """A of every chunk for a decay over the key, [B, T, G, BT] as operands."""
+        if how.decay != 2:
+            return None
+        n = how.lanes
+        pairs = torch.empty(n.batch, n.tokens, n.lanes, how.bt, dtype=how.operand, device=q.device)
+        own = self.plan("pairs", q, b, b, log, n.cu)
+        self.table.pairs[(n.chunks * n.lanes,)](
+            q, b, log, pairs, n.cu, n.first, n.owner, *_places(q), *_places(b), *_places(log), n.tokens, n.lanes, shift,
+            how.precision, n.key, how.bt, how.bk, 16, num_warps=own.warps,
+        )  # fmt: skip
+        return pairs
+
+    # --- sizes
+
+    def plan(
+        self, kernel: str, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, cu: Tensor | None
+    ) -> SimpleNamespace:
+        """Blocks, warps and the split of time for one kernel of a call."""
+        batch, tokens, lanes, key = q.shape
+        value = c.shape[-1]
+        dtype = torch.promote_types(torch.promote_types(q.dtype, b.dtype), c.dtype)
+        decay = 0 if log is None else 1 if log.dim() == 3 else 2
+        bk = _block(key)
+        sizes = self.table.tiles[kernel][2 if dtype == torch.bfloat16 else 4]
+        bt, bv, bks, warps, stages = next(tile for largest, tile in sizes if bk <= largest)
+        bv = min(bv, _block(value))
+        sequences = batch if cu is None else cu.shape[0] - 1
+        chunks = batch * -(-tokens // bt) if cu is None else -(-tokens // bt) + sequences
+        first = owner = None
+        if cu is not None:
+            lengths = (cu[1:] - cu[:-1] + bt - 1) // bt
+            ends = lengths.cumsum(0)
+            first = ends - lengths
+            numbers = torch.arange(chunks, device=cu.device)
+            owner = torch.searchsorted(ends, numbers, right=True)
+            owner = torch.where(owner < sequences, owner, -1)
+        wide = -(-value // bv) * (-(-key // bks) if kernel == "states" else 1)
+        segments, segment = self._split(q, sequences * lanes * wide, tokens, bt)
+        return SimpleNamespace(
+            lanes=Lanes(batch, tokens, lanes, key, value, sequences, chunks, cu, first, owner), decay=decay, bt=bt, bk=bk,
+            bks=bks, bv=bv, warps=warps, stages=stages, segments=segments, segment=segment, precision=_PRECISION[dtype],
+            operand=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        )  # fmt: skip
+
+    def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
+        """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise."""
+        processors = self.processors or _multiprocessors(like.device)
+        segments = 1
+        if 0 < programs < processors:
+            segments = min(-(-2 * processors // programs), tokens // (8 * bt))
+        if segments < 3:
+            return 1, max(-(-tokens // bt), 1) * bt
+        each = -(-tokens // (segments * bt)) * bt
+        return -(-tokens // each), each
+
+
+class _ChunkScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: ChunkKernels, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None,
+        cu: Tensor | None, shift: int, scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q, b, c = _laid(q), _laid(b), _laid(c)
+        log = None if log is None else _laid(log)
+        start = None if start is None else start.float().contiguous()
+        ctx.kernels, ctx.shift, ctx.scale = kernels, shift, scale
+        ctx.save_for_backward(q, b, c, log, start, cu)
+        ctx.set_materialize_grads(False)
+        return kernels.forward(q, b, c, log, start, cu, shift, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        q, b, c, log, start, cu = ctx.saved_tensors
+        dy, d_final = grads
+        if dy is None:
+            dy = torch.zeros(*c.shape[:3], c.shape[3], dtype=q.dtype, device=q.device)
+        d_final = None if d_final is None else d_final.float().contiguous()
+        dq, db, dc, dlog, d_start = ctx.kernels.backward(
+            dy, d_final, q, b, c, log, start, cu, ctx.shift, ctx.scale, ctx.needs_input_grad[4]
+        )
+        dlog = None if dlog is None else dlog.to(log.dtype)
+        return None, dq, db, dc, dlog, d_start if ctx.needs_input_grad[5] else None, None, None, None
+
+
+def _laid(x: Tensor) -> Tensor:
+    """A factor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, the last axis of vectors contiguous."""
+    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if even and (x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
+
+
+def _places(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(1), x.stride(2))
+
+
+def _strides(*factors: Tensor | None) -> list[int]:
+    return [s for x in factors for s in _places(x)]
+
+
+def _matrices(n: Lanes, count: int, like: Tensor) -> Tensor:
+    return torch.empty(count, n.lanes, n.key, n.value, dtype=torch.float32, device=like.device)
+
+
+def _block(n: int) -> int:
+    """The least power of two that is not below n, and 16 at least."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+_MULTIPROCESSORS: dict[torch.device, int] = {}
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device not in _MULTIPROCESSORS:
+        _MULTIPROCESSORS[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _MULTIPROCESSORS[device]
