@@ -122,6 +122,19 @@ def test_normal_form_keeps_the_value(seed: int) -> None:
     assert decided > 20
 
 
+@pytest.mark.parametrize(("op", "value"), [("eq", -1), ("eq", 0), ("eq", 1), ("ne", 2), ("eq", Fraction(1, 2))])
+def test_an_index_compared_with_a_number(op: str, value: int | Fraction) -> None:
+    """A position outside the dim is never met, and no dim is known to hold more than position 0."""
+    index = Index("m", "K")
+    test = Op(op, (IndexValue(index), Const(Fraction(value))))
+    body = Op("where", (test, Ref("state", "v", (index,)), Const(Fraction(0))))
+    for reduction in ("sum", "max"):
+        expr = Reduce(reduction, index, body)
+        other = normal_form(expr, eager=False)
+        assert other is not None
+        assert not (text := disagreement(expr, other, random.Random(str(value)), 20)), text
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_bounds_hold(seed: int) -> None:
     for k in range(80):

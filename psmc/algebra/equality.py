@@ -11,6 +11,7 @@ from fractions import Fraction
 from math import gcd
 
 from psmc.algebra import powers
+from psmc.algebra import ring as rg
 from psmc.algebra.extended import Infinite, Value
 from psmc.algebra.facts import Facts
 from psmc.algebra.knowledge import facts_as_constraints, is_positive
@@ -18,7 +19,7 @@ from psmc.algebra.linear import feasible
 from psmc.algebra.normal import Normaliser, integral
 from psmc.algebra.powers import guard_of
 from psmc.algebra.ring import OutOfBudgetError, Ring, SplitError, UndefinedError
-from psmc.algebra.terms import ONE, Atom, Poly
+from psmc.algebra.terms import ONE, Atom, Poly, total
 from psmc.ir import Expr, Index
 from psmc.ir.rewrite import rename
 
@@ -170,14 +171,44 @@ def atoms(poly: Poly) -> list[Atom]:
 
 def vanishes(ring: Ring, poly: Poly) -> tuple[Poly, bool]:
     """(poly without denominators, whether it is zero)."""
+    poly = _cleared(ring, poly)
+    if poly:
+        merged = _merged(ring, poly)
+        if merged is not None:
+            poly = _cleared(ring, merged)
+    return poly, not poly
+
+
+def _merged(ring: Ring, poly: Poly) -> Poly | None:
+    """Functions of rational arguments that are equal only as fractions become one; None if there are no such."""
+    kinds: dict[str, list[Atom]] = {}
+    image: dict[Atom, Atom] = {}
+    outside = {a for m, _ in poly for a, _ in m.factors if a.free.isdisjoint(m.bound)}
+    for atom in sorted(outside, key=lambda a: a.key):
+        if len(atom.args) != 1 or not isinstance(atom.args[0], Poly) or "base" not in atom.key:
+            continue
+        for other in kinds.setdefault(atom.tag, []):
+            if vanishes(ring, atom.args[0] - other.args[0])[1]:
+                image[atom] = other
+                break
+        else:
+            kinds[atom.tag].append(atom)
+    if not image:
+        return None
+    out = []
+    for mono, coef in poly:
+        factors, bound = rg.opened(ring, mono)
+        out.append(rg.times(ring, coef, [(image.get(a, a), p) for a, p in factors], bound))
+    return total(out)
+
+
+def _cleared(ring: Ring, poly: Poly) -> Poly:
     for _ in range(_MAX_CLEARINGS):
-        if not poly:
-            return poly, True
         if not any(a.tag == "base" and p < 0 and a.free.isdisjoint(m.bound) for m, _ in poly for a, p in m.factors):
             break
         (_, factors), _ = powers.content(ring, poly)
         poly = powers.over_unit(ring, poly, (Fraction(1), tuple(f for f in factors if f[0].tag == "base")))
-    return poly, not poly
+    return poly
 
 
 def next_guard(ring: Ring, poly: Poly, free: frozenset[Index]) -> Atom | Poly | None:

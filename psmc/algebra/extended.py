@@ -10,7 +10,7 @@ from psmc.algebra import atoms, comparisons, lattice, powers
 from psmc.algebra import ring as rg
 from psmc.algebra.knowledge import is_positive
 from psmc.algebra.ring import Ring, SplitError, UndefinedError
-from psmc.algebra.terms import UNIT, ZERO, Atom, Poly
+from psmc.algebra.terms import ONE, UNIT, ZERO, Atom, Poly
 from psmc.ir import Index
 
 
@@ -104,32 +104,30 @@ def equal(ring: Ring, x: Value, y: Value) -> Poly:
     """[x == y]."""
     if isinstance(x, Infinite) or isinstance(y, Infinite):
         return UNIT if x == y else ZERO
-    match_ = _index_equality(x - y)
-    return atoms.eye(ring, match_, Fraction(1)) if match_ else comparisons.is_zero(ring, x - y)
+    positions = _positions(ring, x - y)
+    return atoms.eye(ring, positions, Fraction(1)) if positions else comparisons.is_zero(ring, x - y)
 
 
-def _index_equality(difference: Poly) -> tuple[Index | int, Index | int] | None:
-    """(i, j) if the difference is the index i minus the index j of the same dim, or (i, k) for a literal k."""
-    plus: list[Index | int] = []
-    minus: list[Index | int] = []
+def _positions(ring: Ring, difference: Poly) -> tuple[Index, Index | int] | None:
+    """(i, j) if the difference is ±(i - j) of indices of one dim, (i, k) if ±(i - k) and the dim holds position k."""
+    constant = difference.terms.get(ONE, Fraction(0))
+    found: dict[Fraction, Index] = {}
     for mono, coef in difference:
-        if not mono.factors:
-            (minus if coef > 0 else plus).append(int(abs(coef)) if coef.denominator == 1 else -1)
-            continue
-        (atom, p), *more = mono.factors
-        if more or atom.tag != "index" or p != 1 or abs(coef) != 1:
-            return None
-        (plus if coef > 0 else minus).append(atom.args[0])
-    if not plus and len(minus) == 1:
-        plus, minus = minus, [0]
-    elif len(plus) == 1 and not minus:
-        minus = [0]
-    if len(plus) != 1 or len(minus) != 1:
+        if mono.factors:
+            (atom, p), *more = mono.factors
+            if more or atom.tag != "index" or p != 1 or abs(coef) != 1 or coef in found:
+                return None
+            found[coef] = atom.args[0]
+    if len(found) == 2:
+        i, j = found[Fraction(1)], found[Fraction(-1)]
+        return (i, j) if i.dim == j.dim and not constant else None
+    if len(found) != 1:
         return None
-    a, b = plus[0], minus[0]
-    if isinstance(a, Index) and isinstance(b, Index):
-        return (a, b) if a.dim == b.dim else None
-    return (a, b) if -1 not in (a, b) and (isinstance(a, Index) or isinstance(b, Index)) else None
+    ((sign, i),) = found.items()
+    k = -constant * sign
+    if k.denominator != 1 or not 0 <= k < ring.facts.sizes.get(i.dim, 1):
+        return None
+    return i, int(k)
 
 
 def select(ring: Ring, condition: Poly, x: Value, y: Value) -> Value:
