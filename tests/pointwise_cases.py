@@ -150,10 +150,13 @@ class Case:
             return x.to(torch.complex64).to(self.device)
         return x.to(real or self.dtype).to(self.device) if x.is_floating_point() else x.to(self.device)
 
-    def run(self, processors: int | None = None):
-        """The same from the kernels; call after `oracle`."""
+    def run(self, split: bool = False):
+        """The same from the kernels; call after `oracle`. `split`: small tiles, and time in segments."""
         found = kernels(self.agg)
-        before, found.processors = found.processors, processors or found.processors
+        before = found.processors, found.table.tiles
+        if split:
+            found.processors = 8
+            found.table.tiles = {way: dict.fromkeys((2, 4), (2, 2, 1, 2, 2)) for way in ("forward", "backward")}
         inputs = [self._cast(self.inputs[t.name]) for t in self.agg.leaf_inputs]
         for name, longest in taps(self.agg).items():
             inputs += [self._cast(x) for x in lags(self.inputs[name], longest, self.cu, self.mask, self.reset)]
@@ -180,7 +183,7 @@ class Case:
         d_inputs, d_params, d_initial = found.scan_backward(
             cts, ends, inputs, params, initial, outputs, saved, code, cu
         )
-        found.processors = before
+        found.processors, found.table.tiles = before
         grads = {("input", t.name): g for t, g in zip(self.agg.leaf_inputs, d_inputs, strict=False)}
         extra = d_inputs[len(self.agg.leaf_inputs) :]
         for name, longest in taps(self.agg).items():
@@ -195,9 +198,9 @@ class Case:
             grads |= {("initial", n): g for n, g in zip(self.structure.live, d_initial, strict=True)}
         return dict(zip(names, outputs, strict=True)), dict(zip(self.structure.live, finals, strict=True)), grads
 
-    def check(self, processors: int | None = None, tolerance: float = 2e-5) -> None:
+    def check(self, split: bool = False, tolerance: float = 2e-5) -> None:
         outputs, final, grads = self.oracle()
-        mine = self.run(processors)
+        mine = self.run(split)
         for which, (theirs, ours) in enumerate(zip((outputs, final, grads), mine, strict=True)):
             for name, want in theirs.items():
                 got = ours[name]

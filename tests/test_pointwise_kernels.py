@@ -22,8 +22,105 @@ if not INTERPRETED:
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 else:
-    from pointwise_cases import Case, example
+    import torch
+    from pointwise_cases import Case, example, kernels, spec
 
-    @pytest.mark.parametrize("name", ["linear_recurrence", "mingru", "ema", "logsumexp", "affine2x2", "cumsum"])
+    REAL = ["linear_recurrence", "logsumexp", "affine2x2", "cumsum", "welford", "softmax_average"]
+    BONUS = """
+    aggregator bonus {
+      dim H, D
+      input r[H, D], k[H, D], w[H] in (-inf, 0]
+      param u[D]
+      state a[H] = 1, s[H, D] = 0
+      lift { a[i] = exp(w[i]); s[i, j] = k[i, j] }
+      combine (l, r) { a[i] = l.a[i] * r.a[i]; s[i, j] = r.a[i] * l.s[i, j] + r.s[i, j] }
+      output o[i, j] = r[i, j] * (prev.s[i, j] + u[j] * k[i, j]) + s[i, j]^2
+      associative: yes
+    }"""
+    TAPPED = """
+    aggregator tapped {
+      input x, w in (-1, 1)
+      state a = 1, s = 0
+      lift { a = w; s = 0.5 * x + 0.25 * x{-1} - x{-3} * x }
+      combine (l, r) { a = l.a * r.a; s = r.a * l.s + r.s }
+      output y = s * x{-2}
+      associative: yes
+    }"""
+    STARTED = """
+    aggregator started {
+      input x, w in (0, 1)
+      state s = 2
+      recurrence { s = w * s + x }
+      output y = s, before = prev.s * x
+      associative: yes
+    }"""
+
+    @pytest.mark.parametrize("name", [*REAL, "mingru", "ema", "rg_lru", "hgrn"])
     def test_plain(name: str) -> None:
         Case(example(name), 1, 37).check()
+
+    @pytest.mark.parametrize("name", REAL)
+    def test_initial_state_masks_and_resets(name: str) -> None:
+        Case(example(name), 2, 35, lanes=(2,), initial=True, masked=True, resets=True).check()
+        Case(example(name), 1, 34, lanes=(1,), masked=True, resets=True, seed=1).check()
+
+    @pytest.mark.parametrize("name", ["linear_recurrence", "logsumexp"])
+    @pytest.mark.parametrize("initial", [False, True])
+    def test_packed_sequences(name: str, initial: bool) -> None:
+        cu = [0, 1, 1, 35, 40]
+        Case(example(name), 1, 40, lanes=(2,), cu=cu, initial=initial).check()
+        Case(example(name), 1, 40, lanes=(2,), cu=cu, initial=initial, masked=True, resets=True).check()
+
+    @pytest.mark.parametrize("text", [BONUS, TAPPED, STARTED])
+    def test_what_a_readout_and_a_lift_may_read(text: str) -> None:
+        agg = spec(text)
+        Case(agg, 1, 35, lanes=(2,), initial=not agg.inputs[0].name == "x").check()
+        Case(agg, 1, 35, lanes=(), masked=True, resets=True).check()
+
+    def test_complex() -> None:
+        Case(example("lru"), 1, 35, lanes=(3,), initial=True).check()
+        Case(example("lru"), 2, 5, lanes=(2,), masked=True, resets=True).check()
+
+    def test_lanes_that_some_tensors_lack() -> None:
+        lanes = {"a": (1, 2), "h": (2, 4), "*": (2, 4)}
+        Case(example("linear_recurrence"), 1, 9, lanes=lanes, initial=True).check()
+        Case(example("hgrn"), 2, 5, lanes={"fgate": (1,), "x": (4,), "*": (4,)}, param_lanes=()).check()
+        Case(example("hgrn"), 1, 5, lanes=(2, 3), param_lanes=(1, 3)).check()
+        Case(spec(BONUS), 1, 5, lanes={"r": (4,), "k": (2,), "w": (1,), "*": (4,)}, param_lanes=(2,)).check()
+
+    @pytest.mark.parametrize("name", ["linear_recurrence", "logsumexp", "cumsum"])
+    @pytest.mark.parametrize("flags", [False, True])
+    def test_segments(name: str, flags: bool) -> None:
+        Case(example(name), 1, 149, lanes=(2,), initial=flags, masked=flags, resets=flags).check(split=True)
+
+    def test_segments_of_packed_sequences() -> None:
+        Case(example("linear_recurrence"), 1, 161, lanes=(1,), cu=[0, 0, 3, 150, 161]).check(split=True)
+        Case(spec(STARTED), 1, 161, lanes=(1,), cu=[0, 3, 161], masked=True, resets=True).check(split=True)
+
+    @pytest.mark.parametrize("length", [0, 1, 2])
+    def test_short_sequences(length: int) -> None:
+        Case(example("linear_recurrence"), 2, length, lanes=(2,), initial=True).check()
+        Case(example("logsumexp"), 1, length, lanes=(2,)).check()
+
+    def test_empty() -> None:
+        Case(example("linear_recurrence"), 0, 3, lanes=(2,)).check()
+        Case(example("linear_recurrence"), 1, 3, lanes=(0,)).check()
+
+    def test_half_precision() -> None:
+        Case(example("mingru"), 1, 33, dtype=torch.bfloat16).check(tolerance=2e-2)
+
+    @pytest.mark.parametrize("name", ["linear_recurrence", "logsumexp", "lru", "segmented_sum"])
+    def test_steps_are_the_scan(name: str) -> None:
+        case = Case(example(name), 3, 4, lanes=(2,), initial=True)
+        outputs, final, _ = case.oracle()
+        found = kernels(case.agg)
+        order = torch.tensor([2, 0, 1])
+        state = [case._cast(case.initial[n], torch.float32)[order] for n in case.structure.live]
+        slots = torch.argsort(order)
+        for t in range(4):
+            inputs = [case._cast(case.inputs[x.name][:, t]) for x in case.agg.leaf_inputs]
+            here = found.step_in_place(state, inputs, [case._cast(p) for p in case.params.values()], slots)
+            for got, want in zip(here, outputs.values(), strict=True):
+                torch.testing.assert_close(got.to(want.dtype), want[:, t].detach(), rtol=1e-5, atol=1e-5)
+        for got, name in zip(state, case.structure.live, strict=True):
+            torch.testing.assert_close(got[slots].to(final[name].dtype), final[name].detach(), rtol=1e-5, atol=1e-5)

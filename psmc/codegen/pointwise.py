@@ -129,7 +129,7 @@ def _forward(one: Lane, tensors: Tensors) -> dict[str, object]:
     return {
         "pointers": pointers.text(),
         "maps": _maps(labels),
-        "tensors": [t for t in labels if t not in tensors.labels(tensors.params)],
+        "labels": labels,
         "params": params,
         "tokens": tokens,
         "outputs": outputs,
@@ -157,7 +157,7 @@ def _segments(one: Lane, tensors: Tensors) -> dict[str, object]:
         "fold_pointers": fold.text(),
         "carry_pointers": carry.text(),
         "maps": _maps(labels),
-        "tensors": [t for t in labels if t not in tensors.labels(tensors.params)],
+        "labels": labels,
         "params": params,
         "tokens": tokens,
         "lane": _lane_context(one, live, element),
@@ -173,7 +173,7 @@ def _step(one: Lane, tensors: Tensors) -> dict[str, object]:
     return {
         "step_pointers": pointers.text(),
         "maps": _maps(labels),
-        "tensors": [t for t in labels if t not in tensors.labels(tensors.params)],
+        "labels": labels,
         "params": params,
         "tokens": tokens,
         "outputs": outputs,
@@ -212,15 +212,14 @@ def _backward(one: Lane, tensors: Tensors) -> dict[str, object]:
     ]
     shares = [_share(t, back, outs[t.label]) for t in tensors.input_shares]
     param_shares = [_share(t, back, outs[t.label]) for t in tensors.param_shares]
-    params_labels = tensors.labels(tensors.params)
     return {
         "pointers": main.text(),
         "fold_pointers": fold.text(),
         "carry_pointers": carry.text(),
         "maps": _maps(labels),
         "fold_maps": _maps(fold_labels),
-        "tensors": [t for t in labels if t not in params_labels],
-        "fold_tensors": [t for t in fold_labels if t not in params_labels],
+        "labels": labels,
+        "fold_labels": fold_labels,
         "params": params,
         "fold_params": fold_params,
         "now": [f for f in now if f.key in here],
