@@ -17,11 +17,11 @@ from torch.nn import functional as F
 class Settings:
     """Sized for two CPU cores and less than a minute."""
 
-    steps: int = 240
-    batch: int = 24
+    steps: int = 600
+    batch: int = 8
     length: int = 192
     rate: float = 4e-3
-    warm: int = 20
+    warm: float = 0.07  # of the steps
     points: int = 12  # of the curve
 
 
@@ -62,7 +62,7 @@ def train(model: ByteModel, text: Tensor, held: Tensor, settings: Settings) -> I
     for step in range(1, s.steps + 1):
         fall = 0.05 + 0.95 * (1 + math.cos(math.pi * step / s.steps)) / 2
         for group in optimiser.param_groups:
-            group["lr"] = s.rate * min(1.0, step / s.warm) * fall
+            group["lr"] = s.rate * min(1.0, step / max(1.0, s.warm * s.steps)) * fall
         at = torch.randint(len(text) - s.length, (s.batch,), generator=generator)
         rows = text[at[:, None] + torch.arange(s.length + 1)]
         loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
@@ -75,7 +75,7 @@ def train(model: ByteModel, text: Tensor, held: Tensor, settings: Settings) -> I
 
 
 @torch.no_grad()
-def generate(model: ByteModel, prompt: str, count: int, temperature: float = 0.7) -> tuple[str, float]:
+def generate(model: ByteModel, prompt: str, count: int, temperature: float = 0.5) -> tuple[str, float]:
     """Text byte by byte through `step`, and the largest difference of its logits to those of one parallel call."""
     generator = torch.Generator().manual_seed(1)
     seen = list(prompt.encode())
