@@ -12,9 +12,12 @@ _KERNELS = ("forward", "states", "join", "gradients", "pairs", "inner")
 
 
 def print_chunk_kernels(structure: Structure) -> str:
-    """Module text that defines MATRICES, a `runtime.kit_chunk_kernels.ChunkKernels` (pasted below it)."""
-    affine = [layer.affine for layer in structure.layers if layer.affine is not None]
-    return kernel_text(tiles(any(a.decay.kind in ("K", "KV") for a in affine)))
+    """Module text that defines CHUNK_KERNELS, the table of `runtime.kit_chunk_kernels`, and KERNELS; '' if no layer is
+    one for these kernels."""
+    found = [x.affine for x in structure.layers if x.affine is not None and x.cls == "affine" and by_kernel(x.affine)]
+    if not found:
+        return ""
+    return kernel_text(tiles(any(a.decay.kind == "K" for a in found))) + "\n\nKERNELS = None\n"
 
 
 def kernel_text(sizes: ChunkTiles) -> str:

@@ -8,6 +8,7 @@ import re
 
 from psmc.algebra.verdict import Proof, Proved, Refuted, Unknown, Verdict
 from psmc.codegen.chunk_code import print_layers
+from psmc.codegen.chunk_kernels import print_chunk_kernels
 from psmc.codegen.paste import KIT, Pasted, imports, paste
 from psmc.codegen.pointwise import print_kernels
 from psmc.codegen.render import render
@@ -31,7 +32,10 @@ def emit(
     live = structure.live if structure is not None and plan.fold == "scan" else tuple(c.name for c in agg.state)
     extern = isinstance(agg.combine, Extern)
     kernels = _kernels(agg, structure, plan)
-    files = (*KIT[:-2], "kit_chunk", "kit_layers", *KIT[-2:]) if plan.name == "chunked" else KIT
+    matrices = plan.name == "chunked" and bool(kernels)
+    files = KIT
+    if plan.name == "chunked":
+        files = (*KIT[:-2], "kit_chunk", *(["kit_chunk_kernels"] if matrices else []), "kit_layers", *KIT[-2:])
     pasted = paste(files)
     sources, layers = function_sources(agg, live), ""
     if plan.name == "chunked" and structure is not None:
@@ -55,7 +59,7 @@ def emit(
         spec=_docstring(spec_text),
         summary=[*_proof_lines(declared, proof), f"Plan: {plan.name}. " + "; ".join(plan.why) + "."],
         command=f"psmc compile {file}",
-        imports=imports(paste((*files, "kit_launch")) if kernels else pasted, extra),
+        imports=imports(paste((*files, "kit_launch")) if kernels and not matrices else pasted, extra),
         public=public,
         mathematics=functions.strip() + "\n",
         kernels=kernels.strip(),
@@ -65,6 +69,7 @@ def emit(
             [
                 *(f"{n}={n}" for n in names),
                 *(["layered=run_layers", "layers=LAYERS", "readout=readout"] if layers else []),
+                *(["matrices=ChunkKernels(CHUNK_KERNELS)"] if matrices else []),
             ]
         ),
         layers=layers,
@@ -87,9 +92,11 @@ def _require_free(declared: Aggregator, pasted: Pasted, code: str) -> None:
 
 
 def _kernels(agg: Aggregator, structure: Structure | None, plan: Plan) -> str:
-    if structure is None or not isinstance(plan, PointwisePlan):
-        return ""
-    return print_kernels(agg, structure, plan)
+    if structure is not None and isinstance(plan, PointwisePlan):
+        return print_kernels(agg, structure, plan)
+    if structure is not None and plan.name == "chunked":
+        return print_chunk_kernels(structure)
+    return ""
 
 
 def _docstring(text: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 
@@ -42,25 +44,32 @@ class ChunkKernels:
 
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
-        shift: int = 0, scale: float = 1.0,
+        shift: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in q's dtype, and the last state [N, G, K, V] in fp32.
+        """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in `dtype` (q's), and the last state [N, G, K, V] in fp32.
 
         q, b [B, T, G, K], c [B, T, G, V]; log: log of the decay, None, [B, T, G] or [B, T, G, K]; start [N, G, K, V] or
         None; cu: N + 1 offsets of sequences in a batch of 1. Differentiable in q, b, c, log and start.
         """
-        found: tuple[Tensor, Tensor] = _ChunkScan.apply(self, q, b, c, log, start, cu, shift, scale)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor] = _ChunkScan.apply(self, q, b, c, log, start, cu, shift, scale, dtype or q.dtype)  # type: ignore[no-untyped-call]
         return found
+
+    def layer(
+        self, call: Any, layer: Any, sizes: list[int], found: dict[str, Tensor], start: Tensor | None,
+        mask: Tensor | None, reset: Tensor | None, cu: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor] | None:  # fmt: skip
+        """`matrix_layer` with these kernels."""
+        return matrix_layer(self, call, layer, sizes, found, start, mask, reset, cu)
 
     # --- launches
 
     def forward(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None, shift: int,
-        scale: float,
+        scale: float, dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         how = self.plan("forward", q, b, c, log, cu)
         n = how.lanes
-        y = torch.empty(n.batch, n.tokens, n.lanes, n.value, dtype=q.dtype, device=q.device)
+        y = torch.empty(n.batch, n.tokens, n.lanes, n.value, dtype=dtype, device=q.device)
         final = _matrices(n, n.sequences, q)
         if not n.batch * n.tokens * n.lanes:
             return y, final.zero_() if start is None else final.copy_(start)
@@ -93,8 +102,8 @@ class ChunkKernels:
         if not dy.numel():
             return dq, db, dc, dlog, d_start.zero_() if d_final is None else d_final.float()
         dy = dy.contiguous()
-        states = self.states(b, c, log, start, None, False, shift, 1.0, cu)
-        costates = self.states(q, dy, log, d_final, d_start, True, shift, scale, cu)
+        states = self.states(b, c, log, start, None, False, shift, 1.0, cu, how.bt)
+        costates = self.states(q, dy, log, d_final, d_start, True, shift, scale, cu, how.bt)
         pairs = self._pairs(q, b, log, shift, how)
         grid = (n.chunks * n.lanes,)
         shared = (*_strides(q, b, c, log), n.tokens, n.lanes, scale)
@@ -104,7 +113,7 @@ class ChunkKernels:
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         if how.decay == 2:
-            inner = self.plan("inner", q, b, c, log, cu)
+            inner = self.plan("inner", q, b, c, log, cu, how.bt)
             self.table.inner[grid](
                 q, b, c, log, dy, dq, db, dlog, n.cu, n.first, n.owner, *shared, shift, how.precision, n.key,
                 n.value, how.bt, how.bk, _block(n.value), 16, num_warps=inner.warps,
@@ -112,11 +121,11 @@ class ChunkKernels:
         return dq, db, dc, dlog, d_start
 
     def states(
-        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, back: bool, shift: int,
-        scale: float, cu: Tensor | None,
+        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, back: bool,
+        shift: int, scale: float, cu: Tensor | None, bt: int = 0,
     ) -> Tensor:  # fmt: skip
         """The state before each chunk (behind it, if `back`), [chunks, G, K, V] as operands; into `end`: the last."""
-        how = self.plan("states", x, x, z, log, cu)
+        how = self.plan("states", x, x, z, log, cu, bt)
         n = how.lanes
         states = torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=how.operand, device=x.device)
         if how.segments > 1:
@@ -135,8 +144,8 @@ class ChunkKernels:
         ends, starts = (_matrices(n, n.sequences * how.segments, x) for _ in range(2))
         width = n.key if how.decay == 2 else 1
         left = torch.empty(n.sequences, how.segments, n.lanes, width, dtype=torch.float32, device=x.device)
-        own = self.plan("states", x, x, z, log, n.cu)
-        own.bt, own.segments, own.segment = how.bt, how.segments, how.segment
+        own = self.plan("states", x, x, z, log, n.cu, how.bt)
+        own.segments, own.segment = how.segments, how.segment
         self._walk(x, z, log, None, ends, left, None, back, shift, scale, own)
         block = min(1024, _block(n.key * n.value))
         self.table.join[(n.sequences * n.lanes * -(-n.key * n.value // block),)](
@@ -153,8 +162,8 @@ class ChunkKernels:
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
         self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
             x, z, log, start, end, left, states, n.cu, n.first, *_places(x), *_places(z), *_places(log), n.tokens,
-            how.segments, how.segment, n.lanes, scale, back, how.decay, shift, how.precision, n.key, n.value, how.bt, bk,
-            how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+            how.segments, how.segment, n.lanes, scale, back, how.decay, shift, how.precision, n.key, n.value, how.bt,
+            bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
 
     def _pairs(self, q: Tensor, b: Tensor, log: Tensor | None, shift: int, how: SimpleNamespace) -> Tensor | None:
@@ -163,7 +172,7 @@ class ChunkKernels:
             return None
         n = how.lanes
         pairs = torch.empty(n.batch, n.tokens, n.lanes, how.bt, dtype=how.operand, device=q.device)
-        own = self.plan("pairs", q, b, b, log, n.cu)
+        own = self.plan("pairs", q, b, b, log, n.cu, how.bt)
         self.table.pairs[(n.chunks * n.lanes,)](
             q, b, log, pairs, n.cu, n.first, n.owner, *_places(q), *_places(b), *_places(log), n.tokens, n.lanes, shift,
             how.precision, n.key, how.bt, how.bk, 16, num_warps=own.warps,
@@ -173,16 +182,17 @@ class ChunkKernels:
     # --- sizes
 
     def plan(
-        self, kernel: str, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, cu: Tensor | None
+        self, kernel: str, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, cu: Tensor | None, bt: int = 0
     ) -> SimpleNamespace:
-        """Blocks, warps and the split of time for one kernel of a call."""
+        """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
         batch, tokens, lanes, key = q.shape
         value = c.shape[-1]
         dtype = torch.promote_types(torch.promote_types(q.dtype, b.dtype), c.dtype)
         decay = 0 if log is None else 1 if log.dim() == 3 else 2
         bk = _block(key)
         sizes = self.table.tiles[kernel][2 if dtype == torch.bfloat16 else 4]
-        bt, bv, bks, warps, stages = next(tile for largest, tile in sizes if bk <= largest)
+        own, bv, bks, warps, stages = next(tile for largest, tile in sizes if bk <= largest)
+        bt = bt or own
         bv = min(bv, _block(value))
         sequences = batch if cu is None else cu.shape[0] - 1
         chunks = batch * -(-tokens // bt) if cu is None else -(-tokens // bt) + sequences
@@ -197,9 +207,9 @@ class ChunkKernels:
         wide = -(-value // bv) * (-(-key // bks) if kernel == "states" else 1)
         segments, segment = self._split(q, sequences * lanes * wide, tokens, bt)
         return SimpleNamespace(
-            lanes=Lanes(batch, tokens, lanes, key, value, sequences, chunks, cu, first, owner), decay=decay, bt=bt, bk=bk,
-            bks=bks, bv=bv, warps=warps, stages=stages, segments=segments, segment=segment, precision=_PRECISION[dtype],
-            operand=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+            lanes=Lanes(batch, tokens, lanes, key, value, sequences, chunks, cu, first, owner), decay=decay, bt=bt,
+            bk=bk, bks=bks, bv=bv, warps=warps, stages=stages, segments=segments, segment=segment,
+            precision=_PRECISION[dtype], operand=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
         )  # fmt: skip
 
     def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
@@ -214,11 +224,70 @@ class ChunkKernels:
         return -(-tokens // each), each
 
 
+def matrix_layer(
+    kernels: ChunkKernels, call: Any, layer: Any, sizes: list[int], found: dict[str, Tensor], start: Tensor | None,
+    mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+) -> tuple[list[Tensor], Tensor] | None:  # fmt: skip
+    """The linear readouts of a layer, [B, T, G, V] each, and its last state [N, G, K, V]; None: not for the kernels.
+
+    sizes: outer, key and value; found: the layer's factors; start [N, G, K, V]; mask, reset: [B, T] bool. Readouts of S
+    and of prev.S, and columns of the injection, add up: one scan for each.
+    """
+    batch, length = call.leading
+    outer, key, value = sizes[: layer.outer], sizes[layer.outer], 1 if layer.vector else sizes[-1]
+    like = found["b0"]
+    if layer.rank or "log_value" in found or not layer.reads or not length or not kernels.takes(key, value, like):
+        return None
+    lanes = prod(call.lanes) * prod(outer)
+
+    def rows(name: str, width: tuple[int, ...] = (-1,)) -> Tensor:
+        x = found[name]
+        x = x.expand(batch, length, *call.lanes, *outer, *width)
+        return x.reshape(batch, length, lanes, *width)
+
+    def factor(name: str) -> Tensor:
+        if layer.vector and name[0] == "c":
+            return rows(name, ()).unsqueeze(-1).to(dtype)
+        return rows(name).to(dtype)
+
+    dtype = call.dtype if call.dtype in _PRECISION else torch.float32
+    log = rows("log", ()) if "log" in found else rows("log_key") if "log_key" in found else None
+    on = None if mask is None else mask[..., None, None]
+    if log is not None and on is not None:
+        log = torch.where(on if log.dim() == 4 else on[..., 0], log, 0.0)
+    if reset is not None:
+        cut = reset[..., None] if log is None or log.dim() == 3 else reset[..., None, None]
+        log = torch.where(cut, -torch.inf, 0.0 if log is None else log)
+        log = log.expand(batch, length, lanes) if log.dim() == 3 else log
+    outputs: list[Tensor] = []
+    final = None
+    columns = [(factor(f"b{k}"), factor(f"c{k}")) for k in range(layer.columns)]
+    for r in range(len(layer.reads)):
+        total = None
+        for name, shift in ((f"q{r}", 0), (f"p{r}", 1)):
+            if name not in found:
+                continue
+            q = factor(name)
+            if shift and reset is not None:
+                q = torch.where(reset[..., None, None], 0.0, q)  # what is before a restart is nothing
+            ends = []
+            for k, (b, c) in enumerate(columns):
+                b = b if on is None else torch.where(on, b, 0.0)
+                y, end = kernels.scan(q, b, c, log, None if k else start, cu, shift, 1.0, call.dtype)
+                total = y if total is None else total + y
+                ends.append(end)
+            final = sum(ends[1:], ends[0]) if final is None else final
+        assert total is not None
+        outputs.append(total)
+    assert final is not None
+    return outputs, final
+
+
 class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, kernels: ChunkKernels, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None,
-        cu: Tensor | None, shift: int, scale: float,
+        cu: Tensor | None, shift: int, scale: float, dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         q, b, c = _laid(q), _laid(b), _laid(c)
         log = None if log is None else _laid(log)
@@ -226,9 +295,10 @@ class _ChunkScan(torch.autograd.Function):
         ctx.kernels, ctx.shift, ctx.scale = kernels, shift, scale
         ctx.save_for_backward(q, b, c, log, start, cu)
         ctx.set_materialize_grads(False)
-        return kernels.forward(q, b, c, log, start, cu, shift, scale)
+        return kernels.forward(q, b, c, log, start, cu, shift, scale, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         q, b, c, log, start, cu = ctx.saved_tensors
         dy, d_final = grads
@@ -239,11 +309,11 @@ class _ChunkScan(torch.autograd.Function):
             dy, d_final, q, b, c, log, start, cu, ctx.shift, ctx.scale, ctx.needs_input_grad[4]
         )
         dlog = None if dlog is None else dlog.to(log.dtype)
-        return None, dq, db, dc, dlog, d_start if ctx.needs_input_grad[5] else None, None, None, None
+        return None, dq, db, dc, dlog, d_start if ctx.needs_input_grad[5] else None, *[None] * 4
 
 
 def _laid(x: Tensor) -> Tensor:
-    """A factor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, the last axis of vectors contiguous."""
+    """A factor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous."""
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     return x if even and (x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 

@@ -59,13 +59,14 @@ def run_layers(
     for layer in rules.layers:
         if isinstance(layer, Scanned):
             prefix, previous, end = _scanned(spec, rules, call, layer, x, params, initial, mask, reset)
-            after |= prefix
-            before |= previous
+            after |= fill_masked(prefix, mask)  # what is read of padding may be infinite and must not meet a gradient
+            before |= fill_masked(previous, mask)
             final |= end
             continue
         found = layer.factors(tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n)
-        outputs, state = _chunked(spec, call, layer, found, initial, mask, reset)
-        after |= outputs
+        kernels = getattr(rules, "matrices", None)
+        outputs, state = _chunked(spec, call, layer, found, initial, mask, reset, kernels)
+        after |= fill_masked(outputs, mask)
         final[layer.component] = state
     answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
     outputs = {s.name: as_output(answer[s.name], s, call, leading) for s in spec.outputs}
@@ -118,6 +119,7 @@ def _chunked(
     initial: Values | None,
     mask: Tensor | None,
     reset: Tensor | None,
+    kernels: Any,
 ) -> tuple[Values, Tensor]:
     """The layer's linear readouts by name and its final state [B, *lanes, *dims]."""
     slot = next(s for s in spec.components if s.name == layer.component)
@@ -139,11 +141,6 @@ def _chunked(
     def columns(letter: str, count: int) -> tuple[Tensor, ...]:
         return tuple(rows(f"{letter}{k}") for k in range(count))
 
-    queries = tuple((rows(f"q{k}"), rows(f"p{k}")) for k in range(len(layer.reads)))
-    factors = Factors(
-        rows("log" if "log" in found else "log_key"), rows("log_value"),
-        columns("u", layer.rank), columns("w", layer.rank), columns("b", layer.columns), columns("c", layer.columns), queries,
-    )  # fmt: skip
     key, value = sizes[layer.outer], 1 if layer.vector else sizes[-1]
     if initial is None:
         start = torch.zeros(batch, lanes, key, value, dtype=call.compute, device=call.device)
@@ -153,12 +150,23 @@ def _chunked(
         front = list(range(given.dim() - rank))
         given = given.permute(*front, *(given.dim() - rank + k for k in layer.order))
         start = given.reshape(batch, lanes, key, value)
-    outputs, state = chunk_scan(
-        factors, start, None if mask is None else mask[:, None], None if reset is None else reset[:, None]
-    )
+    done = None if kernels is None else kernels.layer(call, layer, sizes, found, start, mask, reset)
+    if done is not None:
+        outputs, state = done
+    else:
+        queries = tuple((rows(f"q{k}"), rows(f"p{k}")) for k in range(len(layer.reads)))
+        factors = Factors(
+            rows("log" if "log" in found else "log_key"), rows("log_value"),
+            columns("u", layer.rank), columns("w", layer.rank), columns("b", layer.columns),
+            columns("c", layer.columns), queries,
+        )  # fmt: skip
+        across, state = chunk_scan(
+            factors, start, None if mask is None else mask[:, None], None if reset is None else reset[:, None]
+        )
+        outputs = [o.transpose(1, 2) for o in across]
     y = {}
     for name, o in zip(layer.reads, outputs, strict=True):
-        whole = o.transpose(1, 2).reshape(batch, length, *call.lanes, *outer, value)
+        whole = o.reshape(batch, length, *call.lanes, *outer, value)
         y[name] = whole[..., 0] if layer.vector else whole
     state = state.reshape(batch, *call.lanes, *sizes[: len(layer.order)] if not layer.vector else (*outer, key))
     front = list(range(1 + len(call.lanes)))
