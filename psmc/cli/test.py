@@ -97,9 +97,9 @@ def command(
 
 
 def _require(device: str) -> None:
-    import torch
+    from psmc.duality import available
 
-    if device == "cuda" and not torch.cuda.is_available():
+    if not available(device):
         raise click.UsageError("this machine has no CUDA device that torch can use: pass --device cpu.")
 
 

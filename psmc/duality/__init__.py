@@ -18,7 +18,14 @@ from typing import Any
 from psmc.duality.batch import DTYPES, Batch
 from psmc.duality.report import Row, Setting
 
-__all__ = ["DTYPES", "Row", "Setting", "count", "duality"]
+__all__ = ["DTYPES", "Row", "Setting", "available", "count", "duality"]
+
+
+def available(device: str) -> bool:
+    """Whether torch can use 'cpu' or 'cuda' here."""
+    import torch
+
+    return device != "cuda" or torch.cuda.is_available()
 
 
 def count(setting: Setting) -> int:
