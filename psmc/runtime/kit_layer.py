@@ -89,7 +89,9 @@ def scan_tokens(
                 combine, advance, lift(x), empty, carry=carry, exists=exists, initial=entering,
                 initial_exists=initial_exists, valid=v, entry=e, previous=previous,
             )  # fmt: skip
-        outputs = {} if output is None else output(scan.prefix, scan.previous, x)
+        # Before the first token that counts a state may be infinite: no readout of it may meet a gradient.
+        read, before = fill_masked(scan.prefix, v), scan.previous and fill_masked(scan.previous, v)
+        outputs = {} if output is None else output(read, before, x)
         if v is not None:
             outputs = {k: torch.where(_flag(v, o), o, torch.zeros_like(o)) for k, o in outputs.items()}
         final = {} if rows is None else {k: s[0].index_select(0, rows) for k, s in scan.prefix.items()}
