@@ -1,0 +1,3211 @@
+"""gla: Gated linear attention: S' = diag(exp g) S + k vᵀ, o = qᵀS / sqrt(K). Yang et al. 2023, arXiv 2312.06635.
+
+    aggregator gla {
+      '''Gated linear attention: S' = diag(exp g) S + k vᵀ, o = qᵀS / sqrt(K). Yang et al. 2023, arXiv 2312.06635.'''
+      dim K, V
+      input q[K], k[K], v[V], g[K] in (-inf, 0]
+      state a[K] = 1, S[K, V] = 0
+
+      lift {
+        a[i] = exp(g[i])
+        S[i, j] = k[i] * v[j]
+      }
+
+      combine (l, r) {
+        a[i] = l.a[i] * r.a[i]
+        S[i, j] = r.a[i] * l.S[i, j] + r.S[i, j]
+      }
+
+      output o[i] = (sum[j] q[j] * S[j, i]) / sqrt(K)
+
+      associative: yes
+    }
+
+Proof (associative): proved over the reals, for all sizes (normal form).
+Proof (identity element): proved over the reals, for all sizes (normal form).
+Plan: chunked. affine matrix state: chunks of tokens as batched matrix products.
+
+Written by psmc; regenerate with: psmc compile gla.psm
+The mathematics of the spec comes first, then its kernels, then the runtime that all such modules share.
+Needs torch, and triton for tensors on a GPU; nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import isqrt, prod
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["gla"]
+
+
+# --- the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+
+def lift(x, p, n):
+    a = torch.exp(x.g)
+    S = x.k[..., :, None] * x.v[..., None, :]
+    return {"a": a, "S": S}
+
+
+def combine(l, r, p, n):
+    a = l.a * r.a
+    S = r.a[..., :, None] * l.S + r.S
+    return {"a": a, "S": S}
+
+
+def advance(l, r, p, n):
+    S = r.a[..., :, None] * l.S + r.S
+    return {"S": S}
+
+
+def output(s, prev, x, p, n):
+    o = torch.einsum("...j,...ji->...i", x.q, s.S) / math.sqrt(n.K)
+    return {"o": o}
+
+
+def identity(n, like):
+    a = like.new_full((n.K,), 1)
+    S = like.new_full((n.K, n.V), 0)
+    return {"a": a, "S": S}
+
+
+def factors_0(x, s, prev, p, n):
+    q0 = x.q / math.sqrt(n.K)
+    return {"log_key": x.g, "b0": x.k, "c0": x.v, "q0": q0}
+
+
+def readout(s, prev, x, p, n):
+    return {"o": s.y_S}
+
+
+# --- kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1)).
+#
+#   N sequences, G lanes each; token t of lane g of a factor x lies at x + (first row + t) * x_t + g * x_g, its last
+#   axis contiguous. K, V: sizes of the state; BK, BV: blocks of them; BT tokens a chunk; NT chunks a sequence.
+#   R(t, s)   product of the decays of the tokens s+1 .. t: 2 ** a sum of logs, computed without cancellation
+#   DECAY     0: D is 1; 1: a number a token; 2: a vector over K.      SHIFT  1: y reads the state before its token
+#   to        [BT] or [BT, BK] logs of R(t - SHIFT, chunk's start)     after  logs of R(chunk's end, t)
+#   A [BT, BT]    q_t . b_s R(t - SHIFT, s) for s <= t - SHIFT, else 0
+#   y = 2**to q S + A c;    S at the end = 2**total S + (2**after b)' c;   the costate G runs backwards alike, from (q, dy)
+#   PREC      operands of all products: "bf16"; "tf32" (for fp16 inputs, which have its digits); "tf32x3" (for fp32)
+# States, sums of logs and accumulators are fp32; stored states of chunks are operands (bf16 or fp32).
+# Least traffic forward: q, b, c, D and y once, (2K + 2V) e bytes a token and lane at e bytes a number; least work
+# 4 K V FLOPs; backward 11/4 and 5/2 of that. A chunk adds 4 BT (K + V) FLOPs a token, its state 2 K V e / BT bytes.
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU tensors do not need it
+    triton = None
+
+
+def jit(fn=None, **options):
+    """triton.jit where there is triton."""
+    if fn is None:
+        return lambda f: jit(f, **options)
+    return fn if triton is None else triton.jit(fn, **options)
+
+
+@jit
+def product(x, z, PREC: tl.constexpr):
+    if PREC == "bf16":
+        found = tl.dot(x.to(tl.bfloat16), z.to(tl.bfloat16))
+    else:
+        found = tl.dot(x.to(tl.float32), z.to(tl.float32), input_precision=PREC)
+    return found
+
+
+@jit
+def sequence(p_cu, p_chunks, i_n, T, BT: tl.constexpr):
+    """First row, number of tokens and first chunk of a sequence."""
+    if p_cu is not None:
+        bos = tl.load(p_cu + i_n).to(tl.int64)
+        total = (tl.load(p_cu + i_n + 1).to(tl.int64) - bos).to(tl.int32)
+        chunk = tl.load(p_chunks + i_n).to(tl.int64)
+    else:
+        bos, total, chunk = i_n * T, T, i_n * tl.cdiv(T, BT)
+    return bos, total, chunk
+
+
+@jit
+def chunk_owner(p_owner, i_c, T, BT: tl.constexpr):
+    """The sequence of a chunk; -1: there is no such chunk."""
+    if p_owner is not None:
+        i_n = tl.load(p_owner + i_c).to(tl.int64)
+    else:
+        i_n = i_c // tl.cdiv(T, BT)
+    return i_n
+
+
+@jit
+def rows(p_x, row, x_t, length, o_w, W: tl.constexpr, BT: tl.constexpr):
+    """Tile [BT, BW] of tokens from `row` on; `length` of them exist. The pointer is at the lane."""
+    t = tl.arange(0, BT)
+    m = (t < length)[:, None] & (o_w < W)[None, :]
+    return tl.load(p_x + row * x_t + (t * x_t)[:, None] + o_w[None, :], mask=m, other=0)
+
+
+@jit
+def logs(p_log, row, l_t, length, o_k, AT: tl.constexpr, DECAY: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    """log2 of the decays of the tokens t + AT, 0 outside the chunk: [BT] or [BT, BK]. No decay is below 2**-1024."""
+    t = tl.arange(0, BT) + AT
+    m = (t >= 0) & (t < BT) & (t < length)
+    if DECAY == 1:
+        x = tl.load(p_log + row * l_t + t * l_t, mask=m, other=0)
+    else:
+        m_k = m[:, None] & (o_k < K)[None, :]
+        x = tl.load(p_log + row * l_t + (t * l_t)[:, None] + o_k[None, :], mask=m_k, other=0)
+    return tl.maximum(x.to(tl.float32) * 1.4426950408889634, -1024.0)
+
+
+@jit
+def since_start(p_log, row, l_t, length, o_k, SHIFT: tl.constexpr, DECAY: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    return tl.cumsum(logs(p_log, row, l_t, length, o_k, -SHIFT, DECAY, K, BT), 0)
+
+
+@jit
+def until_end(p_log, row, l_t, length, o_k, DECAY: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    return tl.cumsum(logs(p_log, row, l_t, length, o_k, 1, DECAY, K, BT), 0, reverse=True)
+
+
+@jit
+def ratio(p_log, row, l_t, length, SHIFT: tl.constexpr, FLIP: tl.constexpr, BT: tl.constexpr):
+    """R(t - SHIFT, s) [BT, BT], 0 above; FLIP: its transpose. Logs are summed as integers and remainders, so that a
+    difference behind strong decays keeps its digits. No decay: p_log is None."""
+    t = tl.arange(0, BT)
+    if FLIP:
+        m = t[None, :] - SHIFT >= t[:, None]
+    else:
+        m = t[:, None] - SHIFT >= t[None, :]
+    if p_log is None:
+        found = tl.where(m, 1.0, 0.0)
+    else:
+        x = logs(p_log, row, l_t, length, t, 0, 1, 1, BT)
+        whole = tl.floor(x + 0.5)
+        w_s, f_s = tl.cumsum(whole, 0), tl.cumsum(x - whole, 0)
+        w_t, f_t = w_s, f_s
+        if SHIFT:
+            x = logs(p_log, row, l_t, length, t, -1, 1, 1, BT)
+            whole = tl.floor(x + 0.5)
+            w_t, f_t = tl.cumsum(whole, 0), tl.cumsum(x - whole, 0)
+        if FLIP:
+            e = (w_t[None, :] - w_s[:, None]) + (f_t[None, :] - f_s[:, None])
+        else:
+            e = (w_t[:, None] - w_s[None, :]) + (f_t[:, None] - f_s[None, :])
+        found = tl.where(m, tl.exp2(e), 0.0)
+    return found
+
+
+@jit
+def load_matrix(p_s, at, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+    """A block of the `at`-th matrix [K, V]."""
+    m = (o_k < K)[:, None] & (o_v < V)[None, :]
+    return tl.load(p_s + at * (K * V) + o_k[:, None] * V + o_v[None, :], mask=m, other=0)
+
+
+@jit
+def store_matrix(p_s, at, b_s, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+    m = (o_k < K)[:, None] & (o_v < V)[None, :]
+    tl.store(p_s + at * (K * V) + o_k[:, None] * V + o_v[None, :], b_s, mask=m)
+
+
+@jit(do_not_specialize=["T", "S", "SEG"])
+def chunk_forward_kernel(
+    p_q, p_b, p_c, p_log, p_pairs, p_start, p_y, p_final, p_states, p_cu, p_chunks,
+    q_t, q_g, b_t, b_g, c_t, c_g, l_t, l_g, T, S, SEG, G, scale,
+    DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
+):
+    """y and the last state. A program has a block of BV columns of one lane's state on chip, and walks over one of S
+    segments of SEG tokens; p_start [N, S, G, K, V]. p_states: the states before each chunk are wanted, too."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    i_v, i_s, i_g = pid % NV, pid // NV % S, pid // (NV * S) % G
+    i_n = (pid // (NV * S * G)).to(tl.int64)
+    bos, total, chunk = sequence(p_cu, p_chunks, i_n, T, BT)
+    begin = bos + i_s.to(tl.int64) * SEG
+    total = tl.minimum(total - i_s * SEG, SEG)
+    chunk += i_s * (SEG // BT)
+    o_k, o_v, o_t = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
+    p_q, p_b, p_c = p_q + i_g * q_g, p_b + i_g * b_g, p_c + i_g * c_g
+    if DECAY:
+        p_log += i_g * l_g
+    b_s = tl.zeros([BK, BV], tl.float32)
+    if p_start is not None:
+        b_s = load_matrix(p_start, (i_n * S + i_s) * G + i_g, o_k, o_v, K, V).to(tl.float32)
+    for i_t in tl.range(0, total, BT, num_stages=NS):
+        row, length = begin + i_t, total - i_t
+        if p_states is not None:
+            store_matrix(p_states, (chunk + i_t // BT) * G + i_g, b_s, o_k, o_v, K, V)
+        b_q = rows(p_q, row, q_t, length, o_k, K, BT)  # [BT, BK]
+        b_b = rows(p_b, row, b_t, length, o_k, K, BT)  # [BT, BK]
+        b_c = rows(p_c, row, c_t, length, o_v, V, BT)  # [BT, BV]
+        if DECAY == 2:
+            to = since_start(p_log, row, l_t, length, o_k, SHIFT, DECAY, K, BT)
+            b_y = product(b_q * tl.exp2(to), b_s, PREC)
+            p_a = p_pairs + ((row + o_t) * G + i_g)[:, None] * BT + o_t[None, :]
+            b_a = tl.load(p_a, mask=(o_t < length)[:, None], other=0)
+        else:
+            b_y = product(b_q, b_s, PREC)
+            if DECAY == 1:
+                b_y *= tl.exp2(since_start(p_log, row, l_t, length, o_k, SHIFT, DECAY, K, BT))[:, None]
+                b_r = ratio(p_log, row, l_t, length, SHIFT, False, BT)
+            else:
+                b_r = ratio(None, row, l_t, length, SHIFT, False, BT)
+            b_a = product(b_q, tl.trans(b_b), PREC) * b_r
+        b_y += product(b_a, b_c, PREC)
+        m = (o_t < length)[:, None] & (o_v < V)[None, :]
+        tl.store(p_y + ((row + o_t) * G + i_g)[:, None] * V + o_v[None, :], b_y * scale, mask=m)
+        if DECAY == 2:
+            b_d = tl.sum(logs(p_log, row, l_t, length, o_k, 0, DECAY, K, BT), 0)
+            after = until_end(p_log, row, l_t, length, o_k, DECAY, K, BT)
+            b_s = b_s * tl.exp2(b_d)[:, None] + product(tl.trans(b_b * tl.exp2(after)), b_c, PREC)
+        elif DECAY == 1:
+            b_d = tl.sum(logs(p_log, row, l_t, length, o_k, 0, DECAY, K, BT), 0)
+            after = until_end(p_log, row, l_t, length, o_k, DECAY, K, BT)
+            b_s = b_s * tl.exp2(b_d) + product(tl.trans(b_b), b_c * tl.exp2(after)[:, None], PREC)
+        else:
+            b_s += product(tl.trans(b_b), b_c, PREC)
+    if p_final is not None:
+        store_matrix(p_final, i_n * G + i_g, b_s, o_k, o_v, K, V)
+
+
+@jit(do_not_specialize=["T", "S", "SEG"])
+def chunk_states_kernel(
+    p_x, p_z, p_log, p_start, p_end, p_decay, p_states, p_cu, p_chunks,
+    x_t, x_g, z_t, z_g, l_t, l_g, T, S, SEG, G, scale,
+    BACK: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
+):
+    """States before each chunk, from (x, z) = (b, c); BACK: costates behind each chunk, from (q, dy), last chunk first.
+    A program has a block [BK, BV] and walks over one of S segments; p_start, p_end [N, S, G, K, V]: what it starts from
+    and ends with, p_decay [N, S, G, K or 1] the log of what is left of the start."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    i_v, i_k, i_s, i_g = pid % NV, pid // NV % NK, pid // (NV * NK) % S, pid // (NV * NK * S) % G
+    i_n = (pid // (NV * NK * S * G)).to(tl.int64)
+    bos, total, chunk = sequence(p_cu, p_chunks, i_n, T, BT)
+    begin = bos + i_s.to(tl.int64) * SEG
+    total = tl.minimum(total - i_s * SEG, SEG)
+    chunk += i_s * (SEG // BT)
+    o_k, o_v = i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    p_x, p_z = p_x + i_g * x_g, p_z + i_g * z_g
+    b_left = tl.zeros([BK if DECAY == 2 else 1], tl.float32)  # log of what is left of the start
+    if DECAY:
+        p_log += i_g * l_g
+    b_s = tl.zeros([BK, BV], tl.float32)
+    place = (i_n * S + i_s) * G + i_g
+    if p_start is not None:
+        b_s = load_matrix(p_start, place, o_k, o_v, K, V).to(tl.float32)
+    count = tl.cdiv(total, BT)
+    for i in tl.range(0, count, num_stages=NS):
+        i_c = count - 1 - i if BACK else i
+        row, length = begin + i_c * BT, total - i_c * BT
+        if p_states is not None:
+            store_matrix(p_states, (chunk + i_c) * G + i_g, b_s, o_k, o_v, K, V)
+        b_x = rows(p_x, row, x_t, length, o_k, K, BT)  # [BT, BK]
+        b_z = rows(p_z, row, z_t, length, o_v, V, BT)  # [BT, BV]
+        if BACK:
+            b_z = b_z * scale
+        if DECAY:
+            if BACK:
+                w = since_start(p_log, row, l_t, length, o_k, SHIFT, DECAY, K, BT)
+            else:
+                w = until_end(p_log, row, l_t, length, o_k, DECAY, K, BT)
+            b_d = tl.sum(logs(p_log, row, l_t, length, o_k, 0, DECAY, K, BT), 0)
+            b_left += b_d
+            if DECAY == 2:
+                b_s = b_s * tl.exp2(b_d)[:, None] + product(tl.trans(b_x * tl.exp2(w)), b_z, PREC)
+            else:
+                b_s = b_s * tl.exp2(b_d) + product(tl.trans(b_x), b_z * tl.exp2(w)[:, None], PREC)
+        else:
+            b_s += product(tl.trans(b_x), b_z, PREC)
+    if p_end is not None:
+        store_matrix(p_end, place, b_s, o_k, o_v, K, V)
+    if p_decay is not None:
+        if DECAY == 2:
+            tl.store(p_decay + place * K + o_k, b_left, mask=(o_k < K) & (i_v == 0))
+        else:
+            tl.store(p_decay + place + tl.arange(0, 1), b_left, mask=tl.arange(0, 1) + i_v + i_k == 0)
+
+
+@jit(do_not_specialize=["S"])
+def chunk_join_kernel(
+    p_first, p_end, p_decay, p_start, p_last, S, G,
+    BACK: tl.constexpr, DECAY: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BE: tl.constexpr,
+):
+    """What each segment starts from, p_start [N, S, G, K, V], and the last end, p_last [N, G, K, V]; p_first likewise
+    is where the sequence starts. One program: BE numbers of one lane's matrix."""
+    NE: tl.constexpr = (K * V + BE - 1) // BE
+    pid = tl.program_id(0)
+    o_e = pid % NE * BE + tl.arange(0, BE)
+    m = o_e < K * V
+    i_g, i_n = pid // NE % G, (pid // (NE * G)).to(tl.int64)
+    b_s = tl.zeros([BE], tl.float32)
+    if p_first is not None:
+        b_s = tl.load(p_first + (i_n * G + i_g) * (K * V) + o_e, mask=m, other=0).to(tl.float32)
+    for i in range(0, S):
+        place = (i_n * S + (S - 1 - i if BACK else i)) * G + i_g
+        tl.store(p_start + place * (K * V) + o_e, b_s, mask=m)
+        if DECAY == 2:
+            b_s *= tl.exp2(tl.load(p_decay + place * K + o_e // V, mask=m, other=0))
+        elif DECAY == 1:
+            b_s *= tl.exp2(tl.load(p_decay + place))
+        b_s += tl.load(p_end + place * (K * V) + o_e, mask=m, other=0)
+    tl.store(p_last + (i_n * G + i_g) * (K * V) + o_e, b_s, mask=m)
+
+
+@jit(do_not_specialize=["T"])
+def chunk_gradients_kernel(
+    p_q, p_b, p_c, p_log, p_pairs, p_dy, p_states, p_costates, p_dq, p_db, p_dc, p_dlog, p_cu, p_chunks, p_owner,
+    q_t, q_g, b_t, b_g, c_t, c_g, l_t, l_g, T, G, scale,
+    DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
+):
+    """Gradients of q, b, c and of the decay's log (p_dlog, if wanted). One program: one chunk of one lane. With S
+    the state before it and G the costate behind it, P[t, s] = dy_t . c_s, and E = 2**to, F = 2**after,
+        dq = E (S dy) + (P R) b,   db = F (G c) + (P R)' q,   dc = G' (F b) + A' dy
+    (the parts with P R for a decay over the key: chunk_inner_kernel, which adds them).
+    The log's gradient at t is the sum over all paths that cross t: from before the chunk to behind it, 2**total S.G;
+    from u < t to behind, b.F (G c); from before to u >= t, q.E (S dy); from s < t to u >= t, (A P R)[u, s]."""
+    pid = tl.program_id(0)
+    i_g, i_c = pid % G, (pid // G).to(tl.int64)
+    i_n = chunk_owner(p_owner, i_c, T, BT)
+    if i_n < 0:
+        return
+    bos, total, chunk = sequence(p_cu, p_chunks, i_n, T, BT)
+    row = bos + (i_c - chunk) * BT
+    length = (total - (i_c - chunk) * BT).to(tl.int32)
+    o_k, o_t = tl.arange(0, BK), tl.arange(0, BT)
+    p_q, p_b, p_c = p_q + i_g * q_g, p_b + i_g * b_g, p_c + i_g * c_g
+    p_dy, p_dc = p_dy + i_g * V, p_dc + i_g * V
+    b_q = rows(p_q, row, q_t, length, o_k, K, BT)  # [BT, BK]
+    b_b = rows(p_b, row, b_t, length, o_k, K, BT)
+    if DECAY:
+        p_log += i_g * l_g
+        b_e = tl.exp2(since_start(p_log, row, l_t, length, o_k, SHIFT, DECAY, K, BT))
+        b_f = tl.exp2(until_end(p_log, row, l_t, length, o_k, DECAY, K, BT))
+        b_g = tl.exp2(tl.sum(logs(p_log, row, l_t, length, o_k, 0, DECAY, K, BT), 0))  # over the chunk
+    if DECAY == 2:
+        b_in = b_b * b_f  # [BT, BK]
+        at = p_pairs + ((row + o_t) * G + i_g)[None, :] * BT + o_t[:, None]
+        b_a = tl.load(at, mask=(o_t < length)[None, :], other=0) * scale  # A' [s, t]
+    else:
+        b_in = b_b
+        if DECAY == 1:
+            b_e, b_f = b_e[:, None], b_f[:, None]  # [BT, 1]
+            b_r = ratio(p_log, row, l_t, length, SHIFT, True, BT)
+        else:
+            b_r = ratio(None, row, l_t, length, SHIFT, True, BT)
+        b_a = product(b_b, tl.trans(b_q), PREC) * b_r * scale
+        b_p = tl.zeros([BT, BT], tl.float32)  # [t, s]
+        b_pt = tl.zeros([BT, BT], tl.float32)  # [s, t]: not a transpose, which Triton 3.4-3.7 gets wrong in a product
+    b_dq = tl.zeros([BT, BK], tl.float32)
+    b_db = tl.zeros([BT, BK], tl.float32)
+    b_h = tl.zeros([BK], tl.float32)  # rowsum(G * S)
+    for i_v in tl.range(0, V, BV, num_stages=NS):
+        o_v = i_v + tl.arange(0, BV)
+        b_c = rows(p_c, row, c_t, length, o_v, V, BT)  # [BT, BV]
+        b_dy = rows(p_dy, row, G * V, length, o_v, V, BT)
+        b_s = load_matrix(p_states, i_c * G + i_g, o_k, o_v, K, V)  # [BK, BV]
+        b_m = load_matrix(p_costates, i_c * G + i_g, o_k, o_v, K, V)
+        if DECAY != 2:
+            b_p += product(b_dy, tl.trans(b_c), PREC)
+            b_pt += product(b_c, tl.trans(b_dy), PREC)
+        b_dq += product(b_dy, tl.trans(b_s), PREC)
+        b_db += product(b_c, tl.trans(b_m), PREC)
+        b_dc = product(b_in, b_m, PREC)
+        if DECAY == 1:
+            b_dc *= b_f
+        b_dc += product(b_a, b_dy, PREC)
+        m = (o_t < length)[:, None] & (o_v < V)[None, :]
+        tl.store(p_dc + (row * (G * V) + (o_t * (G * V))[:, None] + o_v[None, :]), b_dc, mask=m)
+        if p_dlog is not None:
+            b_h += tl.sum(b_s.to(tl.float32) * b_m.to(tl.float32), 1)
+    b_dq *= scale
+    if DECAY:
+        b_dq *= b_e
+        b_db *= b_f
+    at = row * (G * K) + i_g * K + (o_t * (G * K))[:, None] + o_k[None, :]
+    m = (o_t < length)[:, None] & (o_k < K)[None, :]
+    if p_dlog is not None:
+        read, fed = b_q * b_dq, b_b * b_db
+        if DECAY == 1:
+            x = tl.where(o_t[:, None] < o_t[None, :], b_a * b_pt, 0.0)  # [s, u]; R(t, t) does not depend on the decay
+            # Where s to u does not cross t, both sums hold the same number: it cancels.
+            read, kept = tl.sum(read, 1) + tl.sum(x, 0), tl.cumsum(tl.sum(x, 1), 0, reverse=True)
+            fed = tl.sum(fed, 1)
+            b_d = b_g * tl.sum(b_h, 0) + tl.cumsum(fed, 0) - fed + tl.cumsum(read, 0, reverse=True) - kept
+            tl.store(p_dlog + (row + o_t) * G + i_g, b_d - read if SHIFT else b_d, mask=o_t < length)
+        else:
+            b_d = (b_g * b_h)[None, :] + tl.cumsum(fed, 0) - fed + tl.cumsum(read, 0, reverse=True)
+            tl.store(p_dlog + at, b_d - read if SHIFT else b_d, mask=m)
+    if DECAY != 2:
+        if DECAY == 1:
+            b_p *= ratio(p_log, row, l_t, length, SHIFT, False, BT)
+        else:
+            b_p *= ratio(None, row, l_t, length, SHIFT, False, BT)
+        b_dq += product(b_p, b_b, PREC) * scale
+        b_db += product(b_pt * b_r, b_q, PREC) * scale
+    tl.store(p_dq + at, b_dq, mask=m)
+    tl.store(p_db + at, b_db, mask=m)
+
+
+@jit
+def pairs_inside(p_b, p_log, b_q, row, b_t, l_t, length, o_k, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr,
+                 BC: tl.constexpr):
+    """A of BC tokens among themselves. Row t is a product of q 2**to and b 2**-since, both from the first token on (no
+    later token is read), if no exponent up to t is beyond 60.0; else it is summed one by one."""
+    t = tl.arange(0, BC)
+    to = since_start(p_log, row, l_t, length, o_k, SHIFT, 2, K, BC)  # [BC, BK]
+    since = since_start(p_log, row, l_t, length, o_k, 0, 2, K, BC)
+    b_b = rows(p_b, row, b_t, length, o_k, K, BC)
+    m = t[:, None] - SHIFT >= t[None, :]
+    reach = tl.max(tl.abs(since), 1)
+    far = tl.max(tl.where(m, reach[None, :], 0.0), 1) > 60.0
+    b_a = product(tl.where(far[:, None], 0.0, b_q * tl.exp2(to)), tl.trans(b_b * tl.exp2(tl.minimum(-since, 60.0))), PREC)
+    if tl.max(far.to(tl.int32), 0) > 0:
+        step = logs(p_log, row, l_t, length, o_k, -SHIFT, 2, K, BC)
+        for s in range(0, tl.minimum(length, BC)):
+            b_1 = tl.load(p_b + (row + s) * b_t + o_k, mask=o_k < K, other=0).to(tl.float32)
+            e = tl.cumsum(tl.where((t > s + SHIFT)[:, None], step, 0.0), 0)
+            b_1 = tl.sum(b_q * tl.exp2(e) * b_1[None, :], 1)
+            b_a = tl.where(far[:, None] & (t == s)[None, :], b_1[:, None], b_a)
+    return tl.where(m, b_a, 0.0)
+
+
+@jit(do_not_specialize=["T"])
+def chunk_pairs_kernel(
+    p_q, p_b, p_log, p_pairs, p_cu, p_chunks, p_owner, q_t, q_g, b_t, b_g, l_t, l_g, T, G,
+    SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+):
+    """A [BT, BT] of one chunk and lane for a decay over the key, in blocks of BC tokens: between two blocks q 2**to and
+    b 2**(after + between) meet at the start of the later one, and no exponent adds up logs of both signs."""
+    pid = tl.program_id(0)
+    i_g, i_c = pid % G, (pid // G).to(tl.int64)
+    i_n = chunk_owner(p_owner, i_c, T, BT)
+    if i_n < 0:
+        return
+    bos, total, chunk = sequence(p_cu, p_chunks, i_n, T, BT)
+    row = bos + (i_c - chunk) * BT
+    length = (total - (i_c - chunk) * BT).to(tl.int32)
+    o_k, t = tl.arange(0, BK), tl.arange(0, BC)
+    p_q, p_b, p_log = p_q + i_g * q_g, p_b + i_g * b_g, p_log + i_g * l_g
+    for i in range(0, BT // BC):
+        here, left = row + i * BC, length - i * BC
+        b_q = rows(p_q, here, q_t, left, o_k, K, BC)  # [BC, BK]
+        p_a = p_pairs + ((here + t) * G + i_g)[:, None] * BT + t[None, :]
+        b_a = pairs_inside(p_b, p_log, b_q, here, b_t, l_t, left, o_k, SHIFT, PREC, K, BC)
+        tl.store(p_a + i * BC, b_a, mask=(t < left)[:, None])
+        b_q = b_q * tl.exp2(since_start(p_log, here, l_t, left, o_k, SHIFT, 2, K, BC))
+        between = tl.zeros([BK], tl.float32)
+        for n in range(0, i):
+            j = i - 1 - n
+            there, rest = row + j * BC, length - j * BC
+            b_b = rows(p_b, there, b_t, rest, o_k, K, BC)
+            b_b = b_b * tl.exp2(until_end(p_log, there, l_t, rest, o_k, 2, K, BC) + between[None, :])
+            tl.store(p_a + j * BC, product(b_q, tl.trans(b_b), PREC), mask=(t < left)[:, None])
+            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, 2, K, BC), 0)
+        for j in range(i + 1, BT // BC):
+            tl.store(p_a + j * BC, tl.zeros([BC, BC], tl.float32), mask=(t < left)[:, None])
+
+
+@jit
+def inner_products(
+    p_b, p_c, p_log, b_q, b_b, b_dy, b_c, row, b_t, c_t, l_t, length, o_k, o_v,
+    SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr,
+):
+    """Shares of dq and db from BC tokens among themselves, self terms left out: as a product of what is scaled from the
+    first token on, or one token at a time where some exponent is beyond 60.0."""
+    t = tl.arange(0, BC)
+    to = since_start(p_log, row, l_t, length, o_k, SHIFT, 2, K, BC)  # [BC, BK]
+    since = since_start(p_log, row, l_t, length, o_k, 0, 2, K, BC)
+    b_dq, b_db = tl.zeros(to.shape, tl.float32), tl.zeros(to.shape, tl.float32)
+    if tl.max(tl.max(tl.abs(since), 1), 0) <= 60.0:
+        b_p = tl.where(t[:, None] > t[None, :], product(b_dy, tl.trans(b_c), PREC), 0.0)  # [t, s]
+        b_pt = tl.where(t[:, None] < t[None, :], product(b_c, tl.trans(b_dy), PREC), 0.0)  # [s, t]
+        b_dq = tl.exp2(to) * product(b_p, b_b * tl.exp2(-since), PREC)
+        b_db = tl.exp2(-since) * product(b_pt, b_q * tl.exp2(to), PREC)
+    else:
+        step = logs(p_log, row, l_t, length, o_k, -SHIFT, 2, K, BC)
+        for s in range(0, tl.minimum(length, BC)):
+            b_1 = tl.load(p_b + (row + s) * b_t + o_k, mask=o_k < K, other=0).to(tl.float32)
+            c_1 = tl.load(p_c + (row + s) * c_t + o_v, mask=o_v < V, other=0).to(tl.float32)
+            e = tl.cumsum(tl.where((t > s + SHIFT)[:, None], step, 0.0), 0)
+            p_1 = tl.where(t > s, tl.sum(b_dy * c_1[None, :], 1), 0.0)
+            w = tl.exp2(e) * p_1[:, None]  # [BC, BK]
+            b_dq += w * b_1[None, :]
+            b_db = tl.where((t == s)[:, None], tl.sum(w * b_q, 0)[None, :], b_db)
+    return b_dq, b_db
+
+
+@jit(do_not_specialize=["T"])
+def chunk_inner_kernel(
+    p_q, p_b, p_c, p_log, p_dy, p_dq, p_db, p_dlog, p_cu, p_chunks, p_owner,
+    q_t, q_g, b_t, b_g, c_t, c_g, l_t, l_g, T, G, scale,
+    SHIFT: tl.constexpr, PREC: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
+):
+    """For a decay over the key: adds to dq, db and the log's gradient what tokens of one chunk give to each other, in
+    blocks of BC tokens, last block first. P [t, s] = dy_t . c_s; a path from s to u counts for every decay that it
+    crosses, which is the sum from t on of q dq - b db (Hopper-safe: no product's transpose enters a product)."""
+    pid = tl.program_id(0)
+    i_g, i_c = pid % G, (pid // G).to(tl.int64)
+    i_n = chunk_owner(p_owner, i_c, T, BT)
+    if i_n < 0:
+        return
+    bos, total, chunk = sequence(p_cu, p_chunks, i_n, T, BT)
+    row = bos + (i_c - chunk) * BT
+    length = (total - (i_c - chunk) * BT).to(tl.int32)
+    o_k, o_v, t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BC)
+    p_q, p_b, p_c, p_log = p_q + i_g * q_g, p_b + i_g * b_g, p_c + i_g * c_g, p_log + i_g * l_g
+    p_dy += i_g * V
+    NB: tl.constexpr = BT // BC
+    later = tl.zeros([BK], tl.float32)  # q dq - b db of the blocks behind
+    for n in range(0, NB):
+        i = NB - 1 - n
+        here, left = row + i * BC, length - i * BC
+        b_q, b_b = rows(p_q, here, q_t, left, o_k, K, BC), rows(p_b, here, b_t, left, o_k, K, BC)  # [BC, BK]
+        b_c = rows(p_c, here, c_t, left, o_v, V, BC)  # [BC, BV]
+        b_dy = rows(p_dy, here, G * V, left, o_v, V, BC) * scale
+        b_dq, b_db = tl.zeros([BC, BK], tl.float32), tl.zeros([BC, BK], tl.float32)
+        between = tl.zeros([BK], tl.float32)
+        for back in range(0, i):
+            there, rest = row + (i - 1 - back) * BC, length - (i - 1 - back) * BC
+            x = rows(p_b, there, b_t, rest, o_k, K, BC)
+            x = x * tl.exp2(until_end(p_log, there, l_t, rest, o_k, 2, K, BC) + between[None, :])
+            b_p = product(b_dy, tl.trans(rows(p_c, there, c_t, rest, o_v, V, BC)), PREC)
+            b_dq += product(b_p, x, PREC)
+            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, 2, K, BC), 0)
+        between = tl.zeros([BK], tl.float32)
+        for j in range(i + 1, NB):
+            there, rest = row + j * BC, length - j * BC
+            x = rows(p_q, there, q_t, rest, o_k, K, BC)
+            x = x * tl.exp2(since_start(p_log, there, l_t, rest, o_k, SHIFT, 2, K, BC) + between[None, :])
+            b_pt = product(b_c, tl.trans(rows(p_dy, there, G * V, rest, o_v, V, BC) * scale), PREC)
+            b_db += product(b_pt, x, PREC)
+            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, 2, K, BC), 0)
+        b_dq *= tl.exp2(since_start(p_log, here, l_t, left, o_k, SHIFT, 2, K, BC))
+        b_db *= tl.exp2(until_end(p_log, here, l_t, left, o_k, 2, K, BC))
+        x_dq, x_db = inner_products(
+            p_b, p_c, p_log, b_q, b_b, b_dy, b_c, here, b_t, c_t, l_t, left, o_k, o_v, SHIFT, PREC, K, V, BC
+        )
+        b_dq += x_dq
+        b_db += x_db
+        m = (t < left)[:, None] & (o_k < K)[None, :]
+        at = here * (G * K) + i_g * K + (t * (G * K))[:, None] + o_k[None, :]
+        if p_dlog is not None:
+            read, x = b_q * b_dq, b_q * b_dq - b_b * b_db
+            b_d = tl.load(p_dlog + at, mask=m, other=0) + later[None, :] + tl.cumsum(x, 0, reverse=True)
+            tl.store(p_dlog + at, b_d - read if SHIFT else b_d, mask=m)
+            later += tl.sum(x, 0)
+        if SHIFT == 0:
+            own = tl.sum(b_dy * b_c, 1)[:, None]
+            b_dq += own * b_b
+            b_db += own * b_q
+        tl.store(p_dq + at, tl.load(p_dq + at, mask=m, other=0) + b_dq, mask=m)
+        tl.store(p_db + at, tl.load(p_db + at, mask=m, other=0) + b_db, mask=m)
+
+
+CHUNK_KERNELS = SimpleNamespace(
+    forward=chunk_forward_kernel,
+    states=chunk_states_kernel,
+    join=chunk_join_kernel,
+    gradients=chunk_gradients_kernel,
+    pairs=chunk_pairs_kernel,
+    inner=chunk_inner_kernel,
+    interpreted=triton is not None and not isinstance(chunk_forward_kernel, triton.JITFunction),
+    tiles={
+        "forward": {2: ((64, (64, 64, 64, 4, 2)), (128, (64, 64, 128, 4, 2)), (256, (32, 32, 256, 4, 2))), 4: ((64, (32, 64, 64, 4, 1)), (128, (32, 64, 128, 4, 1)), (256, (32, 32, 256, 4, 1)))},
+        "states": {2: ((64, (64, 64, 64, 4, 2)), (128, (64, 64, 64, 4, 2)), (256, (32, 64, 64, 4, 2))), 4: ((64, (32, 64, 64, 4, 1)), (128, (32, 64, 64, 4, 1)), (256, (32, 64, 64, 4, 1)))},
+        "gradients": {2: ((64, (64, 64, 64, 4, 1)), (128, (64, 64, 128, 8, 1)), (256, (32, 64, 256, 8, 1))), 4: ((64, (32, 32, 64, 4, 1)), (128, (32, 32, 128, 8, 1)), (256, (32, 32, 256, 8, 1)))},
+        "pairs": {2: ((64, (64, 64, 64, 2, 1)), (128, (64, 64, 128, 4, 1)), (256, (32, 64, 256, 4, 1))), 4: ((64, (32, 64, 64, 2, 1)), (128, (32, 64, 128, 4, 1)), (256, (32, 64, 256, 4, 1)))},
+        "inner": {2: ((64, (64, 64, 64, 2, 1)), (128, (64, 64, 128, 4, 1)), (256, (32, 64, 256, 4, 1))), 4: ((64, (32, 64, 64, 2, 1)), (128, (32, 64, 128, 4, 1)), (256, (32, 64, 256, 4, 1)))},
+    },
+)
+
+
+KERNELS = None
+
+# --- Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative.
+
+GO_ON, RESTART = -2, -1  # what `entry` says of a token besides the row of the initial state that enters there
+
+Values = dict[str, Tensor]
+Rule = Callable[[Values, Values], Values]
+
+
+class Scan(NamedTuple):
+    """`prefix`, `previous`: [B, T, ...]; `carry`: the state after the last token, [B, ...]; `exists` [B]: whether any
+    element or initial state is in `carry` (None: in all of them)."""
+
+    prefix: Values
+    previous: Values | None
+    carry: Values
+    exists: Tensor | None
+
+
+def blocked_scan(
+    combine: Rule,
+    advance: Rule,
+    elements: Values,
+    empty: Values,
+    *,
+    carry: Values | None = None,
+    exists: Tensor | None = None,
+    initial: Values | None = None,
+    initial_exists: Tensor | None = None,
+    valid: Tensor | None = None,
+    entry: Tensor | None = None,
+    previous: bool = False,
+    block: int | None = None,
+) -> Scan:
+    """All prefixes of an associative rule: three passes over about sqrt(T) steps, each batched over all blocks.
+
+    elements  the tokens, all components          empty    the live components before anything, [*dims]: only selected
+    carry     the state before token 0, [B, ...]  exists   [B] bool: rows of `carry` that hold something (None: all)
+    valid     [B, T] bool: tokens that count      entry    [B, T] of `scan_entries`: restarts
+    initial   rows that `entry` names, [N, ...]   initial_exists   [N] bool, as `exists`
+    block     tokens a block; None chooses        previous   also return the prefixes before each token
+    """
+    live = tuple(empty)
+    batch, length = _leading(elements)
+    if length == 0:
+        return _nothing(elements, empty, carry, exists, previous)
+    before, before_exists = carry, exists
+    pieces: list[Values] = []
+    if valid is None and entry is None and exists is None:
+        lengths = _pieces(length, carry is None, block)
+        for (count, size), x in zip(lengths, _split(elements, [c * s for c, s in lengths]), strict=True):
+            if carry is None:
+                prefix = {k: x[k] for k in live}  # one token: it is the first prefix
+                carry = {k: x[k][:, 0] for k in live}
+            else:
+                prefix, carry = _plain_piece(combine, advance, x, carry, count, size)
+            pieces.append(prefix)
+    else:
+        like = next(iter(elements.values()))
+        valid = torch.ones((batch, length), dtype=torch.bool, device=like.device) if valid is None else valid
+        entry = torch.full((batch, length), GO_ON, device=like.device) if entry is None else entry
+        donor = _donor(elements, valid)
+        before = _start(elements, empty) if carry is None else carry
+        if exists is None:
+            exists = torch.full((batch,), carry is not None, device=like.device)
+        before_exists, carry = exists, before
+        rule = _Guarded(combine, advance, empty, donor, initial, initial_exists)
+        lengths = _pieces(length, False, block)
+        sizes = [c * s for c, s in lengths]
+        parts = zip(
+            lengths, _split(elements, sizes), torch.split(valid, sizes, 1), torch.split(entry, sizes, 1), strict=True
+        )
+        for (count, size), x, v, e in parts:
+            prefix, carry, exists = _guarded_piece(rule, x, v, e, carry, exists, count, size)
+            pieces.append(prefix)
+    prefix = _cat(pieces)
+    shifted = _previous(prefix, before, before_exists, empty, entry, initial, initial_exists) if previous else None
+    return Scan(prefix, shifted, carry or {}, exists)
+
+
+def sequential_scan(
+    advance: Rule,
+    elements: Values,
+    empty: Values,
+    *,
+    carry: Values | None = None,
+    initial: Values | None = None,
+    valid: Tensor | None = None,
+    entry: Tensor | None = None,
+    previous: bool = False,
+) -> Scan:
+    """`order: left`: one token after another is the meaning, and the start `empty` is combined with the first token.
+
+    `advance` may read anything of a token: for components that are not among `elements`, `empty` is [*lanes, *dims].
+    """
+    live = tuple(empty)
+    length = _leading(elements)[1]
+    if length == 0:
+        return _nothing(elements, empty, carry, None, previous)
+    start = _start(elements, empty)
+    before = start if carry is None else carry
+    state, states = before, []
+    donor = None if valid is None else _donor(elements, valid)
+    flags = [None] * length if valid is None else valid.unbind(1)
+    entries = [None] * length if entry is None else entry.unbind(1)
+    for x, v, e in zip(_unbind(elements), flags, entries, strict=True):
+        if e is not None:
+            rows, named = _rows(start, initial, None, e)
+            state = _pick(e == GO_ON, state, _pick(named, rows, start))
+        if v is None or donor is None:
+            state = _fit(advance(state, x), state, live)
+        else:
+            state = _pick(v, _fit(advance(state, _pick(v, x, donor)), state, live), state)
+        states.append(state)
+    prefix = {k: torch.stack([s[k] for s in states], 1) for k in live}
+    shifted = _previous(prefix, before, None, empty, entry, initial, None) if previous else None
+    return Scan(prefix, shifted, state, None)
+
+
+class _Guarded(NamedTuple):
+    """The rule and what stands in for operands that are not there."""
+
+    combine: Rule
+    advance: Rule
+    empty: Values
+    donor: Values
+    initial: Values | None
+    initial_exists: Tensor | None
+
+    def join(self, rule: Rule, both: Tensor, l: Values, r: Values) -> Values:  # noqa: E741
+        """rule(l, r) where `both`, and a value of no consequence elsewhere."""
+        return _fit(rule(_pick(both, l, self.donor), _pick(both, r, self.donor)), r, tuple(l))
+
+    def attach(
+        self, carry: Values, exists: Tensor, y: Values, has: Tensor, cut: Tensor, row: Tensor
+    ) -> tuple[Values, Tensor]:
+        """The prefix from what precedes a block (`carry` where it `exists`) and the block's own product y (where it
+        `has` one) since the last restart, if the block has one (`cut`), which let in the initial state `row`."""
+        if self.initial is None:
+            base, base_exists = carry, exists & ~cut
+        else:
+            entered, entered_exists = _rows(self.empty, self.initial, self.initial_exists, row)
+            base, base_exists = _pick(cut, entered, carry), torch.where(cut, entered_exists, exists)
+        joined = self.join(self.advance, base_exists & has, base, y)
+        alone = _pick(has, {k: y[k] for k in carry}, _pick(base_exists, base, self.empty))
+        return _pick(base_exists & has, joined, alone), base_exists | has
+
+
+def _plain_piece(
+    combine: Rule,
+    advance: Rule,
+    elements: Values,
+    carry: Values,
+    count: int,
+    size: int,
+) -> tuple[Values, Values]:
+    """Every token counts and none restarts: `count` blocks of `size` tokens after `carry`."""
+    live = tuple(carry)
+    local: list[Values] = []  # within each block, [B, count, ...] each
+    for x in _unbind(_blocks(elements, count, size), 2):
+        local.append(_fit(combine(local[-1], x), x, tuple(x)) if local else x)
+    carries = [carry]  # before each block, and after the last
+    for total in _unbind(local[-1]):
+        carries.append(_fit(advance(carries[-1], total), total, live))
+    before, after = _stack(carries[:-1], 1), _stack(carries[1:], 1)
+    prefixes = [_fit(advance(before, y), y, live) for y in local[:-1]]
+    return {k: v.flatten(1, 2) for k, v in _stack([*prefixes, after], 2).items()}, carries[-1]
+
+
+def _guarded_piece(
+    rule: _Guarded,
+    elements: Values,
+    valid: Tensor,
+    entry: Tensor,
+    carry: Values,
+    exists: Tensor,
+    count: int,
+    size: int,
+) -> tuple[Values, Values, Tensor]:
+    """As `_plain_piece`, with tokens that do not count, restarts, and a carry that need not exist."""
+    local: list[tuple[Values, Tensor, Tensor, Tensor]] = []
+    flags = zip(*(torch.unflatten(f, 1, (count, size)).unbind(2) for f in (valid, entry)), strict=True)
+    for x, (v, e) in zip(_unbind(_blocks(elements, count, size), 2), flags, strict=True):
+        start = e != GO_ON
+        if not local:
+            local.append((x, v, start, e))
+            continue
+        y, has, cut, row = local[-1]
+        both = has & v & ~start
+        y = _pick(both, rule.join(rule.combine, both, y, x), _pick(v, x, y))
+        local.append((y, v | (has & ~start), cut | start, torch.where(start, e, row)))
+    totals, *marks = local[-1]
+    carries, known = [carry], [exists]
+    for y, has, cut, row in zip(_unbind(totals), *(m.unbind(1) for m in marks), strict=True):
+        state, some = rule.attach(carries[-1], known[-1], y, has, cut, row)
+        carries.append(state)
+        known.append(some)
+    before, before_exists, after = _stack(carries[:-1], 1), torch.stack(known[:-1], 1), _stack(carries[1:], 1)
+    prefixes = [rule.attach(before, before_exists, *part)[0] for part in local[:-1]]
+    return {k: v.flatten(1, 2) for k, v in _stack([*prefixes, after], 2).items()}, carries[-1], known[-1]
+
+
+def _pieces(length: int, peel: bool, block: int | None) -> list[tuple[int, int]]:
+    """(blocks, tokens a block) of each piece: one token alone if there is nothing before it, then a square that takes
+    the fewest steps (two passes over a block, one over the blocks), then what that leaves."""
+    pieces = [(1, 1)] if peel else []
+    length -= len(pieces)
+    while length:
+        size = max(1, min(block or isqrt(length // 2), length))
+        pieces.append((length // size, size))
+        length %= size
+    return pieces
+
+
+def _previous(
+    prefix: Values,
+    before: Values | None,
+    exists: Tensor | None,
+    empty: Values,
+    entry: Tensor | None,
+    initial: Values | None,
+    initial_exists: Tensor | None,
+) -> Values:
+    """The prefixes before each token: shifted by one, and the start again at every restart."""
+    first = _start(prefix, empty)
+    if before is not None:
+        first = before if exists is None else _pick(exists, before, first)
+    shifted = {k: torch.cat([first[k].unsqueeze(1), p[:, :-1]], 1) for k, p in prefix.items()}
+    if entry is None:
+        return shifted
+    if initial is None:
+        return _pick(entry == GO_ON, shifted, empty)
+    rows, rows_exist = _rows(empty, initial, initial_exists, entry)
+    return _pick(entry == GO_ON, shifted, _pick(rows_exist, rows, empty))
+
+
+def _rows(empty: Values, initial: Values | None, initial_exists: Tensor | None, row: Tensor) -> tuple[Values, Tensor]:
+    """The initial states `row` names (any, where it names none) and whether it names one that exists."""
+    index = row.clamp(min=0)
+    named = row >= 0 if initial_exists is None else (row >= 0) & initial_exists[index]
+    return (empty if initial is None else {k: initial[k][index] for k in empty}), named
+
+
+def _donor(tensors: Values, valid: Tensor) -> Values:
+    """The first token that counts, without gradient and leading axes; ones (zeros for integers) if none does."""
+    flat, length = valid.reshape(-1), valid.shape[1]
+    first, some = flat.to(torch.int8).argmax().reshape(1), flat.any()
+    found = {k: x.detach()[first // length, first % length][0] for k, x in tensors.items()}
+    return {k: torch.where(some, x, torch.full_like(x, x.is_floating_point())) for k, x in found.items()}
+
+
+def _nothing(
+    elements: Values,
+    empty: Values,
+    carry: Values | None,
+    exists: Tensor | None,
+    previous: bool,
+) -> Scan:
+    """The scan of no tokens."""
+    carry = _start(elements, empty) if carry is None else carry
+    prefix = {k: s.unsqueeze(1)[:, :0] for k, s in carry.items()}
+    return Scan(prefix, prefix if previous else None, carry, exists)
+
+
+def _start(elements: Values, empty: Values) -> Values:
+    """`empty` as a state of the elements' batch and lanes."""
+    batch = _leading(elements)[0]
+    shapes = {k: elements[k].shape[2:] if k in elements else e.shape for k, e in empty.items()}
+    return {k: e.to(elements.get(k, e).dtype).expand(batch, *shapes[k]) for k, e in empty.items()}
+
+
+def _fit(values: Values, like: Values, names: tuple[str, ...]) -> Values:
+    """What a rule returned, at the full shape of its right operand (a constant comes without leading axes)."""
+    return {k: values[k] if values[k].shape == like[k].shape else values[k].expand_as(like[k]) for k in names}
+
+
+def _pick(flag: Tensor, yes: Values, no: Values) -> Values:
+    """torch.where by component; the flag's axes are the leading ones."""
+    return {k: torch.where(_flag(flag, y if y.dim() >= no[k].dim() else no[k]), y, no[k]) for k, y in yes.items()}
+
+
+def _flag(flag: Tensor, like: Tensor) -> Tensor:
+    return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
+
+
+def _leading(tensors: Values) -> tuple[int, int]:
+    """(B, T)."""
+    shape = next(iter(tensors.values())).shape
+    return shape[0], shape[1]
+
+
+def _blocks(elements: Values, count: int, size: int) -> Values:
+    return {k: torch.unflatten(x, 1, (count, size)) for k, x in elements.items()}
+
+
+def _unbind(tensors: Values, dim: int = 1) -> list[Values]:
+    """One dict a position; backward is one stack, where indexing would add up full-size zeros."""
+    rows = zip(*(x.unbind(dim) for x in tensors.values()), strict=True)
+    return [dict(zip(tensors, row, strict=True)) for row in rows]
+
+
+def _split(tensors: Values, sizes: list[int]) -> list[Values]:
+    """Consecutive stretches of time."""
+    if len(sizes) == 1:
+        return [tensors]
+    parts = zip(*(torch.split(x, sizes, 1) for x in tensors.values()), strict=True)
+    return [dict(zip(tensors, part, strict=True)) for part in parts]
+
+
+def _stack(rows: list[Values], dim: int) -> Values:
+    return {k: torch.stack([row[k] for row in rows], dim) for k in rows[0]}
+
+
+def _cat(rows: list[Values], dim: int = 1) -> Values:
+    return rows[0] if len(rows) == 1 else {k: torch.cat([row[k] for row in rows], dim) for k in rows[0]}
+
+
+# --- A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once.
+
+SEGMENT_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # elements lifted at once: a cache's worth; enough to fill a GPU
+RECOMPUTE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # elements of a whole call from which on backward recomputes them
+
+
+def scan_tokens(
+    lift: Callable[[Values], Values],
+    combine: Rule,
+    advance: Rule,
+    output: Callable[[Values, Values | None, Values], Values] | None,
+    inputs: Values,
+    empty: Values,
+    initial: Values | None = None,
+    *,
+    initial_exists: Tensor | None = None,
+    restart: Values | None = None,
+    valid: Tensor | None = None,
+    reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    previous: bool = False,
+    left: bool = False,
+    segment: int | None = None,
+    recompute: bool | None = None,
+) -> tuple[Values, Values]:
+    """A whole layer, some tokens at a time, so that elements of matrix states never fill the memory.
+
+    inputs      [B, T, ...] each (taps as shifted copies); masked tokens are filled here, before `lift` sees them
+    lift        inputs -> elements;  output   (prefix, previous or None, inputs) -> outputs; None: outputs is {}
+    initial     [B, ...], or [N, ...] with cu_seqlens [N + 1] (then B is 1);  initial_exists   [B] or [N] bool
+    restart     [1, ...] where a sequence without `initial` and a reset begin, if that counts (None: with nothing)
+    left        the sequential scan instead of the blocked one
+    segment     tokens lifted at once; None: by the size of an element
+    recompute   keep only the states between segments for backward; None: by the size of all elements
+
+    Returns (outputs, 0 at masked tokens; final state, [B, ...] or [N, ...]).
+    """
+    inputs = fill_masked(inputs, valid)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
+    batch, length = _leading(inputs)
+    if initial is None and restart is not None:
+        rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        initial = {k: s.expand(rows, *s.shape[1:]) for k, s in restart.items()}
+    entry = scan_entries(batch, length, reset=reset, cu_seqlens=cu_seqlens, initial=initial is not None)
+    entering = initial if cu_seqlens is not None else None
+    if restart is not None and reset is not None and entry is not None:  # one row more, for the resets
+        named = 0 if entering is None else next(iter(entering.values())).shape[0]
+        entering = restart if entering is None else {k: torch.cat([s, restart[k]]) for k, s in entering.items()}
+        entry = torch.where(entry == RESTART, named, entry)
+    with torch.no_grad():
+        size = sum(v.numel() * v.element_size() for v in lift({k: x[:, :1] for k, x in inputs.items()}).values())
+    kind = "cpu" if next(iter(inputs.values())).device.type == "cpu" else "cuda"
+    segment_bytes, limit = SEGMENT_BYTES[kind], RECOMPUTE_BYTES[kind]
+    segment = segment or max(16, min(length, segment_bytes // max(size, 1)))
+    if recompute is None:
+        recompute = size * length > limit and length > segment
+    ends = None if cu_seqlens is None else _Ends(cu_seqlens, length, segment)
+
+    def body(x: Values, v: Any, e: Any, carry: Any, exists: Any, rows: Any) -> tuple[Any, ...]:
+        if left:
+            scan = sequential_scan(
+                advance, lift(x), empty, carry=carry, initial=entering, valid=v, entry=e, previous=previous
+            )
+        else:
+            scan = blocked_scan(
+                combine, advance, lift(x), empty, carry=carry, exists=exists, initial=entering,
+                initial_exists=initial_exists, valid=v, entry=e, previous=previous,
+            )  # fmt: skip
+        # Before the first token that counts a state may be infinite: no readout of it may meet a gradient.
+        read, before = fill_masked(scan.prefix, v), scan.previous and fill_masked(scan.previous, v)
+        outputs = {} if output is None else output(read, before, x)
+        if v is not None:
+            outputs = {k: torch.where(_flag(v, o), o, torch.zeros_like(o)) for k, o in outputs.items()}
+        final = {} if rows is None else {k: s[0].index_select(0, rows) for k, s in scan.prefix.items()}
+        return outputs, scan.carry, scan.exists, final
+
+    carry, exists = (None, None) if ends else (initial, initial_exists if initial else None)
+    sizes = [min(segment, length - at) for at in range(0, length, segment)] or [0]
+    masks = [None] * len(sizes) if valid is None else torch.split(valid, sizes, 1)
+    entries = [None] * len(sizes) if entry is None else torch.split(entry, sizes, 1)
+    last = [None] * len(sizes) if ends is None else ends.rows.unbind(0)
+    outputs, finals = [], []
+    for args in zip(_split(inputs, sizes), masks, entries, last, strict=True):
+        x, v, e, r = args
+        if recompute and torch.is_grad_enabled():
+            out, carry, exists, final = checkpoint(body, x, v, e, carry, exists, r, use_reentrant=False)
+        else:
+            out, carry, exists, final = body(x, v, e, carry, exists, r)
+        outputs.append(out)
+        finals.append(final)
+    return _cat(outputs), ends.gather(_cat(finals, 0), initial, empty) if ends else carry or {}
+
+
+class _Ends:
+    """Where packed sequences end, segment by segment: `rows` [segments, W] are the last tokens of the (at most W)
+    sequences that end in a segment, so that their states are kept and no others. No host sync."""
+
+    def __init__(self, cu_seqlens: Tensor, length: int, segment: int) -> None:
+        count, device = cu_seqlens.numel() - 1, cu_seqlens.device
+        self.last = cu_seqlens[1:] - 1
+        self.nonempty = cu_seqlens[1:] > cu_seqlens[:-1]
+        segments, width = max(1, -(-length // segment)), min(count, segment)
+        total = segments * segment
+        end = torch.zeros(total + 1, dtype=torch.int64, device=device)
+        end = end.scatter(0, torch.where(self.nonempty, self.last, total).long(), 1)[:-1].view(segments, segment)
+        slot = end.cumsum(1) - 1
+        token = torch.arange(segment, device=device).expand(segments, segment)
+        rows = torch.zeros(segments, width + 1, dtype=torch.int64, device=device)
+        self.rows = rows.scatter(1, torch.where(end > 0, slot, width), token)[:, :width]
+        last = self.last.clamp(min=0)
+        self.place = torch.where(self.nonempty, last // segment * width + slot.reshape(-1)[last], 0)
+        if length == 0:
+            self.rows = self.rows[:, :0]
+
+    def gather(self, kept: Values, initial: Values | None, empty: Values) -> Values:
+        """[N, ...]: the state after each sequence's last token; of an empty sequence what it started from."""
+        final = {}
+        for k, s in kept.items():
+            start = empty[k].to(s.dtype) if initial is None else initial[k]
+            if s.shape[0] == 0:
+                final[k] = start.expand(self.last.numel(), *s.shape[1:])
+            else:
+                final[k] = torch.where(_flag(self.nonempty, s), s.index_select(0, self.place), start)
+        return final
+
+
+def scan_entries(
+    batch: int,
+    length: int,
+    *,
+    reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial: bool = False,
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """[B, T] int64: GO_ON, RESTART (from nothing), or the row of the initial state that enters at this token.
+
+    `reset` [B, T] bool; `cu_seqlens` [N + 1]: N sequences in one row; `initial`: there are initial states [N, ...].
+    None if no token restarts. Without `cu_seqlens` an initial state is the scan's carry, not an entry.
+    """
+    if reset is None and cu_seqlens is None:
+        return None
+    device = cu_seqlens.device if cu_seqlens is not None else reset.device if reset is not None else device
+    entry = torch.full((batch, length), GO_ON, dtype=torch.int64, device=device)
+    if cu_seqlens is not None:
+        token = torch.arange(length, device=device)
+        cu_seqlens = cu_seqlens.long()
+        row = torch.searchsorted(cu_seqlens, token, right=True) - 1
+        starts = cu_seqlens[row] == token
+        inside = row < cu_seqlens.numel() - 1
+        entry = torch.where(starts, torch.where(inside, row, RESTART) if initial else RESTART, entry)
+    return entry if reset is None else torch.where(reset, RESTART, entry)
+
+
+def fill_masked(tensors: Values, valid: Tensor | None) -> Values:
+    """Replace what masked tokens hold (it may be NaN) by a valid token's values, without gradient. valid: [B, T]."""
+    if valid is None or valid.numel() == 0:
+        return tensors
+    donor = _donor(tensors, valid)
+    return {k: torch.where(_flag(valid, x), x, donor[k]) for k, x in tensors.items()}
+
+
+# --- The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token.
+
+Node = dict[str, Tensor]
+Merge = Callable[[Node, Node], Node]
+
+
+def tree_scan(
+    combine: Merge,
+    leaves: Node,
+    counter: Node | None = None,
+    *,
+    empty: Node | None = None,
+    exclusive: bool = False,
+    keep: bool = True,
+    recompute: bool = False,
+) -> tuple[Node, Node | None]:
+    """The prefixes [B, T, ...] of leaves [B, T, ...], and the counter after them; one combine a level.
+
+    counter     where to go on; all its streams must be at one position (`tree_tokens` has no such limit)
+    exclusive   the prefixes before each leaf; the first is `empty` (broadcast) if nothing came before
+    keep        False: no counter is returned; exclusive prefixes of 2^m leaves then take 2 (2^m - 1 - m) combines
+                in 2 (m - 1) levels, which is the least
+    recompute   keep the operands of each level for backward, not what `combine` computes on the way
+    """
+    batch, length = next(iter(leaves.values())).shape[:2]
+    position = 0 if counter is None else _common_position(counter)
+    counter = counter_start(batch) if counter is None else counter
+    used = leaves if keep or not exclusive else {k: x[:, :-1] for k, x in leaves.items()}
+    if recompute:
+        rule = combine
+
+        def combine(l: Node, r: Node) -> Node:  # noqa: E741
+            again: Node = checkpoint(rule, l, r, use_reentrant=False)
+            return again
+
+    roots = {k: _slot(counter, leaves, "root", k) for k in _bits(position)}
+    folds = {k: _slot(counter, leaves, "fold", k) for k in _bits(position)}
+    nodes = _trees(combine, used, roots, position)
+    prefix = _prefixes(combine, nodes, folds, position)
+    after = _counter_after(counter, nodes, prefix, position) if keep else None
+    if exclusive and length:
+        first = counter_prefix(counter, leaves, empty)
+        prefix = {k: torch.cat([first[k].unsqueeze(1), p[:, : length - 1]], 1) for k, p in prefix.items()}
+    return prefix, after
+
+
+def tree_roots(combine: Merge, leaves: Node, counter: Node | None = None, *, empty: Node) -> list[Node]:
+    """What the counter holds after each leaf, level by level: [B, T, ...], the root of 2^k tokens or `empty`."""
+    batch, length = next(iter(leaves.values())).shape[:2]
+    position = 0 if counter is None else _common_position(counter)
+    counter = counter_start(batch) if counter is None else counter
+    roots = {k: _slot(counter, leaves, "root", k) for k in _bits(position)}
+    nodes = _trees(combine, leaves, roots, position)
+    levels = []
+    for k in range((position + length).bit_length()):
+        known = nodes[k] if k < len(nodes) else {name: x[:, :0] for name, x in leaves.items()}
+        before = roots[k] if k in roots else {n: empty[n].to(x.dtype).expand_as(x[:, 0]) for n, x in leaves.items()}
+        tokens = range(position + 1, position + length + 1)
+        index = torch.tensor([(t >> k) - (position >> k) if t >> k & 1 else -1 for t in tokens])
+        level = {}
+        for name, x in known.items():
+            at = index.to(x.device)
+            rows = torch.cat([before[name].unsqueeze(1), x], 1).index_select(1, at.clamp(min=0))
+            level[name] = torch.where((at >= 0).view(-1, *[1] * (rows.dim() - 2)), rows, empty[name])
+        levels.append(level)
+    return levels
+
+
+def counter_start(batch: int) -> Node:
+    """The counter of `batch` streams that have seen nothing."""
+    return {"position": torch.zeros(batch, dtype=torch.int64)}
+
+
+def counter_push(combine: Merge, counter: Node, leaf: Node) -> tuple[Node, Node]:
+    """One token a stream, [B, ...]: (the prefix after it, the counter after it). Functional and differentiable.
+
+    The streams may be at different positions; a combine is called once for each level that carries in some stream, on
+    those streams alone, and once for the folds.
+    """
+    positions: list[int] = counter["position"].tolist()
+    carries = [(~p & p + 1).bit_length() - 1 for p in positions]  # trailing ones
+    root = leaf
+    for k in range(max(carries, default=0)):
+        rows = [b for b, c in enumerate(carries) if c > k]
+        merged = combine(_take(_slot(counter, leaf, "root", k), rows), _take(root, rows))
+        root = _put(root, rows, merged)
+    above = [_lowest(p >> c << c) for p, c in zip(positions, carries, strict=True)]  # the next root, if any
+    rows = [b for b, k in enumerate(above) if k is not None]
+    fold = root
+    if rows:
+        levels = sorted({k for k in above if k is not None})
+        left = root
+        for k in levels:
+            at = [b for b in rows if above[b] == k]
+            left = _put(left, at, _take(_slot(counter, leaf, "fold", k), at))
+        fold = _put(root, rows, combine(_take(left, rows), _take(root, rows)))
+    after = {"position": counter["position"] + 1}
+    for k in sorted({k for p in positions for k in _bits(p + 1)}):
+        rows = [b for b, c in enumerate(carries) if c == k]
+        for part, value in (("root", root), ("fold", fold)):
+            old = _slot(counter, leaf, part, k) if f"{next(iter(leaf))}.{part}.{k}" in counter else _zeros(leaf)
+            for name, x in _put(old, rows, _take(value, rows)).items():
+                after[f"{name}.{part}.{k}"] = x
+    return fold, after
+
+
+def counter_prefix(counter: Node, like: Node, empty: Node | None = None) -> Node:
+    """The prefix of each stream so far, [B, ...]; `empty` where nothing was seen. `like`: names, [B, T, ...] each."""
+    positions: list[int] = counter["position"].tolist()
+    if empty is None and not all(positions):
+        raise ValueError("a stream that has seen nothing has no prefix: pass `empty`")
+    found = {n: x.new_zeros(()) if empty is None else empty[n].to(x.dtype) for n, x in like.items()}
+    prefix = {n: v.expand(x.shape[:1] + x.shape[2:]) for (n, x), v in zip(like.items(), found.values(), strict=True)}
+    for k in sorted({k for k in map(_lowest, positions) if k is not None}):
+        rows = [b for b, p in enumerate(positions) if _lowest(p) == k]
+        prefix = _put(prefix, rows, _take(_slot(counter, like, "fold", k), rows))
+    return prefix
+
+
+def counter_bytes(counter: Node) -> int:
+    """What a counter holds, in bytes; tensors that are the same memory count once."""
+    return sum({x.data_ptr(): x.numel() * x.element_size() for x in counter.values()}.values())
+
+
+def counter_rows(parts: list[tuple[Node, int]]) -> Node:
+    """A counter of chosen streams: row `b` of counter `c` for each (c, b)."""
+    position = torch.stack([c["position"].cpu()[b] for c, b in parts])  # some may have moved to a device
+    bits = {k for p in position.tolist() for k in _bits(p)}
+    found = {key: x[0] for c, _ in parts for key, x in c.items() if key != "position"}
+    chosen = {"position": position}
+    for key, x in sorted(found.items(), key=lambda item: item[0]):
+        if int(key.rpartition(".")[2]) in bits:
+            chosen[key] = torch.stack([c[key][b] if key in c else torch.zeros_like(x) for c, b in parts])
+    return chosen
+
+
+# --- one tree ----------------------------------------------------------------------------------
+
+
+def _trees(combine: Merge, leaves: Node, roots: dict[int, Node], position: int) -> list[Node]:
+    """Upwards: level k holds the trees of 2^k tokens that end after `position`, [B, count, ...]. The left half of one
+    that straddles `position` is the counter's root of the level below."""
+    nodes = [leaves]
+    while True:
+        k, below = len(nodes) - 1, nodes[-1]
+        if position >> k & 1:
+            below = {name: torch.cat([roots[k][name].unsqueeze(1), x], 1) for name, x in below.items()}
+        pairs = next(iter(below.values())).shape[1] // 2
+        if pairs == 0:
+            return nodes
+        halves = {name: torch.unflatten(x[:, : 2 * pairs], 1, (pairs, 2)).unbind(2) for name, x in below.items()}
+        left, right = ({name: pair[side] for name, pair in halves.items()} for side in (0, 1))
+        nodes.append(_level(combine, left, right))
+
+
+def _prefixes(combine: Merge, nodes: list[Node], folds: dict[int, Node], position: int) -> Node:
+    """Downwards: level k has the prefixes at all multiples of 2^k after `position`. The even ones are the level above;
+    an odd one is the even one before it, or the counter's fold, combined with the tree between."""
+    even = {name: x[:, :0] for name, x in nodes[0].items()}
+    for k in reversed(range(len(nodes))):
+        first = position >> k
+        known = next(iter(even.values())).shape[1]
+        trees = {name: x[:, first % 2 :: 2] for name, x in nodes[k].items()}
+        count = next(iter(trees.values())).shape[1]
+        if first % 2:
+            odd = _level(combine, {name: x[:, :count] for name, x in even.items()}, trees) if count else trees
+            even = {name: _alternate(even[name], odd[name]) for name in even}
+            continue
+        start = _lowest(first)
+        if count == 0:
+            odd = trees
+        elif start is None:  # the first tree starts at token 0 and is its own prefix
+            left, right = ({n: x[:, lo : lo + count - 1] for n, x in y.items()} for y, lo in ((even, 0), (trees, 1)))
+            rest = [_level(combine, left, right)] if count > 1 else []
+            odd = {name: torch.cat([x[:, :1], *(r[name] for r in rest)], 1) for name, x in trees.items()}
+        else:
+            fold = folds[k + start]
+            left = {n: torch.cat([fold[n].unsqueeze(1), x[:, : count - 1]], 1) for n, x in even.items()}
+            odd = _level(combine, left, trees)
+        even = {name: _alternate(odd[name], even[name]) for name in even}
+        assert next(iter(even.values())).shape[1] == known + count
+    return even
+
+
+def _counter_after(counter: Node, nodes: list[Node], prefix: Node, position: int) -> Node:
+    """The counter at the end: roots and folds are among the trees and prefixes, or the old ones."""
+    length = next(iter(prefix.values())).shape[1]
+    end = position + length
+    after = {"position": counter["position"] + length}
+    for k in _bits(end):
+        new_tree, new_fold = (end >> k) - (position >> k) - 1, (end >> k << k) - position - 1
+        for name, x in prefix.items():
+            for part, source, at in (("root", nodes, new_tree), ("fold", None, new_fold)):
+                key = f"{name}.{part}.{k}"
+                after[key] = counter[key] if at < 0 else (source[k][name] if source else x)[:, at]
+    return after
+
+
+def _level(combine: Merge, left: Node, right: Node) -> Node:
+    """One combine for all pairs [B, count, ...] of a level, as one batch."""
+    l, r = ({name: x.flatten(0, 1) for name, x in side.items()} for side in (left, right))  # noqa: E741
+    return {name: x.expand(r[name].shape).reshape(right[name].shape) for name, x in combine(l, r).items()}
+
+
+def _alternate(first: Tensor, second: Tensor) -> Tensor:
+    """first 0, second 0, first 1, ... along axis 1; `first` may be one longer."""
+    short = second.shape[1]
+    both = torch.stack([first[:, :short], second], 2).flatten(1, 2)
+    return both if first.shape[1] == short else torch.cat([both, first[:, short:]], 1)
+
+
+# --- counters -----------------------------------------------------------------------------------
+
+
+def _bits(position: int) -> list[int]:
+    """The set bits."""
+    return [k for k in range(position.bit_length()) if position >> k & 1]
+
+
+def _lowest(position: int) -> int | None:
+    """The lowest set bit."""
+    return (position & -position).bit_length() - 1 if position else None
+
+
+def _common_position(counter: Node) -> int:
+    positions = set(counter["position"].tolist())
+    if len(positions) > 1:
+        raise ValueError(f"the streams are at different positions: {sorted(positions)}")
+    return int(positions.pop()) if positions else 0
+
+
+def _slot(counter: Node, names: Node, part: str, level: int) -> Node:
+    return {name: counter[f"{name}.{part}.{level}"] for name in names}
+
+
+def _zeros(node: Node) -> Node:
+    return {k: torch.zeros_like(x) for k, x in node.items()}
+
+
+def _take(node: Node, rows: list[int]) -> Node:
+    """Some rows; all of them at no cost."""
+    batch = next(iter(node.values())).shape[0]
+    if len(rows) == batch:
+        return node
+    return {k: x.index_select(0, torch.tensor(rows, dtype=torch.int64).to(x.device)) for k, x in node.items()}
+
+
+def _put(node: Node, rows: list[int], values: Node) -> Node:
+    """`node` with some rows replaced, out of place."""
+    batch = next(iter(node.values())).shape[0]
+    if len(rows) == batch:
+        return {k: values[k].expand(x.shape) for k, x in node.items()}
+    if not rows:
+        return node
+    out = {}
+    for k, x in node.items():
+        value = values[k].expand(len(rows), *x.shape[1:])
+        out[k] = x.index_copy(0, torch.tensor(rows, dtype=torch.int64).to(x.device), value)
+    return out
+
+
+# --- Many trees: the tree plan over sequences with masks, restarts and packing.
+
+
+def tree_tokens(
+    combine: Merge,
+    leaves: Node,
+    empty: Node,
+    counter: Node | None = None,
+    *,
+    valid: Tensor | None = None,
+    reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    previous: bool = False,
+    recompute: bool = False,
+) -> tuple[Node, Node | None, Node]:
+    """(prefix, prefix before each token or None, counter) of sequences with masks, restarts and packing.
+
+    valid [B, T] bool: a token that does not count is no leaf, the prefix stays as it is. reset [B, T] bool: a new tree
+    starts with this token. cu_seqlens [N + 1]: N sequences in one row; the counters are theirs. Runs between restarts
+    are found on the host (a sync, where the flags are on a device); those of one length and position share a scan.
+    """
+    batch, length = next(iter(leaves.values())).shape[:2]
+    bounds = [b * length for b in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    count = len(bounds) - 1
+    given = counter_start(count) if counter is None else counter
+    positions: list[int] = [0] * count if counter is None else given["position"].tolist()
+    if valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1:
+        prefix, after = tree_scan(combine, leaves, counter, recompute=recompute)
+        first = counter_prefix(counter, leaves, empty) if previous and counter is not None else empty
+        shifted = {k: torch.cat([_first(first[k], x), x], 1)[:, :length] for k, x in prefix.items()}
+        return prefix, shifted if previous else None, after or given
+    flags = [None if f is None else f.flatten().tolist() for f in (valid, reset)]
+    runs = _runs(bounds, flags[0], flags[1])
+    flat = {k: x.flatten(0, 1) for k, x in leaves.items()}
+    device = next(iter(flat.values())).device
+    # A table of every prefix there is: nothing, what each sequence went on from, then those of the runs.
+    nothing = {k: empty[k].to(x.dtype).expand(1, *x.shape[1:]) for k, x in flat.items()}
+    begun = counter_prefix(given, {k: x.new_empty(count, 0, *x.shape[1:]) for k, x in flat.items()}, empty)
+    table, size = [nothing, begun], 1 + count
+    groups: dict[tuple[int, int], list[_Run]] = {}
+    last = {run.sequence: run for run in runs}
+    ends: dict[int, tuple[Node, int]] = {}
+    for run in runs:
+        position = positions[run.sequence] if run.continues else 0
+        run.before = 1 + run.sequence if position else 0
+        ends[run.sequence] = (given, run.sequence) if position else (counter_start(1), 0)
+        if run.tokens:
+            groups.setdefault((len(run.tokens), position), []).append(run)
+    for (steps, position), members in groups.items():
+        index = torch.tensor([run.tokens for run in members]).to(device)
+        start = counter_rows([(given, run.sequence) for run in members]) if position else counter_start(len(members))
+        prefix, after = tree_scan(combine, {k: x[index] for k, x in flat.items()}, start, recompute=recompute)
+        table.append({k: x.flatten(0, 1) for k, x in prefix.items()})
+        for row, run in enumerate(members):
+            run.first, size = size, size + steps
+            if run is last[run.sequence]:
+                ends[run.sequence] = (after or start, row)
+    whole = {k: torch.cat([part[k] for part in table]) for k in leaves}
+    outside = batch * length - sum(len(run.seen) for run in runs)
+
+    def look(counts: list[list[int]]) -> Node:
+        pairs = [(run, seen) for run, c in zip(runs, counts, strict=True) for seen in c]
+        at = [run.before if seen == 0 else run.first + seen - 1 for run, seen in pairs] + [0] * outside
+        rows = torch.tensor(at, dtype=torch.int64).to(device)
+        return {k: x[rows].reshape(batch, length, *x.shape[1:]) for k, x in whole.items()}
+
+    before = look([run.seen for run in runs]) if previous else None
+    return look([run.after for run in runs]), before, counter_rows([ends[n] for n in range(count)])
+
+
+def _first(state: Tensor, like: Tensor) -> Tensor:
+    """A state, or a constant [*dims], as the first of prefixes [B, T, ...]."""
+    state = state.to(like.dtype).expand(like.shape[:1] + like.shape[2:])
+    return state.unsqueeze(1)
+
+
+class _Run:
+    """Tokens between two restarts of a sequence: those that count; for every token, how many did before and with it."""
+
+    def __init__(self, sequence: int, continues: bool) -> None:
+        self.sequence = sequence
+        self.continues = continues  # the sequence's first run goes on from its counter
+        self.tokens: list[int] = []
+        self.seen: list[int] = []
+        self.after: list[int] = []
+        self.before = self.first = 0  # where the prefix before the run, and the first one in it, are
+
+
+def _runs(bounds: list[int], valid: list[bool] | None, reset: list[bool] | None) -> list[_Run]:
+    """All runs, in the order of their tokens."""
+    runs = []
+    for n, (lo, hi) in enumerate(pairwise(bounds)):
+        runs.append(_Run(n, continues=True))
+        for t in range(lo, hi):
+            if reset is not None and reset[t]:
+                runs.append(_Run(n, continues=False))
+            run = runs[-1]
+            run.seen.append(len(run.tokens))
+            if valid is None or valid[t]:
+                run.tokens.append(t)
+            run.after.append(len(run.tokens))
+    return runs
+
+
+# --- The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names.
+
+
+class ArgumentError(ValueError):
+    """A call that does not fit the spec; the message says what was expected and what came."""
+
+
+class Fields:
+    """Values by name as attributes, as the functions of a spec read them; torch.compile traces it."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A declared tensor: an input is [B, T, *lanes, *dims], a param [*lanes, *dims] or [*dims], a state [B, *lanes,
+    *dims]."""
+
+    name: str
+    dims: tuple[str, ...] = ()
+    kind: str = "real"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A spec's border, as data. `taps`: how many tokens back an input is read; `previous`: the readout reads prev."""
+
+    name: str
+    digest: str
+    inputs: tuple[Slot, ...]
+    params: tuple[Slot, ...]
+    components: tuple[Slot, ...]
+    live: tuple[str, ...]
+    outputs: tuple[Slot, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    dims: tuple[str, ...] = ()
+    taps: Mapping[str, int] = field(default_factory=dict)
+    previous: bool = False
+
+
+@dataclass
+class Call:
+    """One checked call: tensors by name, dim sizes, [B, T] or [B], the lanes; `dtype` is the outputs', what the inputs
+    promote to, `compute` that of the state and of all arithmetic."""
+
+    inputs: dict[str, Tensor]
+    params: dict[str, Tensor]
+    sizes: dict[str, int]
+    leading: tuple[int, ...]
+    lanes: tuple[int, ...]
+    dtype: torch.dtype
+    compute: torch.dtype
+    device: torch.device
+
+    @property
+    def n(self) -> Fields:
+        return Fields(self.sizes)
+
+    def of_kind(self, kind: str, dtype: torch.dtype | None = None) -> torch.dtype:
+        """The torch dtype of an element kind; real ones are `dtype`, by default the state's."""
+        real = dtype or self.compute
+        return {"real": real, "complex": complex_of(real), "int": torch.int64, "bool": torch.bool}[kind]
+
+
+_COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
+_REAL = {torch.complex128: torch.float64, torch.complex64: torch.float32}
+_ACCEPTED = {
+    "real": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "complex": (torch.complex64, torch.complex128, torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "int": (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+}
+
+
+def complex_of(real: torch.dtype) -> torch.dtype:
+    return _COMPLEX.get(real, torch.complex64)
+
+
+def bind_call(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bool) -> Call:
+    """Checks names, ranks, sizes, dtypes and devices. `tokens`: inputs have a T axis. Raises ArgumentError."""
+    given = _by_name(spec, args, kwargs)
+    inputs, params = ({s.name: given[s.name] for s in part} for part in (spec.inputs, spec.params))
+    lead = 2 if tokens else 1
+    first = spec.inputs[0]
+    rank = _lane_axes(spec, given, lead)
+    leading, device = tuple(given[first.name].shape[:lead]), given[first.name].device
+    sizes = dict(spec.sizes)
+    owner = dict.fromkeys(sizes, "the spec")
+    lanes = [1] * rank
+    for slot in (*spec.inputs, *spec.params):
+        x = given[slot.name]
+        front = lead if slot.name in inputs else 0
+        shape = x.shape
+        end = len(shape) - len(slot.dims)
+        if front and tuple(shape[:front]) != leading:
+            hint = tokens and end > 2 and shape[0] == leading[0] and shape[2] == leading[1]
+            _refuse(spec, slot, x, lead, f"its leading sizes are not those of '{first.name}', {list(leading)}", hint)
+        if x.device != device:
+            raise ArgumentError(f"PSM602: {spec.name}: '{slot.name}' is on {x.device}, '{first.name}' on {device}.")
+        if x.dtype not in _ACCEPTED[slot.kind]:
+            names = ", ".join(str(t).removeprefix("torch.") for t in _ACCEPTED[slot.kind])
+            raise ArgumentError(
+                f"PSM602: {spec.name}: '{slot.name}' is {x.dtype}, but it is a tensor of {slot.kind} numbers: {names}."
+            )
+        for dim, size in zip(slot.dims, shape[end:], strict=True):
+            if sizes.setdefault(dim, size) != size:
+                _refuse(spec, slot, x, lead, f"{dim} is {size} here, but {sizes[dim]} in {owner[dim]}", tokens)
+            owner.setdefault(dim, f"'{slot.name}'")
+        for axis, size in enumerate(shape[front:end]):
+            lanes[axis] = size if lanes[axis] == 1 else max(lanes[axis], size) if size else 0
+    _check_lanes(spec, given, lead, lanes)
+    missing = [d for d in spec.dims if d not in sizes]
+    if missing:
+        raise ArgumentError(f"PSM603: {spec.name}: no argument tells the size of {', '.join(missing)}.")
+    dtype = _promoted(inputs.values()) or _promoted(params.values()) or torch.get_default_dtype()
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return Call(inputs, params, sizes, leading, tuple(lanes), dtype, compute, device)
+
+
+def _promoted(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """The real dtype that holds all but the ints."""
+    dtype: torch.dtype | None = None
+    for x in tensors:
+        if x.is_floating_point() or x.is_complex():
+            real = _REAL.get(x.dtype, x.dtype)
+            dtype = real if dtype is None or dtype == real else torch.promote_types(dtype, real)
+    return dtype
+
+
+def _by_name(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    names = [s.name for s in (*spec.inputs, *spec.params)]
+    usage = f"{spec.name}({', '.join(names)})"
+    if len(args) > len(names):
+        raise ArgumentError(f"PSM601: {usage} takes {len(names)} tensors, but {len(args)} were passed.")
+    given = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in names:
+            raise ArgumentError(f"PSM601: {usage} has no argument '{name}'.")
+        if name in given:
+            raise ArgumentError(f"PSM601: {usage}: '{name}' was passed twice.")
+        given[name] = value
+    absent = [n for n in names if n not in given]
+    if absent:
+        raise ArgumentError(f"PSM601: {usage}: {', '.join(absent)} missing.")
+    for name in names:
+        if not isinstance(given[name], Tensor):
+            raise ArgumentError(f"PSM601: {usage}: '{name}' must be a tensor, not {type(given[name]).__name__}.")
+    return given
+
+
+def _lane_axes(spec: Spec, given: Mapping[str, Tensor], lead: int) -> int:
+    """How many lane axes the inputs have: all the same number. A param has as many, or none."""
+    first = spec.inputs[0]
+    rank = max(0, given[first.name].dim() - lead - len(first.dims))
+    for slot in (*spec.inputs, *spec.params):
+        x = given[slot.name]
+        is_param = slot in spec.params
+        axes = x.dim() - len(slot.dims) - (0 if is_param else lead)
+        if axes != rank and not (is_param and axes == 0):
+            why = f"it has {x.dim()} axes" if axes < 0 else f"it has {axes} lane axes"
+            _refuse(spec, slot, x, lead, why + ("" if slot is first else f", while '{first.name}' has {rank}"))
+    return rank
+
+
+def _check_lanes(spec: Spec, given: Mapping[str, Tensor], lead: int, lanes: list[int]) -> None:
+    for slot in (*spec.inputs, *spec.params):
+        x = given[slot.name]
+        here = x.shape[0 if slot in spec.params else lead : x.dim() - len(slot.dims)]
+        for axis, (size, whole) in enumerate(zip(here, lanes, strict=False)):
+            last = axis == len(lanes) - 1
+            if size not in (1, whole) and not (last and size and whole % size == 0):
+                why = "does not divide" if last else "is neither 1 nor"
+                _refuse(spec, slot, x, lead, f"its lane axis of {size} {why} {whole}", lead == 2)
+
+
+def _refuse(spec: Spec, slot: Slot, x: Tensor, lead: int, why: str, hint: bool = False) -> NoReturn:
+    """A shape that does not fit. `hint`: heads may have been put before time."""
+    front = () if slot in spec.params else ("B", "T")[:lead]
+    want = ", ".join((*front, "*lanes", *slot.dims))
+    swapped = hint and slot in spec.inputs and x.dim() - len(slot.dims) > 2
+    raise ArgumentError(
+        f"PSM602: {spec.name}: '{slot.name}' must be [{want}], but it is {list(x.shape)}: {why}."
+        + (f" Did you pass [{', '.join(('B', 'H', 'T', *slot.dims))}]? Time comes before the lanes." if swapped else "")
+    )
+
+
+def spread(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:
+    """Grouped lanes made whole: on the last lane axis (the one before `axis` from the left) the shorter repeats."""
+    if not lanes or axis < 1:
+        return x
+    at = axis - 1
+    size, whole = x.shape[at], lanes[-1]
+    if size in (1, whole):
+        return x
+    return x.unsqueeze(at + 1).expand(*x.shape[: at + 1], whole // size, *x.shape[at + 1 :]).flatten(at, at + 1)
+
+
+def all_lanes(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:
+    """`spread`, and lane axes of one repeated as well; the lanes of `x` end before `axis`."""
+    whole = spread(x, axis, lanes)
+    return whole.expand(*x.shape[: axis - len(lanes)], *lanes, *x.shape[axis:])
+
+
+# --- The border, continued: states, flags and packing.
+
+
+def check_flags(spec: Spec, name: str, flags: Any, call: Call) -> Tensor | None:
+    """mask and reset: [B, T] of bools or ints, as bool."""
+    if flags is None:
+        return None
+    where = f"PSM604: {spec.name}: '{name}'"
+    if not isinstance(flags, Tensor):
+        raise ArgumentError(f"{where} must be a tensor [B, T], not {type(flags).__name__}.")
+    if tuple(flags.shape) != call.leading:
+        raise ArgumentError(f"{where} must be [B, T] = {list(call.leading)}, but it is {list(flags.shape)}.")
+    if flags.device != call.device:
+        raise ArgumentError(f"{where} is on {flags.device}, the inputs on {call.device}.")
+    if flags.is_floating_point() or flags.is_complex():
+        raise ArgumentError(f"{where} is {flags.dtype}; pass bools (True: the token counts, or restarts).")
+    return flags if flags.dtype == torch.bool else flags != 0
+
+
+def check_cu_seqlens(spec: Spec, cu_seqlens: Any, call: Call) -> Tensor | None:
+    """N + 1 ascending token offsets on the inputs' device; B must be 1. On a GPU their values are not read (a sync)."""
+    if cu_seqlens is None:
+        return None
+    where = f"PSM606: {spec.name}: 'cu_seqlens'"
+    batch, length = call.leading
+    if not isinstance(cu_seqlens, Tensor):
+        raise ArgumentError(f"{where} must be a tensor of N + 1 offsets, not {type(cu_seqlens).__name__}.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ArgumentError(
+            f"{where} must be N + 1 offsets, int32 or int64, but it is {list(cu_seqlens.shape)}, {cu_seqlens.dtype}."
+        )
+    if batch != 1:
+        raise ArgumentError(f"{where} packs the sequences in a batch of 1, but B is {batch}.")
+    if cu_seqlens.device != call.device:
+        raise ArgumentError(f"{where} is on {cu_seqlens.device}, the inputs on {call.device}.")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
+            raise ArgumentError(f"{where} must rise from 0 to T = {length}, but it is {offsets}.")
+    return cu_seqlens
+
+
+def check_state(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tensor] | None:
+    """An initial state: exactly the live components and the tails, [rows, *lanes, *dims], in the state's dtypes."""
+    if state is None:
+        return None
+    slots = {s.name: s for s in spec.components if s.name in spec.live}
+    _check_names(spec, state, [*slots, *tail_names(spec)])
+    parts = {k: _component(spec, call, k, state[k], slot, rows) for k, slot in slots.items()}
+    return {**parts, **_tails(spec, call, state, rows)}
+
+
+def check_counter(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tensor] | None:
+    """The state of a tree: `position` [rows], and for each set bit k of one the roots and folds of that level."""
+    if state is None:
+        return None
+    position = state.get("position") if isinstance(state, Mapping) else None
+    if not isinstance(position, Tensor) or position.dtype != torch.int64 or tuple(position.shape) != (rows,):
+        raise ArgumentError(
+            f"PSM605: {spec.name}: the state of a tree has 'position', an int64 tensor [{rows}]; "
+            "pass what init_state, a call or a step returned."
+        )
+    bits = sorted({k for p in position.tolist() for k in range(p.bit_length()) if p >> k & 1})
+    keys = {f"{s.name}.{part}.{k}": s for s in spec.components for part in ("root", "fold") for k in bits}
+    _check_names(spec, state, ["position", *keys, *tail_names(spec)])
+    parts = {k: _component(spec, call, k, state[k], slot, rows) for k, slot in keys.items()}
+    return {"position": position, **parts, **_tails(spec, call, state, rows)}
+
+
+def tail_names(spec: Spec) -> list[str]:
+    """Keys of a state that hold the last tokens of an input."""
+    return [f"{name}_tail" for name in spec.taps]
+
+
+def _check_names(spec: Spec, state: Any, wanted: list[str]) -> None:
+    if not isinstance(state, Mapping):
+        raise ArgumentError(f"PSM605: {spec.name}: a state is a dict of tensors, not {type(state).__name__}.")
+    if set(state) != set(wanted):
+        passed = ", ".join(map(str, state)) or "nothing"
+        raise ArgumentError(f"PSM605: {spec.name}: a state holds {', '.join(wanted)}, but {passed} was passed.")
+
+
+def _component(spec: Spec, call: Call, key: str, x: Any, slot: Slot, rows: int) -> Tensor:
+    if not isinstance(x, Tensor):
+        _refuse_state(spec, key, f"must be a tensor, not {type(x).__name__}")
+    want = (rows, *call.lanes, *(call.sizes[d] for d in slot.dims))
+    if tuple(x.shape) != want:
+        shape = ", ".join(("rows", "*lanes", *slot.dims))
+        _refuse_state(spec, key, f"must be [{shape}] = {list(want)}, but it is {list(x.shape)}")
+    return _placed(spec, call, key, x, call.of_kind(slot.kind))
+
+
+def _tails(spec: Spec, call: Call, state: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
+    """The last tokens of tapped inputs, [rows, W, *lanes, *dims], in the inputs' dtypes."""
+    out = {}
+    inputs = {s.name: s for s in spec.inputs}
+    for source, longest in spec.taps.items():
+        key, slot = f"{source}_tail", inputs[source]
+        x = state[key]
+        if not isinstance(x, Tensor):
+            _refuse_state(spec, key, f"must be a tensor, not {type(x).__name__}")
+        want = (rows, longest, *call.lanes, *(call.sizes[d] for d in slot.dims))
+        if tuple(x.shape) != want:
+            shape = ", ".join(("rows", str(longest), "*lanes", *slot.dims))
+            _refuse_state(spec, key, f"must be [{shape}] = {list(want)}, but it is {list(x.shape)}")
+        out[key] = _placed(spec, call, key, x, call.inputs[source].dtype)
+    return out
+
+
+def _placed(spec: Spec, call: Call, key: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.device != call.device:
+        _refuse_state(spec, key, f"is on {x.device}, the inputs on {call.device}")
+    rank = (x.is_complex(), x.is_floating_point())
+    if rank > (dtype.is_complex, dtype.is_floating_point):
+        _refuse_state(spec, key, f"is {x.dtype}, but it holds {dtype}")
+    return x.to(dtype)
+
+
+def _refuse_state(spec: Spec, key: str, why: str) -> NoReturn:
+    raise ArgumentError(f"PSM605: {spec.name}: state '{key}' {why}.")
+
+
+# --- Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T.
+
+Tails = dict[str, Tensor]
+
+
+def tap_tokens(
+    spec: Spec,
+    call: Call,
+    state: Tails | None,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[dict[str, Tensor], Tails]:
+    """Inputs read some tokens earlier, as inputs `name_lagK` over all lanes; and the tails after the last token."""
+    if not spec.taps:
+        return {}, {}
+    where = places(call, cu_seqlens, reset)
+    lags: dict[str, Tensor] = {}
+    tails: Tails = {}
+    for name, longest in spec.taps.items():
+        x = _whole(spec, call, name)
+        tail = None if state is None else state[f"{name}_tail"]
+        if mask is not None:
+            x = torch.where(_flag(mask, x), x, x.new_zeros(()))
+        for lag in range(1, longest + 1):
+            lags[f"{name}_lag{lag}"] = lagged(x, lag, where, tail)
+        tails[f"{name}_tail"] = next_tail(x, longest, where, tail)
+    return lags, tails
+
+
+def tap_token(spec: Spec, call: Call, state: Tails | None) -> tuple[dict[str, Tensor], Tails]:
+    """The same for one token."""
+    lags: dict[str, Tensor] = {}
+    tails: Tails = {}
+    for name, longest in spec.taps.items():
+        x = _whole(spec, call, name)
+        past = x.new_zeros(x.shape[0], longest, *x.shape[1:]) if state is None else state[f"{name}_tail"]
+        for lag in range(1, longest + 1):
+            lags[f"{name}_lag{lag}"] = past[:, longest - lag]
+        tails[f"{name}_tail"] = torch.cat([past[:, 1:], x.unsqueeze(1)], 1)
+    return lags, tails
+
+
+def _whole(spec: Spec, call: Call, name: str) -> Tensor:
+    (slot,) = (s for s in spec.inputs if s.name == name)
+    x = call.inputs[name]
+    return all_lanes(x, x.dim() - len(slot.dims), call.lanes)
+
+
+class Places(NamedTuple):
+    """Where each token stands: the `row` of its sequence, `at` which place in it, `since` how far after the last reset
+    (its place, if there was none), whether it is after one (`restarted`), [B, T] each; `begin`, `end` [rows]."""
+
+    row: Tensor
+    at: Tensor
+    since: Tensor
+    begin: Tensor
+    end: Tensor
+    restarted: Tensor
+
+
+def places(call: Call, cu_seqlens: Tensor | None, reset: Tensor | None) -> Places:
+    """Token places of a dense batch, or of N packed sequences in one row."""
+    (batch, length), device = call.leading, call.device
+    token = torch.arange(length, device=device).expand(batch, length)
+    if cu_seqlens is None:
+        row = torch.arange(batch, device=device)[:, None].expand(batch, length)
+        begin = torch.zeros(batch, dtype=torch.int64, device=device)
+        end = begin + length
+        at = token
+    else:
+        row = (torch.searchsorted(cu_seqlens, token.contiguous(), right=True) - 1).clamp(0, cu_seqlens.numel() - 2)
+        begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        at = token - begin[row]
+    if reset is None:
+        return Places(row, at, at, begin, end, torch.zeros(batch, length, dtype=torch.bool, device=device))
+    last = torch.where(reset, token, -1).cummax(1).values if length else token
+    restarted = last >= token - at
+    return Places(row, at, torch.where(restarted, token - last, at), begin, end, restarted)
+
+
+def lagged(x: Tensor, lag: int, where: Places, tail: Tensor | None) -> Tensor:
+    """x read `lag` tokens earlier: [B, T, ...]; from the tail [rows, W, ...] or 0 before a sequence's start, 0 across a
+    restart. `x` holds 0 at masked tokens already."""
+    length = x.shape[1]
+    shifted = torch.cat([x.new_zeros(x.shape[0], min(lag, length), *x.shape[2:]), x[:, : max(length - lag, 0)]], 1)
+    inside = _flag(where.since >= lag, x)
+    out = torch.where(inside, shifted, x.new_zeros(()))
+    if tail is None:
+        return out
+    width = tail.shape[1]
+    slot = (width + where.at - lag).clamp(0, width - 1)
+    early = _flag((where.at < lag) & ~where.restarted, x)
+    return torch.where(early, tail[where.row, slot].to(x.dtype), out)
+
+
+def next_tail(x: Tensor, width: int, where: Places, tail: Tensor | None) -> Tensor:
+    """The last `width` tokens of each sequence, oldest first, [rows, W, ...]: older ones from the old tail, 0 before a
+    restart."""
+    rows, length = where.end.numel(), x.shape[1]
+    back = torch.arange(width, 0, -1, device=x.device)  # how far before the end
+    token = where.end[:, None] - back
+    inside = token >= where.begin[:, None]
+    if length == 0:
+        return x.new_zeros(rows, width, *x.shape[2:]) if tail is None else tail.to(x.dtype)
+    batch = torch.arange(rows, device=x.device).clamp(max=x.shape[0] - 1)  # packed sequences share row 0
+    last = (where.end - 1).clamp(min=0)
+    empty = where.end <= where.begin
+    reach = torch.where(where.restarted[batch, last] & ~empty, where.since[batch, last] + 1, length + width + 1)
+    kept = back[None, :] <= reach[:, None]
+    out = torch.where(_flag(inside & kept, x), x[batch[:, None], token.clamp(0, length - 1)], x.new_zeros(()))
+    if tail is None:
+        return out
+    slot = (width + token - where.begin[:, None]).clamp(0, width - 1)
+    older = tail[torch.arange(rows, device=x.device)[:, None], slot].to(x.dtype)
+    return torch.where(_flag(~inside & kept, x), older, out)
+
+
+def flip(x: Tensor, where: Places | None) -> Tensor:
+    """Time reversed within each sequence; `where` None: each row is one sequence."""
+    if where is None:
+        return x.flip(1)
+    mirror = where.begin[where.row] + where.end[where.row] - 1 - torch.arange(x.shape[1], device=x.device)
+    return x[:, mirror[0].clamp(0, max(x.shape[1] - 1, 0))]
+
+
+# --- One checked call in PyTorch: lift, the scan of the plan, readout. Differentiable by autograd.
+
+Rules = SimpleNamespace  # the functions of the spec: lift, combine, advance, output, identity, (start), (recurrence)
+
+
+def as_state(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -> Tensor:
+    """A component in full, [*leading, *lanes, *dims], in its dtype: rules return what they read of the leading axes."""
+    rank = len(slot.dims)
+    dims = value.shape[value.dim() - rank :]
+    return value.to(call.of_kind(slot.kind)).expand(*leading, *call.lanes, *dims)
+
+
+def prepared(spec: Spec, call: Call, lags: Values) -> tuple[Values, Values]:
+    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`."""
+    x = {s.name: _prepared(s, call.inputs[s.name], call) for s in spec.inputs}
+    for slot in spec.inputs:
+        for lag in range(1, spec.taps.get(slot.name, 0) + 1):
+            x[f"{slot.name}_lag{lag}"] = _prepared(slot, lags[f"{slot.name}_lag{lag}"], call)
+    return x, {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+
+
+def _prepared(slot: Slot, value: Tensor, call: Call) -> Tensor:
+    return spread(value.to(call.of_kind(slot.kind)), value.dim() - len(slot.dims), call.lanes)
+
+
+def start_state(spec: Spec, rules: Rules, call: Call, names: tuple[str, ...]) -> Values:
+    """Where a sequence starts, [*dims] each."""
+    begin = getattr(rules, "start", rules.identity)
+    found: Values = begin(call.n, torch.empty((), dtype=call.compute, device=call.device))
+    kinds = {s.name: s.kind for s in spec.components}
+    return {k: found[k].to(call.of_kind(kinds[k])) for k in names}
+
+
+def run_scan(
+    spec: Spec, rules: Rules, call: Call, fold: str, x: Values, p: Values, initial: Values | None,
+    mask: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None, whole: bool = False,
+) -> tuple[Values, Values]:  # fmt: skip
+    """Outputs [B, T, *lanes, *dims] by name, and the final state. `whole`: no readout, all components of the state.
+
+    x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
+    """
+    if hasattr(rules, "layers") and cu_seqlens is None and not whole:
+        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset)
+        return layered
+    params, n = Fields(p), call.n
+    slots = {s.name: s for s in spec.components}
+    live = tuple(slots) if whole or fold == "tree" else spec.live
+
+    def lift(tokens: Values) -> Values:
+        leading = next(iter(tokens.values())).shape[:2]
+        element = rules.lift(Fields(tokens), params, n)
+        return {k: as_state(v, slots[k], call, leading) for k, v in element.items()}
+
+    def combine(l: Values, r: Values) -> Values:  # noqa: E741
+        joined: Values = rules.combine(Fields(l), Fields(r), params, n)
+        return {k: v.to(l[k].dtype) for k, v in joined.items()}
+
+    def advance(l: Values, r: Values) -> Values:  # noqa: E741
+        rule = rules.combine if whole else rules.advance
+        moved: Values = rule(Fields(l), Fields(r), params, n)
+        return {k: v.to(l[k].dtype) for k, v in moved.items() if k in l}
+
+    def recur(state: Values, tokens: Values) -> Values:
+        moved: Values = rules.recurrence(Fields(state), Fields(tokens), params, n)
+        leading = next(iter(tokens.values())).shape[:1]
+        return {k: as_state(moved[k], slots[k], call, leading) for k in state}
+
+    def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
+        before = Fields(previous) if previous is not None else None
+        found = rules.output(Fields(prefix), before, Fields(tokens), params, n)
+        return {s.name: as_output(found[s.name], s, call, next(iter(prefix.values())).shape[:2]) for s in spec.outputs}
+
+    empty = start_state(spec, rules, call, live)
+    sequences = hasattr(rules, "recurrence")
+    if sequences:
+        empty = {k: as_state(v, slots[k], call, ()) for k, v in empty.items()}
+    rows = call.leading[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    restart = None
+    if hasattr(rules, "start") and fold == "scan":
+        restart = {k: as_state(v, slots[k], call, (1,)) for k, v in empty.items()}
+    if fold == "tree":
+        x = fill_masked(x, mask)
+        prefix, before, counter = tree_tokens(
+            combine, lift(x), empty, initial, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
+            previous=spec.previous and not whole,
+        )  # fmt: skip
+        if whole:
+            return {}, counter
+        outputs = output(prefix, before, x)
+        if mask is not None:
+            outputs = {k: torch.where(_flag(mask, v), v, 0) for k, v in outputs.items()}
+        return outputs, counter
+    final: Values
+    outputs, final = scan_tokens(
+        (lambda tokens: tokens) if sequences else lift, combine, recur if sequences else advance,
+        None if whole else output, x, empty, initial, restart=restart, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
+        previous=spec.previous and not whole, left=fold == "left",
+    )  # fmt: skip
+    final = {k: as_state(v, slots[k], call, (rows,)) for k, v in final.items()}
+    return outputs, final or {k: as_state(v, slots[k], call, (rows,)) for k, v in empty.items()}
+
+
+def as_output(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -> Tensor:
+    """An output in full and in the dtype that the inputs promote to."""
+    rank = len(slot.dims)
+    dims = value.shape[value.dim() - rank :]
+    kind = "complex" if value.is_complex() else slot.kind
+    return value.to(call.of_kind(kind, call.dtype)).expand(*leading, *call.lanes, *dims)
+
+
+def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
+    """One token for every row: (outputs [B, *lanes, *dims], the state after it); not of a tree."""
+    params, n = Fields(p), call.n
+    slots = {s.name: s for s in spec.components}
+    tokens, before = Fields(x), Fields(state)
+    if hasattr(rules, "recurrence"):
+        moved = rules.recurrence(before, tokens, params, n)
+    else:
+        moved = rules.advance(before, Fields(rules.lift(tokens, params, n)), params, n)
+    after = {k: as_state(moved[k], slots[k], call, call.leading) for k in spec.live}
+    found = rules.output(Fields(after), before if spec.previous else None, tokens, params, n)
+    return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
+
+
+def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
+    """One token of a tree: (outputs, the counter after it)."""
+    params, n, tokens = Fields(p), call.n, Fields(x)
+    slots = {s.name: s for s in spec.components}
+
+    def combine(l: Values, r: Values) -> Values:  # noqa: E741
+        joined: Values = rules.combine(Fields(l), Fields(r), params, n)
+        return {k: v.to(l[k].dtype) for k, v in joined.items()}
+
+    element = rules.lift(tokens, params, n)
+    leaf = {k: as_state(v, slots[k], call, call.leading) for k, v in element.items()}
+    prefix, after = counter_push(combine, state, leaf)
+    before = None
+    if spec.previous:
+        empty = start_state(spec, rules, call, tuple(slots))
+        before = Fields(counter_prefix(state, {k: v.unsqueeze(1) for k, v in leaf.items()}, empty))
+    found = rules.output(Fields(prefix), before, tokens, params, n)
+    return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
+
+
+# --- Matrix states a chunk of tokens at a time, as batched matrix products.
+
+Rows = tuple[Tensor, ...]  # columns of a factor: [..., L, width] each, the same for all tokens of a chunk's batch
+
+
+class Factors(NamedTuple):
+    """One layer's tokens, [..., T, width] each: logs of the decay over the key and over the value (width 1: one number;
+    None: no decay), the columns of U, W, B, C, and the queries (q, p), either of which may be None."""
+
+    log_key: Tensor | None
+    log_value: Tensor | None
+    u: Rows
+    w: Rows
+    b: Rows
+    c: Rows
+    queries: tuple[tuple[Tensor | None, Tensor | None], ...]
+
+
+def chunk_scan(
+    f: Factors, start: Tensor, valid: Tensor | None = None, reset: Tensor | None = None, size: int | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """(one [..., T, V] for each query, the state after the last token [..., K, V]); start [..., K, V].
+
+    valid, reset: [..., T] bool, broadcasting: a token that does not count changes nothing, and its rows of the result
+    are 0; before a reset token the state is 0 again. `size`: tokens a chunk.
+    """
+    length = f.b[0].shape[-2]
+    if length == 0:
+        return [f.c[0] for _ in f.queries], start
+    wide = (f.log_key is not None and f.log_key.shape[-1] > 1) or f.log_value is not None
+    size = size or min(16 if wide else 64, length)
+    count = -(-length // size)
+
+    def cut(x: Tensor) -> Tensor:
+        """[..., T, w] to [..., chunks, L, w], zeros behind the end."""
+        x = torch.nn.functional.pad(x, (0, 0, 0, count * size - length)) if count * size > length else x
+        return x.reshape(*x.shape[:-2], count, size, x.shape[-1])
+
+    if valid is not None:
+        on = valid[..., None]
+        f = _where_valid(f, on)
+    chunks = _Chunk(
+        _closed(f.log_key, cut),
+        _closed(f.log_value, cut),
+        tuple(map(cut, f.u)),
+        tuple(map(cut, f.w)),
+        tuple(map(cut, f.b)),
+        tuple(map(cut, f.c)),
+        None if reset is None else cut(reset[..., None].to(torch.int32)),
+        size,
+    )
+    keep, gain = chunks.transition()
+    states = []
+    state = start
+    for n in range(count):
+        states.append(state)
+        state = chunks.carry(state, keep, gain, n)
+    before = torch.stack(states, -3)
+    outputs = []
+    for q, p in f.queries:
+        o = _total([chunks.read(cut(r), before, shift) for shift, r in enumerate((q, p)) if r is not None])
+        o = o.flatten(-3, -2)[..., :length, :]
+        outputs.append(
+            o if valid is None else torch.where(valid[..., None], o, torch.zeros((), dtype=o.dtype, device=o.device))
+        )
+    return outputs, state
+
+
+def _where_valid(f: Factors, on: Tensor) -> Factors:
+    def zero(x: Any) -> Any:
+        return None if x is None else torch.where(on, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    u, w, b, c = (tuple(zero(x) for x in part) for part in (f.u, f.w, f.b, f.c))
+    queries = tuple((zero(q), zero(p)) for q, p in f.queries)
+    return Factors(zero(f.log_key), zero(f.log_value), u, w, b, c, queries)
+
+
+def _closed(log: Tensor | None, cut: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Logs from which differences can be taken: a decay of 0 is one that underflows."""
+    return None if log is None else cut(log.clamp(min=-104.0 if log.dtype == torch.float32 else -746.0))
+
+
+class _Chunk:
+    """All chunks of a layer; factors are [..., chunks, L, width]."""
+
+    def __init__(
+        self,
+        log_key: Tensor | None,
+        log_value: Tensor | None,
+        u: Rows,
+        w: Rows,
+        b: Rows,
+        c: Rows,
+        reset: Tensor | None,
+        size: int,
+    ) -> None:
+        self.size, self.b, self.c, self.u, self.rank = size, b, c, u, len(u)
+        # Cumulative logs, with the token (0) and without it (1).
+        self.key = _sums(log_key)
+        self.value = _sums(log_value)
+        token = torch.arange(size, device=b[0].device)
+        self.later = (token[:, None] >= token, token[:, None] > token)
+        self.fresh: Tensor | None = None  # [..., L]: no reset up to here
+        self.same: Tensor | None = None  # [..., L, L]: no reset between
+        if reset is not None:
+            run = reset.cumsum(-2)[..., 0]
+            self.fresh = run == 0
+            self.same = run[..., :, None] == run[..., None, :]
+        self.y: tuple[list[Tensor], list[Tensor]] = ([], [])  # Y = y[0] S_0 + y[1], a column of U each
+        if self.rank:
+            self._solve(w)
+
+    def _solve(self, w: Rows) -> None:
+        """Y by forward substitution, over all columns of all tokens of a chunk."""
+        rank, size = self.rank, self.size
+        rows = torch.cat([torch.cat([self.product(x, u, 1) for u in self.u], -1) for x in w], -2)
+        work = torch.cat([self.hat(x, 1) for x in w], -2)
+        gain = torch.cat(
+            [_total([self.product(x, b, 1) @ c for b, c in zip(self.b, self.c, strict=True)]) for x in w], -2
+        )
+        # Columns of one token do not see each other: ordered by token, the system is strictly lower triangular.
+        order = torch.arange(rank * size, device=rows.device).view(rank, size).T.flatten()
+        unit = torch.eye(rank * size, dtype=rows.dtype, device=rows.device) - rows[..., order, :][..., :, order]
+        both = torch.linalg.solve_triangular(
+            unit, torch.cat([work, gain], -1)[..., order, :], upper=False, unitriangular=True
+        )
+        back = torch.argsort(order)
+        both = both[..., back, :].unflatten(-2, (rank, size))
+        width = work.shape[-1]
+        self.y = ([x[..., :width] for x in both.unbind(-3)], [x[..., width:] for x in both.unbind(-3)])
+
+    def product(self, x: Tensor, z: Tensor, shift: int) -> Tensor:
+        """M_XZ [..., L, L]; shift 1: x reads the state before its token."""
+        mask = self.later[shift] if self.same is None else self.later[shift] & self.same
+        if self.key is None:
+            return torch.where(mask, x @ z.mT, torch.zeros((), dtype=x.dtype, device=x.device))
+        to, since = self.key[shift], self.key[0]
+        if to.shape[-1] == 1:
+            return (x @ z.mT) * _ratio(to - since.mT, mask, x)
+        ratio = _ratio(to[..., :, None, :] - since[..., None, :, :], mask[..., None], x)
+        return torch.einsum("...tk,...tsk,...sk->...ts", x, ratio, z)
+
+    def apply(self, m: Tensor, c: Tensor, shift: int) -> Tensor:
+        """M C, with the decay along the values."""
+        if self.value is None:
+            return m @ c
+        to, since = self.value[shift], self.value[0]
+        ratio = _ratio(to[..., :, None, :] - since[..., None, :, :], self.later[shift][..., None], c)
+        return torch.einsum("...ts,...tsv,...sv->...tv", m, ratio, c)
+
+    def hat(self, x: Tensor, shift: int) -> Tensor:
+        """X with the decays since the chunk's start; 0 behind a reset."""
+        x = x if self.key is None else x * self.key[shift].to(x.dtype).exp()
+        return (
+            x
+            if self.fresh is None
+            else torch.where(self.fresh[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+        )
+
+    def to_end(self, z: Tensor, logs: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Z with the decays up to the chunk's end."""
+        return z if logs is None else z * (logs[0][..., -1:, :] - logs[0]).to(z.dtype).exp()
+
+    def transition(self) -> tuple[Tensor, Tensor]:
+        """S_L = keep ∘ S_0 + gain: keep is [..., K or 1, V or 1] (elementwise), or [..., K, K] with a transition."""
+        last = None if self.same is None else self.same[..., -1, :, None]
+
+        def ended(z: Tensor) -> Tensor:
+            z = self.to_end(z, self.key)
+            return z if last is None else torch.where(last, z, torch.zeros((), dtype=z.dtype, device=z.device))
+
+        gain = _total([ended(b).mT @ self.to_end(c, self.value) for b, c in zip(self.b, self.c, strict=True)])
+        like = self.b[0]
+        key = torch.ones_like(like[..., -1, :1]) if self.key is None else self.key[0][..., -1, :].to(like.dtype).exp()
+        if self.fresh is not None:
+            key = torch.where(self.fresh[..., -1, None], key, torch.zeros((), dtype=key.dtype, device=key.device))
+        if not self.rank:
+            value = (
+                torch.ones_like(like[..., -1, :1])
+                if self.value is None
+                else self.value[0][..., -1, :].to(like.dtype).exp()
+            )
+            return key[..., :, None] * value[..., None, :], gain
+        through = _total([ended(u).mT @ y for u, y in zip(self.u, self.y[0], strict=True)])
+        gain = gain + _total([ended(u).mT @ y for u, y in zip(self.u, self.y[1], strict=True)])
+        return torch.diag_embed(key.expand(*key.shape[:-1], like.shape[-1])) + through, gain
+
+    def carry(self, state: Tensor, keep: Tensor, gain: Tensor, n: int) -> Tensor:
+        """The state after chunk n."""
+        here = keep[..., n, :, :]
+        return (here @ state if self.rank else here * state) + gain[..., n, :, :]
+
+    def read(self, q: Tensor, before: Tensor, shift: int) -> Tensor:
+        """q_tᵀ S_t (shift 0) or q_tᵀ S_{t-1} (shift 1), [..., chunks, L, V]; before: S_0 of each chunk."""
+        o = self.hat(q, shift) @ before
+        if self.value is not None:
+            o = o * self.value[shift].to(o.dtype).exp()
+        for b, c in zip(self.b, self.c, strict=True):
+            o = o + self.apply(self.product(q, b, shift), c, shift)
+        for u, through, gain in zip(self.u, *self.y, strict=True):
+            o = o + self.product(q, u, shift) @ (through @ before + gain)
+        return o
+
+
+def _sums(log: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    if log is None:
+        return None
+    # In double: behind a strong decay a sum is large, and what counts is its differences to later ones.
+    with_token = log.double().cumsum(-2)
+    return with_token, with_token - log
+
+
+def _ratio(exponent: Tensor, mask: Tensor, like: Tensor) -> Tensor:
+    """exp where the mask is, else 0."""
+    low = torch.full((), -torch.inf, dtype=like.dtype, device=like.device)
+    return torch.where(mask, exponent.to(like.dtype), low).exp()
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+# --- Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients.
+
+_PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
+
+
+class Lanes(NamedTuple):
+    """What a call's kernels share. `batch`, `tokens` as the rows lie; `sequences`, `chunks`: how many there may be;
+    `cu`, `first`, `owner`: offsets, the first chunk of each sequence, and the sequence of each chunk (-1: none)."""
+
+    batch: int
+    tokens: int
+    lanes: int
+    key: int
+    value: int
+    sequences: int
+    chunks: int
+    cu: Tensor | None
+    first: Tensor | None
+    owner: Tensor | None
+
+
+class ChunkKernels:
+    """The kernels of the chunked plan. `table`: the kernels and `tiles`, which the compiler wrote."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+        self.interpreted: bool = table.interpreted
+        self.processors: int | None = 1 if self.interpreted else None
+
+    def takes(self, key: int, value: int, like: Tensor) -> bool:
+        """Whether there are kernels for this device and these sizes."""
+        on_device = like.device.type == "cuda" or self.interpreted
+        return on_device and 0 < key <= 256 and value > 0 and like.dtype in _PRECISION
+
+    def scan(
+        self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
+        shift: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in `dtype` (q's), and the last state [N, G, K, V] in fp32.
+
+        q, b [B, T, G, K], c [B, T, G, V]; log: log of the decay, None, [B, T, G] or [B, T, G, K]; start [N, G, K, V] or
+        None; cu: N + 1 offsets of sequences in a batch of 1. Differentiable in q, b, c, log and start.
+        """
+        found: tuple[Tensor, Tensor] = _ChunkScan.apply(self, q, b, c, log, start, cu, shift, scale, dtype or q.dtype)  # type: ignore[no-untyped-call]
+        return found
+
+    def layer(
+        self, call: Any, layer: Any, sizes: list[int], found: dict[str, Tensor], start: Tensor | None,
+        mask: Tensor | None, reset: Tensor | None, cu: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor] | None:  # fmt: skip
+        """`matrix_layer` with these kernels."""
+        return matrix_layer(self, call, layer, sizes, found, start, mask, reset, cu)
+
+    # --- launches
+
+    def forward(
+        self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None, shift: int,
+        scale: float, dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        how = self.plan("forward", q, b, c, log, cu)
+        n = how.lanes
+        y = torch.empty(n.batch, n.tokens, n.lanes, n.value, dtype=dtype, device=q.device)
+        final = _matrices(n, n.sequences, q)
+        if not n.batch * n.tokens * n.lanes:
+            return y, final.zero_() if start is None else final.copy_(start)
+        pairs = self._pairs(q, b, log, shift, how)
+        begin, last = start, final
+        if how.segments > 1:
+            begin = self._starts(b, c, log, start, final, False, shift, 1.0, how)
+            last = None  # type: ignore[assignment]
+        grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
+        self.table.forward[grid](
+            q, b, c, log, pairs, begin, y, last, None, n.cu, n.first, *_strides(q, b, c, log), n.tokens,
+            how.segments, how.segment, n.lanes, scale, how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk,
+            how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+        return y, final
+
+    def backward(
+        self, dy: Tensor, d_final: Tensor | None, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None,
+        start: Tensor | None, cu: Tensor | None, shift: int, scale: float, d_log: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+        """Gradients of q, b, c, log (in fp32; None if not wanted) and start (in fp32)."""
+        how = self.plan("gradients", q, b, c, log, cu)
+        n = how.lanes
+        dq, db, dc = (
+            torch.empty(n.batch, n.tokens, n.lanes, w, dtype=x.dtype, device=q.device)
+            for x, w in ((q, n.key), (b, n.key), (c, n.value))
+        )
+        d_start = _matrices(n, n.sequences, q)
+        dlog = torch.zeros(log.shape, dtype=torch.float32, device=q.device) if log is not None and d_log else None
+        if not dy.numel():
+            return dq, db, dc, dlog, d_start.zero_() if d_final is None else d_final.float()
+        dy = dy.contiguous()
+        states = self.states(b, c, log, start, None, False, shift, 1.0, cu, how.bt)
+        costates = self.states(q, dy, log, d_final, d_start, True, shift, scale, cu, how.bt)
+        pairs = self._pairs(q, b, log, shift, how)
+        grid = (n.chunks * n.lanes,)
+        shared = (*_strides(q, b, c, log), n.tokens, n.lanes, scale)
+        kinds = (how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages)
+        self.table.gradients[grid](
+            q, b, c, log, pairs, dy, states, costates, dq, db, dc, dlog, n.cu, n.first, n.owner, *shared, *kinds,
+            num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+        if how.decay == 2:
+            inner = self.plan("inner", q, b, c, log, cu, how.bt)
+            self.table.inner[grid](
+                q, b, c, log, dy, dq, db, dlog, n.cu, n.first, n.owner, *shared, shift, how.precision, n.key,
+                n.value, how.bt, how.bk, _block(n.value), 16, num_warps=inner.warps,
+            )  # fmt: skip
+        return dq, db, dc, dlog, d_start
+
+    def states(
+        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, back: bool,
+        shift: int, scale: float, cu: Tensor | None, bt: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """The state before each chunk (behind it, if `back`), [chunks, G, K, V] as operands; into `end`: the last."""
+        how = self.plan("states", x, x, z, log, cu, bt)
+        n = how.lanes
+        states = torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=how.operand, device=x.device)
+        if how.segments > 1:
+            end = _matrices(n, n.sequences, x) if end is None else end
+            start = self._starts(x, z, log, start, end, back, shift, scale, how)
+            end = None
+        self._walk(x, z, log, start, end, None, states, back, shift, scale, how)
+        return states
+
+    def _starts(
+        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, last: Tensor, back: bool, shift: int,
+        scale: float, how: SimpleNamespace,
+    ) -> Tensor:  # fmt: skip
+        """What each segment starts from, [N, S, G, K, V]; into `last`: where the last ends."""
+        n = how.lanes
+        ends, starts = (_matrices(n, n.sequences * how.segments, x) for _ in range(2))
+        width = n.key if how.decay == 2 else 1
+        left = torch.empty(n.sequences, how.segments, n.lanes, width, dtype=torch.float32, device=x.device)
+        own = self.plan("states", x, x, z, log, n.cu, how.bt)
+        own.segments, own.segment = how.segments, how.segment
+        self._walk(x, z, log, None, ends, left, None, back, shift, scale, own)
+        block = min(1024, _block(n.key * n.value))
+        self.table.join[(n.sequences * n.lanes * -(-n.key * n.value // block),)](
+            start, ends, left, starts, last, how.segments, n.lanes, back, how.decay, n.key, n.value, block
+        )
+        return starts
+
+    def _walk(
+        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, left: Tensor | None,
+        states: Tensor | None, back: bool, shift: int, scale: float, how: SimpleNamespace,
+    ) -> None:  # fmt: skip
+        n = how.lanes
+        bk = min(how.bk, how.bks)
+        blocks = -(-n.key // bk) * -(-n.value // how.bv)
+        self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
+            x, z, log, start, end, left, states, n.cu, n.first, *_places(x), *_places(z), *_places(log), n.tokens,
+            how.segments, how.segment, n.lanes, scale, back, how.decay, shift, how.precision, n.key, n.value, how.bt,
+            bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+
+    def _pairs(self, q: Tensor, b: Tensor, log: Tensor | None, shift: int, how: SimpleNamespace) -> Tensor | None:
+        """A of every chunk for a decay over the key, [B, T, G, BT] as operands."""
+        if how.decay != 2:
+            return None
+        n = how.lanes
+        pairs = torch.empty(n.batch, n.tokens, n.lanes, how.bt, dtype=how.operand, device=q.device)
+        own = self.plan("pairs", q, b, b, log, n.cu, how.bt)
+        self.table.pairs[(n.chunks * n.lanes,)](
+            q, b, log, pairs, n.cu, n.first, n.owner, *_places(q), *_places(b), *_places(log), n.tokens, n.lanes, shift,
+            how.precision, n.key, how.bt, how.bk, 16, num_warps=own.warps,
+        )  # fmt: skip
+        return pairs
+
+    # --- sizes
+
+    def plan(
+        self, kernel: str, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, cu: Tensor | None, bt: int = 0
+    ) -> SimpleNamespace:
+        """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
+        batch, tokens, lanes, key = q.shape
+        value = c.shape[-1]
+        dtype = torch.promote_types(torch.promote_types(q.dtype, b.dtype), c.dtype)
+        decay = 0 if log is None else 1 if log.dim() == 3 else 2
+        bk = _block(key)
+        sizes = self.table.tiles[kernel][2 if dtype == torch.bfloat16 else 4]
+        own, bv, bks, warps, stages = next(tile for largest, tile in sizes if bk <= largest)
+        bt = bt or own
+        bv = min(bv, _block(value))
+        sequences = batch if cu is None else cu.shape[0] - 1
+        chunks = batch * -(-tokens // bt) if cu is None else -(-tokens // bt) + sequences
+        first = owner = None
+        if cu is not None:
+            lengths = (cu[1:] - cu[:-1] + bt - 1) // bt
+            ends = lengths.cumsum(0)
+            first = ends - lengths
+            numbers = torch.arange(chunks, device=cu.device)
+            owner = torch.searchsorted(ends, numbers, right=True)
+            owner = torch.where(owner < sequences, owner, -1)
+        wide = -(-value // bv) * (-(-key // bks) if kernel == "states" else 1)
+        segments, segment = self._split(q, sequences * lanes * wide, tokens, bt)
+        return SimpleNamespace(
+            lanes=Lanes(batch, tokens, lanes, key, value, sequences, chunks, cu, first, owner), decay=decay, bt=bt,
+            bk=bk, bks=bks, bv=bv, warps=warps, stages=stages, segments=segments, segment=segment,
+            precision=_PRECISION[dtype], operand=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        )  # fmt: skip
+
+    def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
+        """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise."""
+        processors = self.processors or _multiprocessors(like.device)
+        segments = 1
+        if 0 < programs < processors:
+            segments = min(-(-2 * processors // programs), tokens // (8 * bt))
+        if segments < 3:
+            return 1, max(-(-tokens // bt), 1) * bt
+        each = -(-tokens // (segments * bt)) * bt
+        return -(-tokens // each), each
+
+
+def matrix_layer(
+    kernels: ChunkKernels, call: Any, layer: Any, sizes: list[int], found: dict[str, Tensor], start: Tensor | None,
+    mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+) -> tuple[list[Tensor], Tensor] | None:  # fmt: skip
+    """The linear readouts of a layer, [B, T, G, V] each, and its last state [N, G, K, V]; None: not for the kernels.
+
+    sizes: outer, key and value; found: the layer's factors; start [N, G, K, V]; mask, reset: [B, T] bool. Readouts of S
+    and of prev.S, and columns of the injection, add up: one scan for each.
+    """
+    batch, length = call.leading
+    outer, key, value = sizes[: layer.outer], sizes[layer.outer], 1 if layer.vector else sizes[-1]
+    like = found["b0"]
+    if layer.rank or "log_value" in found or not layer.reads or not length or not kernels.takes(key, value, like):
+        return None
+    lanes = prod(call.lanes) * prod(outer)
+
+    def rows(name: str, width: tuple[int, ...] = (-1,)) -> Tensor:
+        x = found[name]
+        x = x.expand(batch, length, *call.lanes, *outer, *width)
+        return x.reshape(batch, length, lanes, *width)
+
+    def factor(name: str) -> Tensor:
+        if layer.vector and name[0] == "c":
+            return rows(name, ()).unsqueeze(-1).to(dtype)
+        return rows(name).to(dtype)
+
+    dtype = call.dtype if call.dtype in _PRECISION else torch.float32
+    log = rows("log", ()) if "log" in found else rows("log_key") if "log_key" in found else None
+    on = None if mask is None else mask[..., None, None]
+    if log is not None and on is not None:
+        log = torch.where(on if log.dim() == 4 else on[..., 0], log, 0.0)
+    if reset is not None:
+        cut = reset[..., None] if log is None or log.dim() == 3 else reset[..., None, None]
+        log = torch.where(cut, -torch.inf, 0.0 if log is None else log)
+        log = log.expand(batch, length, lanes) if log.dim() == 3 else log
+    outputs: list[Tensor] = []
+    final = None
+    columns = [(factor(f"b{k}"), factor(f"c{k}")) for k in range(layer.columns)]
+    for r in range(len(layer.reads)):
+        total = None
+        for name, shift in ((f"q{r}", 0), (f"p{r}", 1)):
+            if name not in found:
+                continue
+            q = factor(name)
+            if shift and reset is not None:
+                q = torch.where(reset[..., None, None], 0.0, q)  # what is before a restart is nothing
+            ends = []
+            for k, (b, c) in enumerate(columns):
+                b = b if on is None else torch.where(on, b, 0.0)
+                y, end = kernels.scan(q, b, c, log, None if k else start, cu, shift, 1.0, call.dtype)
+                total = y if total is None else total + y
+                ends.append(end)
+            final = sum(ends[1:], ends[0]) if final is None else final
+        assert total is not None
+        outputs.append(total)
+    assert final is not None
+    return outputs, final
+
+
+class _ChunkScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: ChunkKernels, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None,
+        cu: Tensor | None, shift: int, scale: float, dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q, b, c = _laid(q), _laid(b), _laid(c)
+        log = None if log is None else _laid(log)
+        start = None if start is None else start.float().contiguous()
+        ctx.kernels, ctx.shift, ctx.scale = kernels, shift, scale
+        ctx.save_for_backward(q, b, c, log, start, cu)
+        ctx.set_materialize_grads(False)
+        return kernels.forward(q, b, c, log, start, cu, shift, scale, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        q, b, c, log, start, cu = ctx.saved_tensors
+        dy, d_final = grads
+        if dy is None:
+            dy = torch.zeros(*c.shape[:3], c.shape[3], dtype=q.dtype, device=q.device)
+        d_final = None if d_final is None else d_final.float().contiguous()
+        dq, db, dc, dlog, d_start = ctx.kernels.backward(
+            dy, d_final, q, b, c, log, start, cu, ctx.shift, ctx.scale, ctx.needs_input_grad[4]
+        )
+        dlog = None if dlog is None else dlog.to(log.dtype)
+        return None, dq, db, dc, dlog, d_start if ctx.needs_input_grad[5] else None, *[None] * 4
+
+
+def _laid(x: Tensor) -> Tensor:
+    """A factor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous."""
+    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if even and (x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
+
+
+def _places(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(1), x.stride(2))
+
+
+def _strides(*factors: Tensor | None) -> list[int]:
+    return [s for x in factors for s in _places(x)]
+
+
+def _matrices(n: Lanes, count: int, like: Tensor) -> Tensor:
+    return torch.empty(count, n.lanes, n.key, n.value, dtype=torch.float32, device=like.device)
+
+
+def _block(n: int) -> int:
+    """The least power of two that is not below n, and 16 at least."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+_MULTIPROCESSORS: dict[torch.device, int] = {}
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device not in _MULTIPROCESSORS:
+        _MULTIPROCESSORS[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _MULTIPROCESSORS[device]
+
+
+# --- A spec layer by layer: matrix states in chunks, what is pointwise by the blocked scan, then the readout.
+
+
+class Scanned(NamedTuple):
+    """A layer of small components: its own lift, combine and advance, of what its elements hold."""
+
+    components: tuple[str, ...]
+    lift: Callable[..., Values]
+    combine: Callable[..., Values]
+    advance: Callable[..., Values]
+
+
+class Chunked(NamedTuple):
+    """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ.
+
+    factors(x, s, prev, p, n) gives log (or log_key) and log_value, u0, w0, ..., b0, c0, ... and the queries q0, p0, ...
+    where there are some, [..., *outer, width]; log, and c of a vector component, which has no value dim, [..., *outer].
+    `reads` names the linear parts y in their order; `order`: where outer, key and value stand among the dims.
+    """
+
+    component: str
+    factors: Callable[..., Values]
+    rank: int
+    columns: int
+    reads: tuple[str, ...]
+    order: tuple[int, ...]
+    outer: int
+    vector: bool
+
+
+def run_layers(
+    spec: Spec, rules: Rules, call: Call, x: Values, p: Values, initial: Values | None, mask: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Values, Values]:  # fmt: skip
+    """As `run_scan`, for a spec whose rules have `layers` and `readout`."""
+    x = fill_masked(x, mask)
+    params, n, leading = SimpleNamespace(**p), call.n, call.leading
+    slots = {s.name: s for s in spec.components}
+    after: Values = {}
+    before: Values = {}
+    final: Values = {}
+    tokens = SimpleNamespace(**x)
+    for layer in rules.layers:
+        if isinstance(layer, Scanned):
+            prefix, previous, end = _scanned(spec, rules, call, layer, x, params, initial, mask, reset)
+            after |= fill_masked(prefix, mask)  # what is read of padding may be infinite and must not meet a gradient
+            before |= fill_masked(previous, mask)
+            final |= end
+            continue
+        found = layer.factors(tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n)
+        kernels = getattr(rules, "matrices", None)
+        outputs, state = _chunked(spec, call, layer, found, initial, mask, reset, kernels)
+        after |= fill_masked(outputs, mask)
+        final[layer.component] = state
+    answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
+    outputs = {s.name: as_output(answer[s.name], s, call, leading) for s in spec.outputs}
+    if mask is not None:
+        outputs = {
+            k: torch.where(_over(mask, o), o, torch.zeros((), dtype=o.dtype, device=o.device))
+            for k, o in outputs.items()
+        }
+    return outputs, {k: as_state(final[k], slots[k], call, leading[:1]) for k in spec.live}
+
+
+def _scanned(
+    spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, initial: Values | None,
+    mask: Tensor | None, reset: Tensor | None,
+) -> tuple[Values, Values, Values]:  # fmt: skip
+    slots = {s.name: s for s in spec.components}
+    n = call.n
+
+    def lift(tokens: Values) -> Values:
+        leading = next(iter(tokens.values())).shape[:2]
+        return {
+            k: as_state(v, slots[k], call, leading) for k, v in layer.lift(SimpleNamespace(**tokens), params, n).items()
+        }
+
+    def rule(function: Callable[..., Values]) -> Callable[[Values, Values], Values]:
+        def apply(l: Values, r: Values) -> Values:  # noqa: E741
+            return function(SimpleNamespace(**l), SimpleNamespace(**r), params, n)
+
+        return apply
+
+    def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
+        return {**{f"s.{k}": v for k, v in prefix.items()}, **{f"prev.{k}": v for k, v in (previous or {}).items()}}
+
+    empty = start_state(spec, rules, call, layer.components)
+    begin = None if initial is None else {k: initial[k] for k in layer.components}
+    found, final = scan_tokens(
+        lift, rule(layer.combine), rule(layer.advance), output, x, empty, begin, valid=mask, reset=reset, previous=True
+    )
+    if not final:
+        final = {k: as_state(v, slots[k], call, call.leading[:1]) for k, v in empty.items()}
+    parts = [{k: found[f"{side}.{k}"] for k in layer.components} for side in ("s", "prev")]
+    return parts[0], parts[1], final
+
+
+def _chunked(
+    spec: Spec,
+    call: Call,
+    layer: Chunked,
+    found: Values,
+    initial: Values | None,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    kernels: Any,
+) -> tuple[Values, Tensor]:
+    """The layer's linear readouts by name and its final state [B, *lanes, *dims]."""
+    slot = next(s for s in spec.components if s.name == layer.component)
+    sizes = [call.sizes[slot.dims[k]] for k in layer.order]
+    outer = sizes[: layer.outer]
+    batch, length = call.leading
+    lanes = prod(call.lanes) * prod(outer)
+
+    def rows(name: str) -> Any:
+        """[B, G, T, width]: lanes and outer dims as one axis, before time."""
+        if name not in found:
+            return None
+        value = found[name].to(call.compute)
+        if name == "log" or (layer.vector and name[0] == "c"):
+            value = value.unsqueeze(-1)
+        value = value.expand(batch, length, *call.lanes, *outer, value.shape[-1])
+        return value.reshape(batch, length, lanes, value.shape[-1]).transpose(1, 2)
+
+    def columns(letter: str, count: int) -> tuple[Tensor, ...]:
+        return tuple(rows(f"{letter}{k}") for k in range(count))
+
+    key, value = sizes[layer.outer], 1 if layer.vector else sizes[-1]
+    if initial is None:
+        start = torch.zeros(batch, lanes, key, value, dtype=call.compute, device=call.device)
+    else:
+        rank = len(slot.dims)
+        given = initial[layer.component]
+        front = list(range(given.dim() - rank))
+        given = given.permute(*front, *(given.dim() - rank + k for k in layer.order))
+        start = given.reshape(batch, lanes, key, value)
+    done = None if kernels is None else kernels.layer(call, layer, sizes, found, start, mask, reset)
+    if done is not None:
+        outputs, state = done
+    else:
+        queries = tuple((rows(f"q{k}"), rows(f"p{k}")) for k in range(len(layer.reads)))
+        factors = Factors(
+            rows("log" if "log" in found else "log_key"), rows("log_value"),
+            columns("u", layer.rank), columns("w", layer.rank), columns("b", layer.columns),
+            columns("c", layer.columns), queries,
+        )  # fmt: skip
+        across, state = chunk_scan(
+            factors, start, None if mask is None else mask[:, None], None if reset is None else reset[:, None]
+        )
+        outputs = [o.transpose(1, 2) for o in across]
+    y = {}
+    for name, o in zip(layer.reads, outputs, strict=True):
+        whole = o.reshape(batch, length, *call.lanes, *outer, value)
+        y[name] = whole[..., 0] if layer.vector else whole
+    state = state.reshape(batch, *call.lanes, *sizes[: len(layer.order)] if not layer.vector else (*outer, key))
+    front = list(range(1 + len(call.lanes)))
+    back = [layer.order.index(k) + len(front) for k in range(len(slot.dims))]
+    return y, state.permute(*front, *back)
+
+
+def _over(flag: Tensor, like: Tensor) -> Tensor:
+    return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
+
+
+# --- The scan as an operator of torch: one graph node for torch.compile, with its own backward.
+
+_FORWARD = (
+    "(Tensor[] inputs, Tensor[] params, Tensor[] initial, Tensor? mask, Tensor? reset, Tensor? cu_seqlens, bool save)"
+    " -> Tensor[]"
+)
+_BACKWARD = (
+    "(Tensor[] grads, Tensor[] inputs, Tensor[] params, Tensor[] initial, Tensor? mask, Tensor? reset,"
+    " Tensor? cu_seqlens, Tensor[] results) -> Tensor[]"
+)
+
+
+class Given(NamedTuple):
+    """The tensors of a call as the operator takes them; `inputs` end with the taps, `initial` may be empty."""
+
+    inputs: list[Tensor]
+    params: list[Tensor]
+    initial: list[Tensor]
+    mask: Tensor | None
+    reset: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+class Operator:
+    """psmc::<name>_<digest> and its backward, registered once per process whoever imports the module how often.
+
+    results: the outputs, then the live components of the final state, then what the kernels save for backward.
+    """
+
+    def __init__(self, spec: Spec, rules: Rules, fold: str, kernels: Any) -> None:
+        self.spec, self.rules, self.fold, self.kernels = spec, rules, fold, kernels
+        self.extras = tuple((s, lag) for s in spec.inputs for lag in range(1, spec.taps.get(s.name, 0) + 1))
+        self.live = () if fold == "tree" else tuple(s for s in spec.components if s.name in spec.live)
+        name = f"{spec.name}_{spec.digest}"
+        if not hasattr(torch.ops.psmc, name):
+            self._register(name)
+        self.op = getattr(torch.ops.psmc, name).default
+
+    def wanted(self, call: Call, carries: bool) -> bool:
+        """Kernels where there are some for this device and dtype, one node of a compiled graph; else plain autograd.
+
+        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced.
+        """
+        return self._kernels(call) or (torch.compiler.is_compiling() and not (carries and self.fold == "tree"))
+
+    def _kernels(self, call: Call) -> bool:
+        on_device = call.device.type == "cuda" or (self.kernels is not None and self.kernels.interpreted)
+        return self.kernels is not None and on_device and call.compute == torch.float32
+
+    def __call__(
+        self, call: Call, extra: Values, initial: Values | None, mask: Tensor | None, reset: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Values, Values]:  # fmt: skip
+        """As `run_scan`; `extra` holds the taps as `name_lagK`."""
+        inputs = [*call.inputs.values(), *(extra[f"{s.name}_lag{lag}"] for s, lag in self.extras)]
+        params = list(call.params.values())
+        begin = [] if initial is None else [initial[s.name] for s in self.live]
+        save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *params, *begin))
+        results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
+        outputs = {s.name: x for s, x in zip(self.spec.outputs, results, strict=False)}
+        return outputs, {s.name: x for s, x in zip(self.live, results[len(outputs) :], strict=False)}
+
+    def _register(self, name: str) -> None:
+        forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
+        backward = torch.library.custom_op(f"psmc::{name}_backward", self._backward, mutates_args=(), schema=_BACKWARD)
+        forward.register_fake(lambda *args: self._fake(Given(*args[:-1]), args[-1]))
+        backward.register_fake(lambda grads, inputs, params, initial, *rest: _like(inputs, params, initial))
+        forward.register_autograd(self._differentiate, setup_context=self._remember)
+
+    def _call(self, given: Given) -> Call:
+        return bind_call(self.spec, [*given.inputs[: len(self.spec.inputs)], *given.params], {}, tokens=True)
+
+    def _forward(
+        self, inputs: list[Tensor], params: list[Tensor], initial: list[Tensor], mask: Tensor | None,
+        reset: Tensor | None, cu_seqlens: Tensor | None, save: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        given = Given(inputs, params, initial, mask, reset, cu_seqlens)
+        if self._kernels(self._call(given)):
+            outputs, finals, saved = self.kernels.scan_forward(
+                inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
+            )
+            return [*outputs, *finals, *saved]
+        found, final = self._run(given)
+        results = (*found.values(), *(final[s.name] for s in self.live))
+        return [x.clone(memory_format=torch.contiguous_format) for x in results]
+
+    def _run(self, given: Given) -> tuple[Values, Values]:
+        call = self._call(given)
+        taps = zip(self.extras, given.inputs[len(self.spec.inputs) :], strict=True)
+        x, p = prepared(self.spec, call, {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps})
+        begin = {s.name: v for s, v in zip(self.live, given.initial, strict=True)} if given.initial else None
+        return run_scan(self.spec, self.rules, call, self.fold, x, p, begin, given.mask, given.reset, given.cu_seqlens)
+
+    def _fake(self, given: Given, save: bool) -> list[Tensor]:
+        call = self._call(given)
+        rows = call.leading[0] if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
+        like = given.inputs[0]
+
+        def empty(leading: tuple[int, ...], slot: Slot, dtype: torch.dtype | None = None) -> Tensor:
+            shape = (*leading, *call.lanes, *(call.sizes[d] for d in slot.dims))
+            return like.new_empty(shape, dtype=call.of_kind(slot.kind, dtype))
+
+        results = [empty(call.leading, s, call.dtype) for s in self.spec.outputs]
+        results += [empty((rows,), s) for s in self.live]
+        if save and self._kernels(call):
+            slots = {s.name: s for s in self.live}
+            results += [empty(call.leading, slots[k]) for k in self.kernels.saved_components(call.dtype)]
+        return results
+
+    def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        given = Given(*inputs[:-1])
+        ctx.counts = [len(part) for part in given[:3]]
+        saved = output if self.kernels is not None else []
+        ctx.save_for_backward(*given.inputs, *given.params, *given.initial, *given[3:], *saved)
+
+    def _differentiate(self, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+        saved = list(ctx.saved_tensors)
+        parts: list[list[Tensor]] = []
+        for count in ctx.counts:
+            parts.append(saved[:count])
+            saved = saved[count:]
+        mask, reset, cu_seqlens, *results = saved
+        given = Given(parts[0], parts[1], parts[2], mask, reset, cu_seqlens)
+        used = grads[: len(self.spec.outputs) + len(self.live)]
+        like = self._fake(given, False) if any(g is None for g in used) else used
+        dense = [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(used, like, strict=True)]  # type: ignore[arg-type]
+        backward = getattr(torch.ops.psmc, f"{self.spec.name}_{self.spec.digest}_backward").default
+        found = iter(backward(dense, *given, results if self._kernels(self._call(given)) else []))
+        split = [[g if _smooth(x) else None for x, g in zip(part, found, strict=False)] for part in parts]
+        return (*split, None, None, None, None)
+
+    def _backward(
+        self, grads: list[Tensor], inputs: list[Tensor], params: list[Tensor], initial: list[Tensor],
+        mask: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None, results: list[Tensor],
+    ) -> list[Tensor]:  # fmt: skip
+        given = Given(inputs, params, initial, mask, reset, cu_seqlens)
+        everything = [*inputs, *params, *initial]
+        if self._kernels(self._call(given)):
+            count = len(self.spec.outputs)
+            found = self.kernels.scan_backward(
+                grads[:count], grads[count:], inputs, params, initial or None, results[:count],
+                results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            )  # fmt: skip
+            flat = [
+                g
+                for part, like in zip(found, (inputs, params, initial), strict=True)
+                for g in (part or [None] * len(like))
+            ]
+        else:
+            flat = self._transpose(given, grads)
+        return [
+            torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+            if g is None
+            else g.clone(memory_format=torch.contiguous_format)
+            for g, x in zip(flat, everything, strict=True)
+        ]
+
+    def _transpose(self, given: Given, grads: list[Tensor]) -> list[Tensor | None]:
+        """Autograd through a run of its own."""
+        with _recorded():
+            inputs, params, initial = (
+                [x.detach().requires_grad_(_smooth(x)) for x in part]
+                for part in (given.inputs, given.params, given.initial)
+            )
+            out, final = self._run(given._replace(inputs=inputs, params=params, initial=initial))
+            pairs = zip((*out.values(), *(final[s.name] for s in self.live)), grads, strict=True)
+            reached = [(y, g) for y, g in pairs if y.requires_grad]
+            leaves = [*inputs, *params, *initial]
+            wanted = [x for x in leaves if x.requires_grad]
+            if not reached or not wanted:
+                return [None] * len(leaves)
+            results, cotangents = ([pair[side] for pair in reached] for side in (0, 1))
+            found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))
+        return [next(found) if x.requires_grad else None for x in leaves]
+
+
+def token_code(mask: Tensor | None, reset: Tensor | None) -> Tensor | None:
+    """[B, T] int8 for the kernels, None where nothing is said. Bit 0: the token counts; bit 1: a restart before it."""
+    if reset is None:
+        return None if mask is None else mask.to(torch.int8)
+    return (torch.ones_like(reset) if mask is None else mask).to(torch.int8) + 2 * reset.to(torch.int8)
+
+
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """Autograd inside an operator's kernel, where torch's dispatcher leaves it out."""
+    keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther)
+    before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
+    try:
+        for key in keys:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for key, excluded in zip(keys, before, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
+def _smooth(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _like(*parts: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty(x.shape) for part in parts for x in part]
+
+
+# --- The public face of a compiled aggregator: a parallel call, a step, states.
+
+State = dict[str, Tensor]
+
+
+class Aggregator:
+    """A sequence model's scan: call it on whole sequences, or `step` it token by token with the same result.
+
+    Inputs are [B, T, *lanes, *dims] in the spec's order, params [*lanes, *dims] or [*dims]; see `help(agg)`.
+    """
+
+    def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None, plain: bool = False) -> None:
+        """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points; `plain`: never a custom op."""
+        self.spec, self.rules, self.fold_order = spec, rules, fold
+        self.operator = None if plain else Operator(spec, rules, fold, kernels)
+        self.__name__ = spec.name
+
+    def __repr__(self) -> str:
+        named = ", ".join(s.name for s in (*self.spec.inputs, *self.spec.params))
+        return f"<aggregator {self.spec.name}({named}) -> {', '.join(s.name for s in self.spec.outputs)}>"
+
+    def __call__(
+        self,
+        *args: Tensor,
+        initial_state: Mapping[str, Tensor] | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        reverse: bool = False,
+        **kwargs: Tensor,
+    ) -> Any:
+        """All tokens at once: the output (a tuple if there are several), and with `return_state` the state after them.
+
+        initial_state  what `init_state`, a call or a step returned; None is the start
+        cu_seqlens     N + 1 offsets: N sequences packed in a batch of 1, states [N, ...]
+        mask, reset    [B, T]: tokens that count (the others leave the state alone, and their outputs are 0); tokens
+                       before which the state starts anew
+        reverse        run each sequence from its last token to its first
+
+        Raises ArgumentError if a shape, dtype or device does not fit the spec.
+        """
+        call = bind_call(self.spec, args, kwargs, tokens=True)
+        mask = check_flags(self.spec, "mask", mask, call)
+        reset = check_flags(self.spec, "reset", reset, call)
+        cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
+        state = self._checked(call, initial_state, call.leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        back = None
+        if reverse:
+            back = None if cu_seqlens is None else places(call, cu_seqlens, None)
+            call = replace(call, inputs={k: flip(x, back) for k, x in call.inputs.items()})
+            mask = None if mask is None else flip(mask, back)
+            reset = None if reset is None else flip(reset, back)
+        lags, tails = tap_tokens(self.spec, call, state, mask, reset, cu_seqlens)
+        begin = None if state is None else {k: x for k, x in state.items() if k not in tail_names(self.spec)}
+        if self.operator is not None and self.operator.wanted(call, return_state or state is not None):
+            outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
+        else:
+            x, p = prepared(self.spec, call, lags)
+            outputs, final = run_scan(
+                self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
+            )
+        found = tuple(flip(outputs[s.name], back) if reverse else outputs[s.name] for s in self.spec.outputs)
+        out = found[0] if len(found) == 1 else found
+        return (out, {**final, **tails}) if return_state else out
+
+    def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
+        """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
+        call = bind_call(self.spec, args, kwargs, tokens=False)
+        before = self._checked(call, state, call.leading[0])
+        lags, tails = tap_token(self.spec, call, before)
+        x, p = prepared(self.spec, call, lags)
+        if before is None:
+            before = self._start(call)
+        run = run_push if self.fold_order == "tree" else run_step
+        outputs, after = run(self.spec, self.rules, call, before, x, p)
+        found = tuple(outputs[s.name] for s in self.spec.outputs)
+        return found[0] if len(found) == 1 else found, {**after, **tails}
+
+    @torch.no_grad()
+    def step_(self, state: State, *args: Tensor, slots: Tensor | None = None, **kwargs: Tensor) -> Any:
+        """One token, in place and without gradient: `state` is overwritten; with `slots` [B] the rows that it names.
+
+        The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
+        """
+        if slots is not None and self.fold_order == "tree":
+            return self._push_rows(state, slots, *args, **kwargs)
+        rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
+        out, after = self.step(rows, *args, **kwargs)
+        if self.fold_order == "tree":
+            state.clear()
+            state.update(after)
+            return out
+        for name, value in after.items():
+            if slots is None:
+                state[name].copy_(value)
+            else:
+                state[name].index_copy_(0, slots, value.to(state[name].dtype))
+        return out
+
+    def init_state(
+        self,
+        batch: int,
+        lanes: tuple[int, ...] | int = (),
+        device: torch.device | str | None = None,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        **dims: int,
+    ) -> State:
+        """The state before any token, [batch, *lanes, *dims]. Dims by name: `init_state(1, (16,), K=64, V=64)`."""
+        lanes = (lanes,) if isinstance(lanes, int) else tuple(lanes)
+        known = {**self.spec.sizes, **(sizes or {}), **dims}
+        stray = sorted(known.keys() - set(self.spec.dims))
+        if stray:
+            raise ArgumentError(
+                f"PSM603: {self.spec.name} has no dim {', '.join(stray)}; it has {', '.join(self.spec.dims) or 'none'}."
+            )
+        read = (*self.spec.components, *(s for s in self.spec.inputs if s.name in self.spec.taps))
+        missing = sorted({d for s in read for d in s.dims} - known.keys())
+        if missing:
+            raise ArgumentError(f"PSM603: {self.spec.name}: init_state needs the size of {', '.join(missing)}.")
+        call = Call({}, {}, known, (batch,), lanes, dtype, dtype, torch.device(device or "cpu"))
+        state = self._start(call)
+        for slot in self.spec.inputs:
+            if slot.name in self.spec.taps:
+                width = (batch, self.spec.taps[slot.name], *lanes, *(known[d] for d in slot.dims))
+                state[f"{slot.name}_tail"] = torch.zeros(width, dtype=call.of_kind(slot.kind), device=call.device)
+        return state
+
+    def fold(
+        self, *args: Tensor, cu_seqlens: Tensor | None = None, mask: Tensor | None = None, **kwargs: Tensor
+    ) -> State:
+        """The product of all tokens' elements, every component, [B, *lanes, *dims]: what segments and ranks exchange.
+
+        No tokens give the identity; taps read 0 before the first. Raises ArgumentError, too, if there is no such thing.
+        """
+        if self.fold_order != "scan":
+            raise ArgumentError(f"PSM607: {self.spec.name} is not associative: tokens have no product of their own.")
+        call = bind_call(self.spec, args, kwargs, tokens=True)
+        mask = check_flags(self.spec, "mask", mask, call)
+        cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
+        lags, _ = tap_tokens(self.spec, call, None, mask, None, cu_seqlens)
+        rules = SimpleNamespace(**{k: v for k, v in vars(self.rules).items() if k != "start"})
+        x, p = prepared(self.spec, call, lags)
+        return run_scan(self.spec, rules, call, "scan", x, p, None, mask, None, cu_seqlens, whole=True)[1]
+
+    def _checked(self, call: Call, state: Mapping[str, Tensor] | None, rows: int) -> State | None:
+        check = check_counter if self.fold_order == "tree" else check_state
+        return check(self.spec, call, state, rows)
+
+    def _start(self, call: Call) -> State:
+        """Before any token; tails apart."""
+        if self.fold_order == "tree":
+            return counter_start(call.leading[0])
+        slots = {s.name: s for s in self.spec.components}
+        begin = start_state(self.spec, self.rules, call, self.spec.live)
+        return {k: as_state(v, slots[k], call, call.leading[:1]).clone() for k, v in begin.items()}
+
+    def _push_rows(self, state: State, slots: Tensor, *args: Tensor, **kwargs: Tensor) -> Any:
+        """`step_` of some streams of a tree, which may be at positions of their own."""
+        names = tail_names(self.spec)
+        rows: list[int] = slots.tolist()
+        counter = {k: x for k, x in state.items() if k not in names}
+        tails = {k: x.index_select(0, slots) for k, x in state.items() if k in names}
+        out, after = self.step({**counter_rows([(counter, r) for r in rows]), **tails}, *args, **kwargs)
+        pushed = {r: i for i, r in enumerate(rows)}
+        streams = range(counter["position"].shape[0])
+        moved = {k: x for k, x in after.items() if k not in names}
+        kept = counter_rows([(moved, pushed[r]) if r in pushed else (counter, r) for r in streams])
+        for name in names:
+            kept[name] = state[name].index_copy_(0, slots, after[name].to(state[name].dtype))
+        state.clear()
+        state.update(kept)
+        return out
+
+
+# --- the spec's border
+
+SPEC = Spec(
+    name='gla',
+    digest='7a7d58a3968b59ab',
+    inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',)),),
+    params=(),
+    components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),
+    live=('S',),
+    outputs=(Slot('o', ('V',)),),
+    sizes={},
+    dims=('K', 'V'),
+    taps={},
+    previous=False,
+)
+
+LAYERS = (
+    Chunked('S', factors_0, rank=0, columns=1, reads=('y_S',), order=(0, 1), outer=0, vector=False),
+)
+
+gla = Aggregator(SPEC, SimpleNamespace(lift=lift, combine=combine, advance=advance, output=output, identity=identity, layered=run_layers, layers=LAYERS, readout=readout, matrices=ChunkKernels(CHUNK_KERNELS)), fold="scan", kernels=KERNELS)
