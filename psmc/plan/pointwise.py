@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psmc.ir import Aggregator, Block, DimValue, Extern, Index, IndexValue, Ref
+from psmc.ir import Aggregator, Block, DimValue, Extern, Index, IndexValue, Op, Ref
+from psmc.ir.query import restrict
 from psmc.ir.rewrite import inline, refs, walk
 from psmc.plan.base import Plan
 from psmc.structure.live import relevant
@@ -17,6 +18,9 @@ from psmc.structure.report import Structure
 
 _REGISTERS = 180  # a thread's values, of 255: addresses and masks need the rest; loads in flight lie in shared memory
 _MAX_SCAN = 12  # scalars that one scan carries
+# What a combine may do and still cost less than moving its operands between threads.
+_ARITHMETIC = {"add", "sub", "mul", "neg", "max", "min", "abs", "stop", "real", "imag", "conj", "complex"}
+_LIGHT = _ARITHMETIC | {"where", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"}
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def plan(agg: Aggregator, structure: Structure) -> PointwisePlan:
     outputs = len(agg.output.results)
     forward = inputs + element + outputs
     backward = inputs + outputs + live * live + live
+    heavy = _heavy(agg, structure)
     why = (
         f"pointwise: {element} scalars an element, {live} carried; lanes are independent, one pass over time",
         "few lanes and a long sequence are split into segments",
@@ -119,22 +124,35 @@ def plan(agg: Aggregator, structure: Structure) -> PointwisePlan:
         "pointwise",
         "scan",
         why,
-        forward=((4, _tile(forward, 4, False)), (2, _tile(forward, 2, False))),
-        backward=((4, _tile(backward, 4, True)), (2, _tile(backward, 2, True))),
+        forward=tuple((size, _tile(forward, size, False, heavy)) for size in (4, 2)),
+        backward=tuple((size, _tile(backward, size, True, False)) for size in (4, 2)),
     )
 
 
-def _tile(values: int, size: int, backward: bool) -> Tile:
-    """The measured tile, made smaller until a thread's values fit its registers."""
-    if size == 4:
-        rows, lanes, warps, vector = 32, (64 if backward else 32), 2, 4
+def _tile(values: int, size: int, backward: bool, heavy: bool) -> Tile:
+    """The measured tile, made smaller until a thread's values fit its registers.
+
+    A scan across threads combines about two and a half times an element. Where a combine is heavy, a thread has whole
+    columns and combines once.
+    """
+    if backward:
+        rows, lanes, warps, vector = (32, 32, 1, 4) if size == 4 else (32, 32, 2, 4)
+    elif heavy:
+        rows, lanes, warps, vector = 16, 128, 1, 4
     else:
-        rows, lanes, warps, vector = 32, 64, 1, 2
+        rows, lanes, warps, vector = (32, 32, 1, 4) if size == 4 else (32, 64, 1, 2)
     while rows * lanes // (32 * warps) * values > _REGISTERS and rows * lanes > 512:
-        if warps < 4 and size == 4:
-            warps *= 2
-        elif rows > 16:
+        if rows > 16:
             rows //= 2
+        elif warps < 4 and not heavy:
+            warps *= 2
         else:
             lanes //= 2
     return Tile(rows, lanes, warps, 3, vector)
+
+
+def _heavy(agg: Aggregator, structure: Structure) -> bool:
+    """Whether combining two elements takes more than additions, products and choices."""
+    assert isinstance(agg.combine, Block)
+    block = inline(restrict(agg.combine, structure.element))
+    return any(isinstance(node, Op) and node.op not in _LIGHT for node in walk(*(a.value for a in block.results)))

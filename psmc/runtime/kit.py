@@ -85,6 +85,9 @@ class Aggregator:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
         call = bind_call(self.spec, args, kwargs, tokens=False)
         before = self._checked(call, state, call.leading[0])
+        if self.operator is not None and self.operator.steps(call, before):
+            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
+            return self.operator.step(call, after, None), after
         lags, tails = tap_token(self.spec, call, before)
         x, p = prepared(self.spec, call, lags)
         if before is None:
@@ -102,6 +105,9 @@ class Aggregator:
         """
         if slots is not None and self.fold_order == "tree":
             return self._push_rows(state, slots, *args, **kwargs)
+        call = bind_call(self.spec, args, kwargs, tokens=False)
+        if self.operator is not None and self.operator.steps(call, state):
+            return self.operator.step(call, state, slots)
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
         out, after = self.step(rows, *args, **kwargs)
         if self.fold_order == "tree":

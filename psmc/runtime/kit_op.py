@@ -69,9 +69,31 @@ class Operator:
         params = list(call.params.values())
         begin = [] if initial is None else [initial[s.name] for s in self.live]
         save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *params, *begin))
-        results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
+        if torch.compiler.is_compiling():
+            results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
+        else:  # the same without the dispatcher, whose first call imports half of torch
+            given = Given(inputs, params, begin, mask, reset, cu_seqlens)
+            results = Eager.apply(self, given, *inputs, *params, *begin) if save else self._launch(given, False)
         outputs = {s.name: x for s, x in zip(self.spec.outputs, results, strict=False)}
         return outputs, {s.name: x for s, x in zip(self.live, results[len(outputs) :], strict=False)}
+
+    def steps(self, call: Call, state: Values | None) -> bool:
+        """Whether the step kernel takes this token: no gradient is wanted, no taps, a state in the kernels' dtype."""
+        if not self._kernels(call) or self.extras or torch.compiler.is_compiling():
+            return False
+        tensors = (*call.inputs.values(), *call.params.values(), *(state or {}).values())
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return False
+        return state is None or all(
+            state[s.name].dtype == call.of_kind(s.kind) and state[s.name].is_contiguous() for s in self.live
+        )
+
+    def step(self, call: Call, state: Values, slots: Tensor | None) -> Any:
+        """One token by the step kernel: `state` [rows, ...] moves on in place, in the rows that `slots` names."""
+        found = self.kernels.step_in_place(
+            [state[s.name] for s in self.live], list(call.inputs.values()), list(call.params.values()), slots
+        )
+        return found[0] if len(found) == 1 else tuple(found)
 
     def _register(self, name: str) -> None:
         forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
@@ -89,13 +111,28 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         if self._kernels(self._call(given)):
-            outputs, finals, saved = self.kernels.scan_forward(
-                inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
-            )
-            return [*outputs, *finals, *saved]
+            return self._launch(given, save)
         found, final = self._run(given)
         results = (*found.values(), *(final[s.name] for s in self.live))
         return [x.clone(memory_format=torch.contiguous_format) for x in results]
+
+    def _launch(self, given: Given, save: bool) -> list[Tensor]:
+        inputs, params, initial, mask, reset, cu_seqlens = given
+        outputs, finals, saved = self.kernels.scan_forward(
+            inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
+        )
+        return [*outputs, *finals, *saved]
+
+    def _launch_backward(self, given: Given, grads: list[Tensor], results: list[Tensor]) -> list[Tensor | None]:
+        """Gradients of inputs, params and the initial state in one list, None where there is none."""
+        inputs, params, initial, mask, reset, cu_seqlens = given
+        count = len(self.spec.outputs)
+        found = self.kernels.scan_backward(
+            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
+            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+        )  # fmt: skip
+        parts = zip(found, (inputs, params, initial), strict=True)
+        return [g for part, like in parts for g in (part or [None] * len(like))]
 
     def _run(self, given: Given) -> tuple[Values, Values]:
         call = self._call(given)
@@ -117,7 +154,9 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call):
             slots = {s.name: s for s in self.live}
-            results += [empty(call.leading, slots[k]) for k in self.kernels.saved_components(call.dtype)]
+            flagged = given.mask is not None or given.reset is not None
+            saved = self.kernels.saved_components(call.dtype, flagged)
+            results += [empty(call.leading, slots[k]) for k in saved]
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -148,23 +187,12 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         everything = [*inputs, *params, *initial]
-        if self._kernels(self._call(given)):
-            count = len(self.spec.outputs)
-            found = self.kernels.scan_backward(
-                grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-                results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
-            )  # fmt: skip
-            flat = [
-                g
-                for part, like in zip(found, (inputs, params, initial), strict=True)
-                for g in (part or [None] * len(like))
-            ]
-        else:
-            flat = self._transpose(given, grads)
+        kernels = self._kernels(self._call(given))
+        flat = self._launch_backward(given, grads, results) if kernels else self._transpose(given, grads)
         return [
             torch.zeros(x.shape, dtype=x.dtype, device=x.device)
             if g is None
-            else g.clone(memory_format=torch.contiguous_format)
+            else (g if kernels else g.clone(memory_format=torch.contiguous_format))
             for g, x in zip(flat, everything, strict=True)
         ]
 
@@ -185,6 +213,30 @@ class Operator:
             results, cotangents = ([pair[side] for pair in reached] for side in (0, 1))
             found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))
         return [next(found) if x.requires_grad else None for x in leaves]
+
+
+class Eager(torch.autograd.Function):
+    """The kernels under autograd, outside of compiled graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, given: Given, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = operator._launch(given, True)
+        ctx.operator, ctx.counts = operator, [len(part) for part in given[:3]]
+        ctx.flags, ctx.results = given[3:], len(operator.spec.outputs) + len(operator.live)
+        ctx.save_for_backward(*tensors, *results)
+        ctx.mark_non_differentiable(*(x for x in results if not _smooth(x)))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        parts: list[list[Tensor]] = []
+        for count in ctx.counts:
+            parts.append(saved[:count])
+            saved = saved[count:]
+        given = Given(parts[0], parts[1], parts[2], *ctx.flags)
+        dense = [g.contiguous() for g in grads[: ctx.results]]
+        return (None, None, *ctx.operator._launch_backward(given, dense, saved))
 
 
 def token_code(mask: Tensor | None, reset: Tensor | None) -> Tensor | None:
