@@ -103,6 +103,39 @@ TEXTS = {
       combine (l, r) { m = max(l.m, r.m); c = max(l.c, r.c) }
       associative: yes
     }""",
+    # Infinite or undefined before the first token, with params in the readout.
+    "padded": """aggregator padded {
+      input x
+      param w, c
+      state m = inf, n in (0, inf) = 0
+      lift { m = x * w; n = 1 }
+      combine (l, r) { m = min(l.m, r.m); n = l.n + r.n }
+      output o = m * w + c, p = m / (n * c)
+      associative: yes
+    }""",
+    "padded_matrix": """aggregator padded_matrix {
+      dim K, V
+      input q[K] in [0.1, 1], k[K] in [0.1, 1], v[V], i
+      param w[V], c
+      state m = -inf, S[K, V] = 0, z[K] = 0
+      lift { m = i; S[i, j] = k[i] * v[j]; z[i] = k[i] }
+      combine (l, r) {
+        m = max(l.m, r.m)
+        S[i, j] = exp(l.m - m) * l.S[i, j] + exp(r.m - m) * r.S[i, j]
+        z[i] = exp(l.m - m) * l.z[i] + exp(r.m - m) * r.z[i]
+      }
+      output o[j] = w[j] * (sum[i] q[i] * S[i, j]) / (sum[i] q[i] * z[i]), p = m * c
+      associative: yes
+    }""",
+    "padded_tree": """aggregator padded_tree {
+      input x
+      param w
+      state m = -inf
+      lift { m = x }
+      combine (l, r) { m = tanh(l.m) + r.m }
+      output o = m * w
+      associative: no
+    }""",
     # Constants that do not depend on the token.
     "constants": """aggregator constants {
       dim N
