@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 
+from psmc import pipeline
 from psmc.algebra.prover import prove
 from psmc.algebra.report import diagnostic_for
 from psmc.algebra.verdict import Proved
@@ -37,7 +38,7 @@ from psmc.ir import Block as IRBlock
 from psmc.ir.ops import OPS, REDUCTIONS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.exists()]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PIN = bool(os.environ.get("PSMC_PIN"))
 FENCE = re.compile(r"^```(?P<info>[a-z][^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
 
@@ -126,6 +127,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory with the examples, as in a checkout."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("demo", "__pycache__"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # what a page compiles, it imports
     monkeypatch.setenv("PSMC_CACHE_DIR", str(tmp_path / "cache"))
     yield tmp_path
 
@@ -158,6 +160,17 @@ def test_page(page: Path, here: Path) -> None:
         text = text[: target.start] + said + text[target.end :]
     if PIN:
         page.write_text(text, encoding="utf-8")
+
+
+def test_readme_lists_each_example_under_its_plan() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \|[^|]*\|[^|]*\| ([\w, ]+) \|$", text, re.M)
+    listed = {name: plan for plan, names in rows[1:] for name in names.split(", ")}
+    found = {}
+    for path in sorted((ROOT / "examples").glob("*.psm")):
+        if not path.stem.endswith("_recurrence"):
+            found |= {c.declared.name: c.plan.name for c in pipeline.read(path)}
+    assert listed == found
 
 
 def test_language_names_every_operator() -> None:
