@@ -172,6 +172,25 @@ def test_steps():
         agg.step({"S": torch.ones(B, H, 2, 3)}, **token)
 
 
+def test_steps_in_place():
+    agg = example("linear_recurrence")
+    names = [s.name for s in agg.spec.inputs]
+    token = {k: torch.rand(2, 3) for k in names}
+    state = {"h": torch.zeros(4, 3)}
+    for slots, message in (
+        (torch.tensor([0.0, 1.0]), r"'slots' must be an int64 tensor \[B\] = \[2\], not torch.float32, \[2\]"),
+        (torch.tensor([0, 1, 2]), r"'slots' must be an int64 tensor \[B\] = \[2\], not torch.int64, \[3\]"),
+        ([0, 1], "'slots' must be an int64 tensor .*, not list"),
+        (None, r"state 'h' must be \[rows, \*lanes\] = \[2, 3\], but it is \[4, 3\]"),
+    ):
+        with pytest.raises(agg.module.ArgumentError, match=message):
+            agg.step_(state, slots=slots, **token)
+    for wrong in ({"h": torch.zeros(4, 2)}, {"k": torch.zeros(4, 3)}, {}, None):
+        with pytest.raises(agg.module.ArgumentError, match="PSM605: linear_recurrence"):
+            agg.step_(wrong, slots=torch.tensor([0, 1]), **token)
+    agg.step_(state, slots=torch.tensor([3, 1]), **token)
+
+
 def test_init_state():
     agg = example("gla")
     with pytest.raises(agg.module.ArgumentError, match="PSM603: gla: init_state needs the size of V"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from psmc.runtime.kit_bind import ArgumentError, Call, Spec, bind_call
-from psmc.runtime.kit_check import check_counter, check_cu_seqlens, check_flags, check_state, tail_names
+from psmc.runtime.kit_check import check_counter, check_cu_seqlens, check_flags, check_slots, check_state, tail_names
 from psmc.runtime.kit_op import Operator
 from psmc.runtime.kit_run import Rules, as_state, prepared, run_push, run_scan, run_step, start_state
 from psmc.runtime.kit_taps import flip, places, tap_token, tap_tokens
@@ -103,9 +103,10 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
+        call = bind_call(self.spec, args, kwargs, tokens=False)
+        self._checked(call, state, check_slots(self.spec, slots, call, state))
         if slots is not None and self.fold_order == "tree":
             return self._push_rows(state, slots, *args, **kwargs)
-        call = bind_call(self.spec, args, kwargs, tokens=False)
         if self.operator is not None and self.operator.steps(call, state):
             return self.operator.step(call, state, slots)
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}

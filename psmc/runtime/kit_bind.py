@@ -88,13 +88,15 @@ def complex_of(real: torch.dtype) -> torch.dtype:
     return _COMPLEX.get(real, torch.complex64)
 
 
-_SEEN: dict[Any, Call] = {}  # calls like ones that passed the checks: digest, tokens, then shape, dtype, device of each
+_SEEN: dict[Any, Call] = {}  # calls that passed the checks, by digest, tokens, then shape, dtype, device of each
 _MOST = 1024
+_NONE = torch.empty(0)
+_PLAIN = (Tensor, torch.nn.Parameter)  # what traces has shapes that are no keys
 
 
 def bind_call(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bool) -> Call:
     """Checks names, ranks, sizes, dtypes and devices. `tokens`: inputs have a T axis. Raises ArgumentError."""
-    if kwargs or torch.compiler.is_compiling() or not all(isinstance(x, Tensor) for x in args):
+    if kwargs or torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in args):
         return _bind(spec, args, kwargs, tokens)
     key = (spec.digest, tokens, *((x.shape, x.dtype, x.device) for x in args))
     like = _SEEN.get(key)
@@ -102,7 +104,7 @@ def bind_call(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens
         if len(_SEEN) >= _MOST:
             _SEEN.clear()
         like = _bind(spec, args, kwargs, tokens)
-        _SEEN[key] = replace(like, inputs=dict.fromkeys(like.inputs), params=dict.fromkeys(like.params))
+        _SEEN[key] = replace(like, inputs=dict.fromkeys(like.inputs, _NONE), params=dict.fromkeys(like.params, _NONE))
     count = len(spec.inputs)
     inputs = dict(zip(like.inputs, args, strict=False))
     params = dict(zip(like.params, args[count:], strict=False))

@@ -50,6 +50,21 @@ def check_cu_seqlens(spec: Spec, cu_seqlens: Any, call: Call) -> Tensor | None:
     return cu_seqlens
 
 
+def check_slots(spec: Spec, slots: Any, call: Call, state: Any) -> int:
+    """How many rows a state has that `step_` changes; `slots` [B]: the rows, different ones (not checked: a sync)."""
+    if not isinstance(state, Mapping):
+        raise ArgumentError(f"PSM605: {spec.name}: step_ changes a state: pass what init_state or a call returned.")
+    if slots is None:
+        return call.leading[0]
+    if not isinstance(slots, Tensor) or slots.dtype != torch.int64 or tuple(slots.shape) != call.leading:
+        given = f"{slots.dtype}, {list(slots.shape)}" if isinstance(slots, Tensor) else type(slots).__name__
+        raise ArgumentError(
+            f"PSM605: {spec.name}: 'slots' must be an int64 tensor [B] = {list(call.leading)}, not {given}."
+        )
+    rows = [x for x in state.values() if isinstance(x, Tensor) and x.dim()]
+    return rows[0].shape[0] if rows else 0
+
+
 def check_state(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tensor] | None:
     """An initial state: exactly the live components and the tails, [rows, *lanes, *dims], in the state's dtypes."""
     if state is None:
