@@ -7,26 +7,29 @@ from dataclasses import replace
 
 from psmc.codegen.torch_code import Signature, Source, print_block
 from psmc.codegen.torch_value import Like
-from psmc.derive.simplify import ZERO
-from psmc.ir import Aggregator, Assign, Block, Expr, Index, Ref
+from psmc.derive.simplify import ONE, ZERO
+from psmc.ir import Aggregator, Assign, Block, Expr, Index, Ref, Sub
 from psmc.ir.query import restrict
-from psmc.ir.rewrite import replace_refs
+from psmc.ir.rewrite import rename, replace_refs
+from psmc.plan.chunked import extra_indices, split_layers
 from psmc.structure.report import Affine, Layer, Linear, Structure
 
 
 def print_layers(agg: Aggregator, structure: Structure) -> tuple[list[Source], str]:
     """(functions, the `LAYERS` literal) of a spec that `plan.chunked` licenses."""
+    small, stacks = split_layers(structure)
     sources: list[Source] = []
     entries: list[str] = []
-    for n, layer in enumerate(structure.layers):
-        if layer.affine is None or layer.cls != "affine":
-            sources += _small(agg, layer, n)
-            entries.append(f"Scanned({layer.components!r}, lift_{n}, combine_{n}, advance_{n})")
-            continue
-        parts = (part for readout in structure.readout for part in readout.linear)
-        reads = tuple(part for part in parts if part.component == layer.affine.component)
-        sources.append(_factors(agg, layer.affine, reads, n))
-        entries.append(_entry(layer, layer.affine, reads, n))
+    if small:
+        sources += _small(agg, small)
+        names = tuple(n for layer in small for n in layer.components)
+        entries.append(f"Scanned({names!r}, lift_small, combine_small, advance_small)")
+    for n, stack in enumerate(stacks):
+        components = tuple(a.component for a in stack)
+        parts = [p for r in structure.readout for p in r.linear if p.component in components]
+        queries = _queries(stack, parts)
+        sources.append(_factors(agg, stack, tuple(queries), n))
+        entries.append(_entry(agg, stack, queries, n))
     sources.append(_readout(agg, structure))
     return sources, "LAYERS = (\n" + "".join(f"    {entry},\n" for entry in entries) + ")\n"
 
@@ -35,32 +38,62 @@ def _inputs(agg: Aggregator) -> tuple[Like, ...]:
     return tuple(Like(f"x.{t.name}", t.kind) for t in agg.leaf_inputs)
 
 
-def _small(agg: Aggregator, layer: Layer, n: int) -> Iterator[Source]:
+def _small(agg: Aggregator, layers: tuple[Layer, ...]) -> Iterator[Source]:
     assert isinstance(agg.combine, Block)
-    right = tuple(Like(f"r.{name}", agg.component(name).kind) for name in layer.element)
-    yield print_block(agg, restrict(agg.leaf, layer.element), Signature(f"lift_{n}", "x, p, n", _inputs(agg)))
-    for name, members in ((f"combine_{n}", layer.element), (f"advance_{n}", layer.components)):
-        yield print_block(agg, restrict(agg.combine, members), Signature(name, "l, r, p, n", right))
+    members = tuple(n for layer in layers for n in layer.components)
+    held = {n for layer in layers for n in layer.element}
+    element = tuple(c.name for c in agg.state if c.name in held)
+    right = tuple(Like(f"r.{name}", agg.component(name).kind) for name in element)
+    yield print_block(agg, restrict(agg.leaf, element), Signature("lift_small", "x, p, n", _inputs(agg)))
+    for name, wanted in (("combine_small", element), ("advance_small", members)):
+        yield print_block(agg, restrict(agg.combine, wanted), Signature(name, "l, r, p, n", right))
 
 
-def _factors(agg: Aggregator, affine: Affine, reads: tuple[Linear, ...], n: int) -> Source:
-    """Named results over (outer, key) or (outer, value); a decay that is one number a token is `log`, over outer."""
+_Query = tuple[Assign | None, Assign | None]  # (q, p) over outer, extra, key
+
+
+def _queries(stack: tuple[Affine, ...], parts: list[Linear]) -> dict[_Query, list[Linear]]:
+    """Linear parts by the vectors that they read with, in the first component's indices."""
+    found: dict[_Query, list[Linear]] = {}
+    head = stack[0]
+    for part in dict.fromkeys(parts):
+        (own,) = (a for a in stack if a.component == part.component)
+        extra = extra_indices(part, own)
+        named = tuple(Index(f"extra_{k}", i.dim) for k, i in enumerate(extra))
+        moved: dict[Index, Sub] = {own.key: head.key, **dict(zip(extra, named, strict=True))}
+
+        def over(
+            query: Assign | None, moved: dict[Index, Sub] = moved, named: tuple[Index, ...] = named
+        ) -> Assign | None:
+            return query and Assign("", (*head.outer, *named, head.key), rename(query.value, moved))
+
+        found.setdefault((over(part.query), over(part.previous)), []).append(part)
+    return found
+
+
+def _factors(agg: Aggregator, stack: tuple[Affine, ...], queries: tuple[_Query, ...], n: int) -> Source:
+    """Named results over (outer, key) or (outer, value): see `kit_layers.Chunked`."""
     rows: list[Assign] = []
+    affine = stack[0]
     key = (*affine.outer, affine.key)
-    value = affine.outer if affine.value is None else (*affine.outer, affine.value)
-    assert affine.decay.logs is not None
-    by_key, by_value = affine.decay.logs
-    if by_key.value != ZERO:
+    kind, decay = "log", affine.decay.logs
+    if decay is None:
+        kind, decay = "decay", affine.decay.parts
+    assert decay is not None
+    one = ZERO if kind == "log" else ONE
+    by_key, by_value = decay
+    if by_key.value != one:
         scalar = affine.key not in by_key.value.free
-        rows.append(_over("log" if scalar else "log_key", by_key.value, affine.outer if scalar else key))
-    if by_value.value != ZERO:
-        rows.append(_over("log_value", by_value.value, value))
+        rows.append(_over(kind if scalar else f"{kind}_key", by_key.value, affine.outer if scalar else key))
+    if by_value.value != one:
+        rows.append(_over(f"{kind}_value", by_value.value, by_value.indices))
     for letter, term in (("u", affine.transition.left), ("w", affine.transition.right), ("b", affine.injection.left)):
         rows += [_over(f"{letter}{c}", column.value, key) for c, column in enumerate(term)]
-    rows += [_over(f"c{c}", column.value, value) for c, column in enumerate(affine.injection.right)]
-    for c, part in enumerate(reads):
-        found = (("q", part.query), ("p", part.previous))
-        rows += [_over(f"{letter}{c}", q.value, key) for letter, q in found if q is not None]
+    for j, each in enumerate(stack):
+        value = each.outer if each.value is None else (*each.outer, each.value)
+        rows += [_over(f"c{c}_{j}" if j else f"c{c}", x.value, value) for c, x in enumerate(each.injection.right)]
+    for c, query in enumerate(queries):
+        rows += [_over(f"{x}{c}", a.value, a.indices) for x, a in zip("qp", query, strict=True) if a is not None]
     return print_block(agg, Block(results=tuple(rows)), Signature(f"factors_{n}", "x, s, prev, p, n", _inputs(agg)))
 
 
@@ -69,15 +102,27 @@ def _over(name: str, value: Expr, axes: tuple[Index, ...]) -> Assign:
     return Assign(name, axes, value)
 
 
-def _entry(layer: Layer, affine: Affine, reads: tuple[Linear, ...], n: int) -> str:
-    indices = layer.step[0].indices
-    wanted = (*affine.outer, affine.key, *(() if affine.value is None else (affine.value,)))
-    order = tuple(indices.index(i) for i in wanted)
-    assert sorted(order) == list(range(len(indices)))
-    names = tuple(part.name for part in reads)
+def _entry(agg: Aggregator, stack: tuple[Affine, ...], queries: dict[_Query, list[Linear]], n: int) -> str:
+    names = tuple(a.component for a in stack)
+    orders = []
+    for a in stack:
+        wanted = (*a.outer, a.key, *(() if a.value is None else (a.value,)))
+        orders.append(tuple(a.decay.value.indices.index(i) for i in wanted))
+        assert sorted(orders[-1]) == list(range(len(a.decay.value.indices)))
+    reads = []
+    for parts in queries.values():
+        placed = []
+        for part in parts:
+            (own,) = (a for a in stack if a.component == part.component)
+            extra = extra_indices(part, own)
+            axes = (*own.outer, *extra, *(() if own.value is None else (own.value,)))
+            placed.append((part.name, names.index(part.component), tuple(axes.index(i) for i in part.indices)))
+        reads.append(f"Reads({len(extra)}, {tuple(placed)!r})")
+    vectors = tuple(a.value is None for a in stack)
     return (
-        f"Chunked({affine.component!r}, factors_{n}, rank={affine.rank}, columns={affine.injection.rank}, "
-        f"reads={names!r}, order={order!r}, outer={len(affine.outer)}, vector={affine.value is None})"
+        f"Chunked({names!r}, factors_{n}, rank={stack[0].rank}, columns={stack[0].injection.rank}, "
+        f"reads=({''.join(f'{r}, ' for r in reads)}), orders={tuple(orders)!r}, outer={len(stack[0].outer)}, "
+        f"vectors={vectors!r})"
     )
 
 

@@ -35,12 +35,13 @@ def emit(
     matrices = plan.name == "chunked" and bool(kernels)
     files = KIT
     if plan.name == "chunked":
-        files = (*KIT[:-2], "kit_chunk", *(["kit_chunk_kernels"] if matrices else []), "kit_layers", *KIT[-2:])
+        more = ("kit_chunk_kernels",) if matrices else ()
+        files = (*KIT[:-2], "kit_cut", "kit_decay", "kit_chunk", *more, "kit_layers", *KIT[-2:])
     pasted = paste(files)
     sources, layers = function_sources(agg, live), ""
     if plan.name == "chunked" and structure is not None:
-        more, layers = print_layers(agg, structure)
-        sources += more
+        found, layers = print_layers(agg, structure)
+        sources += found
     functions = join(sources)
     spec_text = show(declared).strip()
     names = [

@@ -2,60 +2,88 @@
 
 from __future__ import annotations
 
-from psmc.ir import Aggregator
+from psmc.ir import Aggregator, Index
+from psmc.ir.rewrite import refs
 from psmc.plan.base import Plan
-from psmc.structure.report import Affine, Layer, Structure
+from psmc.structure.report import Affine, Layer, Linear, Structure
 
 
 def licensed(agg: Aggregator, structure: Structure) -> str | None:
     """None if the plan applies, else the reason why not."""
-    affine = [layer for layer in structure.layers if layer.affine is not None and layer.cls == "affine"]
-    if not affine:
-        return "no component is an affine matrix state"
+    matrices = [layer for layer in structure.layers if _is_matrix(layer)]
+    if not matrices:
+        return "no component is a matrix state that each token changes affinely, its columns alike"
     if any(c.initial is not None for c in agg.state):
         return "the state starts elsewhere than at the identity"
-    if any(c.kind != "real" for c in agg.state):
-        return "a component is not real"
+    owners = {name for layer in matrices for name in layer.components}
     for layer in structure.layers:
-        reason = _matrix(layer.affine) if layer in affine and layer.affine is not None else _small(layer)
+        reason = _matrix(agg, layer.affine, owners) if layer in matrices else _small(layer, owners)
         if reason is not None:
             return f"{', '.join(layer.components)}: {reason}"
-    owners = {name for layer in affine for name in layer.components}
     for readout in structure.readout:
-        if owners & set(readout.whole):
-            return f"output '{readout.output}' reads a matrix state other than linearly"
-        if any(len(part.indices) > _width(structure, part.component) for part in readout.linear):
-            return f"output '{readout.output}' reads several vectors a token"
+        whole = sorted(owners & set(readout.whole))
+        if whole:
+            return f"output '{readout.output}' reads {', '.join(whole)} other than through vectors over the key"
     if {r.output for r in structure.readout} != {a.name for a in agg.output.results}:
-        return "the readout is not taken apart"
+        return "an output could not be taken apart"
     return None
 
 
-def _width(structure: Structure, component: str) -> int:
-    affine = structure.layer(component).affine
+def split_layers(structure: Structure) -> tuple[tuple[Layer, ...], tuple[tuple[Affine, ...], ...]]:
+    """(layers of small components, which read no matrix; the matrices in order, those that differ in C alone as one
+    stack)."""
+    small = tuple(layer for layer in structure.layers if not _is_matrix(layer))
+    affines = {x.affine.component: x.affine for x in structure.layers if x.affine is not None and _is_matrix(x)}
+    stacks: list[tuple[Affine, ...]] = []
+    for name, affine in affines.items():
+        group = next((g for g in structure.stacks if name in g and set(g) <= affines.keys()), (name,))
+        stack = tuple(affines[n] for n in group)
+        if affine in stack and stack not in stacks:
+            stacks.append(stack)
+    return small, tuple(stacks)
+
+
+def extra_indices(part: Linear, affine: Affine) -> tuple[Index, ...]:
+    """The indices of a linear part that tell apart several vectors of a token."""
+    return tuple(i for i in part.indices if i not in affine.outer and i != affine.value)
+
+
+def _is_matrix(layer: Layer) -> bool:
+    return layer.affine is not None and layer.cls == "affine"
+
+
+def _matrix(agg: Aggregator, affine: Affine | None, owners: set[str]) -> str | None:
     assert affine is not None
-    return len(affine.outer) + (affine.value is not None)
-
-
-def _matrix(affine: Affine | None) -> str | None:
-    if affine is None:
-        return "it is not affine"
-    if affine.decay.logs is None or affine.decay.parts is None:
-        return "its decay is not known to be positive"
-    if not affine.columns_alike or (affine.rank and affine.decay.kind in ("V", "KV")):
-        return "its columns evolve differently under its transition"
+    if agg.component(affine.component).kind not in ("real", "complex"):
+        return f"it holds {agg.component(affine.component).kind} numbers"
+    if affine.decay.parts is None:
+        return "its decay is not one over the key times one over the value"
+    if affine.rank and affine.decay.kind in ("V", "KV"):
+        return "a decay along the value under a transition of low rank: each column would need a solve of its own"
     if not affine.injection.rank:
         return "nothing enters it"
-    return None
+    vectors = (*affine.transition.left, *affine.transition.right, *affine.injection.left, *affine.injection.right)
+    read = {r.name for a in (*vectors, *affine.decay.parts) for r in refs(a.value) if r.space in ("state", "prev")}
+    return _reading(read & owners)
 
 
-def _small(layer: Layer) -> str | None:
-    if layer.cls != "pointwise":
-        return f"it is {layer.cls}"
-    return "it reads the prefixes of other components" if layer.reads else None
+def _small(layer: Layer, owners: set[str]) -> str | None:
+    return _reading(owners & {*layer.reads, *layer.element})
+
+
+def _reading(matrices: set[str]) -> str | None:
+    return f"it reads the matrix state {', '.join(sorted(matrices))}" if matrices else None
 
 
 def plan(agg: Aggregator, structure: Structure) -> Plan:
-    ranks = {layer.affine.rank for layer in structure.layers if layer.affine is not None}
-    solve = f", a triangular solve for the rank-{max(ranks)} transition" if max(ranks) else ""
-    return Plan("chunked", "scan", (f"affine matrix state: chunks of tokens as batched matrix products{solve}",))
+    small, stacks = split_layers(structure)
+    why = []
+    for stack in stacks:
+        names = " and ".join(a.component for a in stack)
+        head = stack[0]
+        solve = f", with a triangular solve for the rank-{head.rank} transition" if head.rank else ""
+        shared = " as one matrix" if len(stack) > 1 else ""
+        why.append(f"{names}{shared}: chunks of tokens as batched matrix products{solve}")
+    if small:
+        why.append(f"{', '.join(n for layer in small for n in layer.components)}: blocked scan, before that")
+    return Plan("chunked", "scan", tuple(why))

@@ -9,8 +9,8 @@ With γ_t the product of the decays since the chunk's start and M_XZ[t, s] = Σ_
     S_L          = γ_L S_0 + Ûᵀ Y + B̂ᵀ C
 
 where hats hold the decays from or to the chunk's ends (Yang et al. 2024, arXiv 2406.06484; DeltaNet's WY form). All
-but the S_0 of each chunk is computed for all chunks at once. Every exponent is a sum of logs of later decays only, so
-nothing overflows where decays are at most 1; a decay along the values is applied entry by entry.
+but the S_0 of each chunk is computed for many chunks at once. Several columns of a token stand next to each other:
+[..., L, columns, width] is [..., L columns, width], in the order in which they act.
 """
 
 from __future__ import annotations
@@ -20,225 +20,192 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-Rows = tuple[Tensor, ...]  # columns of a factor: [..., L, width] each, the same for all tokens of a chunk's batch
+from psmc.runtime.kit_cut import Cut
+from psmc.runtime.kit_decay import Decay, Step, apply_pairs, before_token, decay_of, pair_products
+from psmc.runtime.kit_layer import RECOMPUTE_BYTES, SEGMENT_BYTES
+
+CHUNK = 64  # tokens
+
+Rows = tuple[Tensor, ...]  # the columns of a factor, [B, T, G, width] each
 
 
 class Factors(NamedTuple):
-    """One layer's tokens, [..., T, width] each: logs of the decay over the key and over the value (width 1: one number;
-    None: no decay), the columns of U, W, B, C, and the queries (q, p), either of which may be None."""
+    """One layer's tokens, [B, T, G, width] each, over G lanes: decays over the key and over the value (None: 1), the
+    columns of U, W, B, C, and the vectors that read the state after a token (q) and before it (p)."""
 
-    log_key: Tensor | None
-    log_value: Tensor | None
+    key: Step | None
+    value: Step | None
     u: Rows
     w: Rows
     b: Rows
     c: Rows
-    queries: tuple[tuple[Tensor | None, Tensor | None], ...]
+    q: Rows
+    p: Rows
+
+    def map(self, change: Callable[[Tensor, float], Any]) -> Factors:
+        """`change` of every tensor and of what stands for no token there."""
+        key, value = (s and Step(change(s.value, 0.0 if s.log else 1.0), s.log) for s in (self.key, self.value))
+        u, w, b, c, q, p = (tuple(change(x, 0.0) for x in rows) for rows in self[2:])
+        return Factors(key, value, u, w, b, c, q, p)
 
 
 def chunk_scan(
-    f: Factors, start: Tensor, valid: Tensor | None = None, reset: Tensor | None = None, size: int | None = None
-) -> tuple[list[Tensor], Tensor]:
-    """(one [..., T, V] for each query, the state after the last token [..., K, V]); start [..., K, V].
+    f: Factors,
+    start: Tensor,
+    valid: Tensor | None = None,
+    reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    size: int | None = None,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(qᵀ S_t for each q, pᵀ S_{t-1} for each p, [B, T, G, V] each; the state after the last token as `start`).
 
-    valid, reset: [..., T] bool, broadcasting: a token that does not count changes nothing, and its rows of the result
-    are 0; before a reset token the state is 0 again. `size`: tokens a chunk.
+    start          [B, G, K, V]; with cu_seqlens [N + 1] of N packed sequences (B is 1) [N, G, K, V]
+    valid, reset   [B, T] bool: a token that does not count changes nothing; before a reset token the state is 0 again
+    size           tokens a chunk, a power of two
+
+    No token changes a bit of what earlier ones give.
     """
-    length = f.b[0].shape[-2]
+    batch, length, lanes, _ = f.c[0].shape
     if length == 0:
-        return [f.c[0] for _ in f.queries], start
-    wide = (f.log_key is not None and f.log_key.shape[-1] > 1) or f.log_value is not None
-    size = size or min(16 if wide else 64, length)
-    count = -(-length // size)
-
-    def cut(x: Tensor) -> Tensor:
-        """[..., T, w] to [..., chunks, L, w], zeros behind the end."""
-        x = torch.nn.functional.pad(x, (0, 0, 0, count * size - length)) if count * size > length else x
-        return x.reshape(*x.shape[:-2], count, size, x.shape[-1])
-
+        return [f.c[0] for _ in f.q], [f.c[0] for _ in f.p], start
+    cut = Cut(length, size or _size(length, cu_seqlens), cu_seqlens)
     if valid is not None:
-        on = valid[..., None]
-        f = _where_valid(f, on)
-    chunks = _Chunk(
-        _closed(f.log_key, cut),
-        _closed(f.log_value, cut),
-        tuple(map(cut, f.u)),
-        tuple(map(cut, f.w)),
-        tuple(map(cut, f.b)),
-        tuple(map(cut, f.c)),
-        None if reset is None else cut(reset[..., None].to(torch.int32)),
-        size,
-    )
-    keep, gain = chunks.transition()
-    states = []
-    state = start
-    for n in range(count):
+        on = valid[..., None, None]
+        f = f.map(lambda x, fill: torch.where(on, x, fill))
+    f = f.map(cut.split)
+    runs = None if reset is None else cut.split(reset, False)
+    item = f.c[0].element_size() * batch * lanes
+    per_chunk = item * cut.size * (cut.size + sum(x.shape[-1] for rows in f[2:] for x in rows))
+    kind = "cpu" if start.device.type == "cpu" else "cuda"
+    some = max(1, min(cut.count, SEGMENT_BYTES[kind] // per_chunk))
+    recompute = per_chunk * cut.count > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
+    carry = start if cut.row is None else torch.zeros_like(start[:1])
+    found: list[list[Tensor]] = []
+    after: list[Tensor] = []
+    for piece, again, first, row in _few_chunks(f, runs, cut, some):
+        args = (piece, again, carry, start, first, row)
+        rows, states, carry = checkpoint(_run, *args, use_reentrant=False) if recompute else _run(*args)
+        found.append(rows)
+        after += states
+    joined = [cut.join(torch.cat(parts, 1)) for parts in zip(*found, strict=True)]
+    final = carry if cut.row is None else cut.ends(torch.cat(after), start)
+    return joined[: len(f.q)], joined[len(f.q) :], final
+
+
+def _size(length: int, cu_seqlens: Tensor | None) -> int:
+    """Tokens a chunk: not many more than a sequence has on average, since its last chunk may be next to empty."""
+    mean = length if cu_seqlens is None else max(1, length // max(1, cu_seqlens.numel() - 1))
+    return min(CHUNK, 1 << (mean - 1).bit_length())
+
+
+def _few_chunks(f: Factors, runs: Tensor | None, cut: Cut, some: int) -> Any:
+    """Some chunks at a time: (factors, resets, first, row)."""
+    split: list[Factors] = []
+    columns: list[list[Any]] = []
+    f.map(lambda x, _: columns.append(list(torch.split(x, some, 1))))
+    for n in range(len(columns[0])):
+        parts = iter([c[n] for c in columns])
+        split.append(f.map(lambda x, _, parts=parts: next(parts)))  # type: ignore[misc]
+    none: Sequence[Any] = [None] * len(split)
+    again = none if runs is None else torch.split(runs, some, 1)
+    first, row = (none if x is None else torch.split(x, some) for x in (cut.first, cut.row))
+    return zip(split, again, first, row, strict=True)
+
+
+def _run(
+    f: Factors, reset: Tensor | None, carry: Tensor, start: Tensor, first: Tensor | None, row: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Some chunks [B, n, L, ...]: (what q and p read, [B, n, L, G, V] each; the states after each chunk where sequences
+    end among them; the last of them). `carry` [B, G, K, V] comes before; with `first` and `row` a sequence begins at
+    some chunks, from a row of `start`."""
+
+    def side(*columns: Tensor) -> Tensor:
+        """[B, n, G, L, columns, width]."""
+        return torch.stack([x.transpose(2, 3) for x in columns], -2)
+
+    key, value = (None if s is None else decay_of(Step(side(s.value).squeeze(-2), s.log)) for s in f[:2])
+    z, c, rank = side(*f.u, *f.b), side(*f.c), len(f.u)
+    same = fresh = None
+    if reset is not None:
+        run = reset.to(torch.int32).cumsum(2)[:, :, None]  # [B, n, 1, L]
+        same, fresh = run[..., :, None] == run[..., None, :], run == 0
+    readers = [(side(*rows), shift) for rows, shift in (((*f.w, *f.p), 1), (f.q, 0)) if rows]
+    pairs = {shift: m for (_, shift), m in zip(readers, pair_products(readers, z, key, same), strict=True)}
+    hats = {shift: _since(x, key, fresh, shift) for x, shift in readers}  # [B, n, G, L, columns, K]
+    last = None if same is None else same[..., -1, :]
+    ends = _kept(z if key is None else z * key.until[..., None, :], last)  # z with the decays up to the chunk's end
+    keep = torch.ones_like(c[..., -1, 0, :1]) if key is None else key.since[..., -1, :]
+    keep = _kept(keep, fresh if fresh is None else fresh[..., -1])
+    gives = c if value is None else c * value.until[..., None, :]
+    work = gain = c
+    if rank:
+        work, gain, pairs[1] = _solve(hats[1], pairs[1], c, rank, len(f.p))
+        through = torch.diag_embed(keep.expand(*keep.shape[:-1], z.shape[-1]))
+        through = through + ends[..., :rank, :].flatten(-3, -2).mT @ work.flatten(-3, -2)
+        gives = torch.cat([gain, c], -2)
+    elif value is not None:
+        through = keep[..., :, None] * value.since[..., -1, None, :]
+    else:
+        through = keep[..., :, None]
+    adds = ends.flatten(-3, -2).mT @ gives.flatten(-3, -2)
+    before, after, carry = _carry(through, adds, carry, start, first, row, rank > 0)
+    whole = c if not rank else torch.cat([(work.flatten(-3, -2) @ before).unflatten(-2, (-1, rank)) + gain, c], -2)
+    found: dict[int, Sequence[Tensor]] = {0: (), 1: ()}
+    for _, shift in readers:
+        hat = hats[shift][..., rank if shift else 0 :, :]
+        if not hat.shape[-2]:
+            continue
+        o = hat.flatten(-3, -2) @ before
+        if value is not None:
+            o = (o.unflatten(-2, hat.shape[-3:-1]) * _shifted(value.since, shift)[..., None, :]).flatten(-3, -2)
+        o = (o + apply_pairs(pairs[shift], whole, value, shift)).unflatten(-2, hat.shape[-3:-1])
+        found[shift] = [x.transpose(2, 3) for x in o.unbind(-2)]
+    return [*found[0], *found[1]], after, carry
+
+
+def _shifted(since: Tensor, shift: int) -> Tensor:
+    return before_token(since) if shift else since
+
+
+def _since(x: Tensor, key: Decay | None, fresh: Tensor | None, shift: int) -> Tensor:
+    """x with the decays since the chunk's start, 0 behind a reset."""
+    return _kept(x if key is None else x * _shifted(key.since, shift)[..., None, :], fresh)
+
+
+def _kept(x: Tensor, where: Tensor | None) -> Tensor:
+    return x if where is None else torch.where(where.reshape(where.shape + (1,) * (x.dim() - where.dim())), x, 0.0)
+
+
+def _solve(hat: Tensor, pairs: Tensor, c: Tensor, rank: int, others: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Y = work S_0 + gain by forward substitution, [..., L, rank, K] and [..., L, rank, V]; and the rows of `pairs`
+    that belong to p. Exact on correlated keys, where a product of powers would lose all digits."""
+    size = c.shape[-3]
+    # [..., L, rank + p, L, rank + b]
+    each = pairs.unflatten(-1, (size, -1)).unflatten(-3, (size, rank + others))
+    own = each[..., :, :rank, :, :rank].flatten(-4, -3).flatten(-2)
+    gain = each[..., :, :rank, :, rank:].flatten(-4, -3).flatten(-2) @ c.flatten(-3, -2)
+    right = torch.cat([hat[..., :rank, :].flatten(-3, -2), gain], -1)
+    # I - M: the diagonal is taken as 1, and what is above is not read.
+    both = torch.linalg.solve_triangular(-own, right, upper=False, unitriangular=True).unflatten(-2, (size, rank))
+    rest = each[..., :, rank:, :, :].flatten(-4, -3).flatten(-2)
+    width = hat.shape[-1]
+    return both[..., :width], both[..., width:], rest
+
+
+def _carry(
+    through: Tensor, adds: Tensor, carry: Tensor, start: Tensor, first: Tensor | None, row: Tensor | None, full: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The states before each chunk [B, n, G, K, V]; those after each where sequences end; the last."""
+    states: list[Tensor] = []
+    after: list[Tensor] = []
+    state = carry
+    for n, (t, a) in enumerate(zip(through.unbind(1), adds.unbind(1), strict=True)):
+        if first is not None and row is not None:
+            state = torch.where(first[n], start.index_select(0, row[n : n + 1]), state)
         states.append(state)
-        state = chunks.carry(state, keep, gain, n)
-    before = torch.stack(states, -3)
-    outputs = []
-    for q, p in f.queries:
-        o = _total([chunks.read(cut(r), before, shift) for shift, r in enumerate((q, p)) if r is not None])
-        o = o.flatten(-3, -2)[..., :length, :]
-        outputs.append(
-            o if valid is None else torch.where(valid[..., None], o, torch.zeros((), dtype=o.dtype, device=o.device))
-        )
-    return outputs, state
-
-
-def _where_valid(f: Factors, on: Tensor) -> Factors:
-    def zero(x: Any) -> Any:
-        return None if x is None else torch.where(on, x, torch.zeros((), dtype=x.dtype, device=x.device))
-
-    u, w, b, c = (tuple(zero(x) for x in part) for part in (f.u, f.w, f.b, f.c))
-    queries = tuple((zero(q), zero(p)) for q, p in f.queries)
-    return Factors(zero(f.log_key), zero(f.log_value), u, w, b, c, queries)
-
-
-def _closed(log: Tensor | None, cut: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Logs from which differences can be taken: a decay of 0 is one that underflows."""
-    return None if log is None else cut(log.clamp(min=-104.0 if log.dtype == torch.float32 else -746.0))
-
-
-class _Chunk:
-    """All chunks of a layer; factors are [..., chunks, L, width]."""
-
-    def __init__(
-        self,
-        log_key: Tensor | None,
-        log_value: Tensor | None,
-        u: Rows,
-        w: Rows,
-        b: Rows,
-        c: Rows,
-        reset: Tensor | None,
-        size: int,
-    ) -> None:
-        self.size, self.b, self.c, self.u, self.rank = size, b, c, u, len(u)
-        # Cumulative logs, with the token (0) and without it (1).
-        self.key = _sums(log_key)
-        self.value = _sums(log_value)
-        token = torch.arange(size, device=b[0].device)
-        self.later = (token[:, None] >= token, token[:, None] > token)
-        self.fresh: Tensor | None = None  # [..., L]: no reset up to here
-        self.same: Tensor | None = None  # [..., L, L]: no reset between
-        if reset is not None:
-            run = reset.cumsum(-2)[..., 0]
-            self.fresh = run == 0
-            self.same = run[..., :, None] == run[..., None, :]
-        self.y: tuple[list[Tensor], list[Tensor]] = ([], [])  # Y = y[0] S_0 + y[1], a column of U each
-        if self.rank:
-            self._solve(w)
-
-    def _solve(self, w: Rows) -> None:
-        """Y by forward substitution, over all columns of all tokens of a chunk."""
-        rank, size = self.rank, self.size
-        rows = torch.cat([torch.cat([self.product(x, u, 1) for u in self.u], -1) for x in w], -2)
-        work = torch.cat([self.hat(x, 1) for x in w], -2)
-        gain = torch.cat(
-            [_total([self.product(x, b, 1) @ c for b, c in zip(self.b, self.c, strict=True)]) for x in w], -2
-        )
-        # Columns of one token do not see each other: ordered by token, the system is strictly lower triangular.
-        order = torch.arange(rank * size, device=rows.device).view(rank, size).T.flatten()
-        unit = torch.eye(rank * size, dtype=rows.dtype, device=rows.device) - rows[..., order, :][..., :, order]
-        both = torch.linalg.solve_triangular(
-            unit, torch.cat([work, gain], -1)[..., order, :], upper=False, unitriangular=True
-        )
-        back = torch.argsort(order)
-        both = both[..., back, :].unflatten(-2, (rank, size))
-        width = work.shape[-1]
-        self.y = ([x[..., :width] for x in both.unbind(-3)], [x[..., width:] for x in both.unbind(-3)])
-
-    def product(self, x: Tensor, z: Tensor, shift: int) -> Tensor:
-        """M_XZ [..., L, L]; shift 1: x reads the state before its token."""
-        mask = self.later[shift] if self.same is None else self.later[shift] & self.same
-        if self.key is None:
-            return torch.where(mask, x @ z.mT, torch.zeros((), dtype=x.dtype, device=x.device))
-        to, since = self.key[shift], self.key[0]
-        if to.shape[-1] == 1:
-            return (x @ z.mT) * _ratio(to - since.mT, mask, x)
-        ratio = _ratio(to[..., :, None, :] - since[..., None, :, :], mask[..., None], x)
-        return torch.einsum("...tk,...tsk,...sk->...ts", x, ratio, z)
-
-    def apply(self, m: Tensor, c: Tensor, shift: int) -> Tensor:
-        """M C, with the decay along the values."""
-        if self.value is None:
-            return m @ c
-        to, since = self.value[shift], self.value[0]
-        ratio = _ratio(to[..., :, None, :] - since[..., None, :, :], self.later[shift][..., None], c)
-        return torch.einsum("...ts,...tsv,...sv->...tv", m, ratio, c)
-
-    def hat(self, x: Tensor, shift: int) -> Tensor:
-        """X with the decays since the chunk's start; 0 behind a reset."""
-        x = x if self.key is None else x * self.key[shift].to(x.dtype).exp()
-        return (
-            x
-            if self.fresh is None
-            else torch.where(self.fresh[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
-        )
-
-    def to_end(self, z: Tensor, logs: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Z with the decays up to the chunk's end."""
-        return z if logs is None else z * (logs[0][..., -1:, :] - logs[0]).to(z.dtype).exp()
-
-    def transition(self) -> tuple[Tensor, Tensor]:
-        """S_L = keep ∘ S_0 + gain: keep is [..., K or 1, V or 1] (elementwise), or [..., K, K] with a transition."""
-        last = None if self.same is None else self.same[..., -1, :, None]
-
-        def ended(z: Tensor) -> Tensor:
-            z = self.to_end(z, self.key)
-            return z if last is None else torch.where(last, z, torch.zeros((), dtype=z.dtype, device=z.device))
-
-        gain = _total([ended(b).mT @ self.to_end(c, self.value) for b, c in zip(self.b, self.c, strict=True)])
-        like = self.b[0]
-        key = torch.ones_like(like[..., -1, :1]) if self.key is None else self.key[0][..., -1, :].to(like.dtype).exp()
-        if self.fresh is not None:
-            key = torch.where(self.fresh[..., -1, None], key, torch.zeros((), dtype=key.dtype, device=key.device))
-        if not self.rank:
-            value = (
-                torch.ones_like(like[..., -1, :1])
-                if self.value is None
-                else self.value[0][..., -1, :].to(like.dtype).exp()
-            )
-            return key[..., :, None] * value[..., None, :], gain
-        through = _total([ended(u).mT @ y for u, y in zip(self.u, self.y[0], strict=True)])
-        gain = gain + _total([ended(u).mT @ y for u, y in zip(self.u, self.y[1], strict=True)])
-        return torch.diag_embed(key.expand(*key.shape[:-1], like.shape[-1])) + through, gain
-
-    def carry(self, state: Tensor, keep: Tensor, gain: Tensor, n: int) -> Tensor:
-        """The state after chunk n."""
-        here = keep[..., n, :, :]
-        return (here @ state if self.rank else here * state) + gain[..., n, :, :]
-
-    def read(self, q: Tensor, before: Tensor, shift: int) -> Tensor:
-        """q_tᵀ S_t (shift 0) or q_tᵀ S_{t-1} (shift 1), [..., chunks, L, V]; before: S_0 of each chunk."""
-        o = self.hat(q, shift) @ before
-        if self.value is not None:
-            o = o * self.value[shift].to(o.dtype).exp()
-        for b, c in zip(self.b, self.c, strict=True):
-            o = o + self.apply(self.product(q, b, shift), c, shift)
-        for u, through, gain in zip(self.u, *self.y, strict=True):
-            o = o + self.product(q, u, shift) @ (through @ before + gain)
-        return o
-
-
-def _sums(log: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    if log is None:
-        return None
-    # In double: behind a strong decay a sum is large, and what counts is its differences to later ones.
-    with_token = log.double().cumsum(-2)
-    return with_token, with_token - log
-
-
-def _ratio(exponent: Tensor, mask: Tensor, like: Tensor) -> Tensor:
-    """exp where the mask is, else 0."""
-    low = torch.full((), -torch.inf, dtype=like.dtype, device=like.device)
-    return torch.where(mask, exponent.to(like.dtype), low).exp()
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+        state = t @ state + a if full else torch.addcmul(a, t, state)
+        if first is not None:
+            after.append(state)
+    return torch.stack(states, 1), after, state

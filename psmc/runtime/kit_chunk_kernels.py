@@ -235,8 +235,11 @@ def matrix_layer(
     """
     batch, length = call.leading
     outer, key, value = sizes[: layer.outer], sizes[layer.outer], 1 if layer.vector else sizes[-1]
-    like = found["b0"]
-    if layer.rank or "log_value" in found or not layer.reads or not length or not kernels.takes(key, value, like):
+    other = {"log_value", "decay", "decay_key", "decay_value"} & set(found)
+    several = any(r.extra for r in layer.reads)
+    if layer.rank or other or several or not layer.reads or not length or not kernels.takes(key, value, found["b0"]):
+        return None
+    if any(name.startswith("decay") for name in found) or any(r.extra for r in layer.reads):
         return None
     lanes = prod(call.lanes) * prod(outer)
 

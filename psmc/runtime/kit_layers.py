@@ -1,4 +1,4 @@
-"""A spec layer by layer: matrix states in chunks, what is pointwise by the blocked scan, then the readout."""
+"""A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from psmc.runtime.kit_bind import Call, Spec
 from psmc.runtime.kit_chunk import Factors, chunk_scan
+from psmc.runtime.kit_decay import Step
 from psmc.runtime.kit_layer import fill_masked, scan_tokens
 from psmc.runtime.kit_run import Rules, as_output, as_state, start_state
-from psmc.runtime.kit_scan import Values
+from psmc.runtime.kit_scan import Values, _flag
 
 
 class Scanned(NamedTuple):
-    """A layer of small components: its own lift, combine and advance, of what its elements hold."""
+    """Layers of small components: their own lift, combine and advance, of what their elements hold."""
 
     components: tuple[str, ...]
     lift: Callable[..., Values]
@@ -26,31 +27,56 @@ class Scanned(NamedTuple):
     advance: Callable[..., Values]
 
 
-class Chunked(NamedTuple):
-    """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ.
+class Reads(NamedTuple):
+    """What one query reads: (name, of which component, where its axes are among outer, extra, value) for each part.
+    `extra`: how many axes tell apart the vectors of a token."""
 
-    factors(x, s, prev, p, n) gives log (or log_key) and log_value, u0, w0, ..., b0, c0, ... and the queries q0, p0, ...
-    where there are some, [..., *outer, width]; log, and c of a vector component, which has no value dim, [..., *outer].
-    `reads` names the linear parts y in their order; `order`: where outer, key and value stand among the dims.
+    extra: int
+    parts: tuple[tuple[str, int, tuple[int, ...]], ...]
+
+
+class Chunked(NamedTuple):
+    """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ; several components that differ in C alone are one S.
+
+    factors(x, s, prev, p, n) gives log or decay (one number a token), log_key or decay_key, log_value or decay_value,
+    u0, w0, ..., b0, c0, ... (c0_1, ... of the second component) and the queries q0, p0, ... where there are some,
+    [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and c of a vector.
+    orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
     """
 
-    component: str
+    components: tuple[str, ...]
     factors: Callable[..., Values]
     rank: int
     columns: int
-    reads: tuple[str, ...]
-    order: tuple[int, ...]
+    reads: tuple[Reads, ...]
+    orders: tuple[tuple[int, ...], ...]
     outer: int
-    vector: bool
+    vectors: tuple[bool, ...]
+
+    @property
+    def vector(self) -> bool:
+        return all(self.vectors)
+
+
+class _Given(NamedTuple):
+    """What a call says beside its tensors."""
+
+    initial: Values | None
+    mask: Tensor | None
+    reset: Tensor | None
+    cu_seqlens: Tensor | None
+    sequences: int
 
 
 def run_layers(
     spec: Spec, rules: Rules, call: Call, x: Values, p: Values, initial: Values | None, mask: Tensor | None,
-    reset: Tensor | None,
+    reset: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Values, Values]:  # fmt: skip
     """As `run_scan`, for a spec whose rules have `layers` and `readout`."""
     x = fill_masked(x, mask)
     params, n, leading = SimpleNamespace(**p), call.n, call.leading
+    rows = leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    given = _Given(initial, mask, reset, cu_seqlens, rows)
     slots = {s.name: s for s in spec.components}
     after: Values = {}
     before: Values = {}
@@ -58,30 +84,25 @@ def run_layers(
     tokens = SimpleNamespace(**x)
     for layer in rules.layers:
         if isinstance(layer, Scanned):
-            prefix, previous, end = _scanned(spec, rules, call, layer, x, params, initial, mask, reset)
+            prefix, previous, end = _scanned(spec, rules, call, layer, x, params, given)
             after |= fill_masked(prefix, mask)  # what is read of padding may be infinite and must not meet a gradient
             before |= fill_masked(previous, mask)
-            final |= end
-            continue
-        found = layer.factors(tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n)
-        kernels = getattr(rules, "matrices", None)
-        outputs, state = _chunked(spec, call, layer, found, initial, mask, reset, kernels)
-        after |= fill_masked(outputs, mask)
-        final[layer.component] = state
+        else:
+            found = layer.factors(tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n)
+            outputs, end = _chunked(spec, call, layer, found, given, getattr(rules, "matrices", None))
+            after |= fill_masked(outputs, mask)
+        final |= end
     answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
     outputs = {s.name: as_output(answer[s.name], s, call, leading) for s in spec.outputs}
     if mask is not None:
-        outputs = {
-            k: torch.where(_over(mask, o), o, torch.zeros((), dtype=o.dtype, device=o.device))
-            for k, o in outputs.items()
-        }
-    return outputs, {k: as_state(final[k], slots[k], call, leading[:1]) for k in spec.live}
+        outputs = {k: torch.where(_flag(mask, o), o, torch.zeros_like(o)) for k, o in outputs.items()}
+    return outputs, {k: as_state(final[k], slots[k], call, (rows,)) for k in spec.live}
 
 
 def _scanned(
-    spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, initial: Values | None,
-    mask: Tensor | None, reset: Tensor | None,
-) -> tuple[Values, Values, Values]:  # fmt: skip
+    spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, given: _Given
+) -> tuple[Values, Values, Values]:
+    """The prefixes of every token, those before it, and the final state."""
     slots = {s.name: s for s in spec.components}
     n = call.n
 
@@ -101,78 +122,128 @@ def _scanned(
         return {**{f"s.{k}": v for k, v in prefix.items()}, **{f"prev.{k}": v for k, v in (previous or {}).items()}}
 
     empty = start_state(spec, rules, call, layer.components)
-    begin = None if initial is None else {k: initial[k] for k in layer.components}
+    begin = None if given.initial is None else {k: given.initial[k] for k in layer.components}
     found, final = scan_tokens(
-        lift, rule(layer.combine), rule(layer.advance), output, x, empty, begin, valid=mask, reset=reset, previous=True
-    )
-    if not final:
-        final = {k: as_state(v, slots[k], call, call.leading[:1]) for k, v in empty.items()}
+        lift, rule(layer.combine), rule(layer.advance), output, x, empty, begin, valid=given.mask, reset=given.reset,
+        cu_seqlens=given.cu_seqlens, previous=True,
+    )  # fmt: skip
+    final = {k: as_state((final or empty)[k], slots[k], call, (given.sequences,)) for k in empty}
     parts = [{k: found[f"{side}.{k}"] for k in layer.components} for side in ("s", "prev")]
     return parts[0], parts[1], final
 
 
 def _chunked(
-    spec: Spec,
-    call: Call,
-    layer: Chunked,
-    found: Values,
-    initial: Values | None,
-    mask: Tensor | None,
-    reset: Tensor | None,
-    kernels: Any,
-) -> tuple[Values, Tensor]:
-    """The layer's linear readouts by name and its final state [B, *lanes, *dims]."""
-    slot = next(s for s in spec.components if s.name == layer.component)
-    sizes = [call.sizes[slot.dims[k]] for k in layer.order]
-    outer = sizes[: layer.outer]
+    spec: Spec, call: Call, layer: Chunked, found: Values, given: _Given, kernels: Any
+) -> tuple[Values, Values]:
+    """The layer's linear readouts by name, and its final states [N, *lanes, *dims]."""
+    slots = [next(s for s in spec.components if s.name == name) for name in layer.components]
+    dtype = call.of_kind(slots[0].kind)
+    ordered = [[call.sizes[s.dims[k]] for k in order] for s, order in zip(slots, layer.orders, strict=True)]
+    outer, key = ordered[0][: layer.outer], ordered[0][layer.outer]
+    widths = [1 if vector else sizes[-1] for vector, sizes in zip(layer.vectors, ordered, strict=True)]
     batch, length = call.leading
     lanes = prod(call.lanes) * prod(outer)
+    if len(slots) > 1:
+        found = {**found, **{f"c{k}": _side_by_side(found, f"c{k}", layer.vectors) for k in range(layer.columns)}}
 
-    def rows(name: str) -> Any:
-        """[B, G, T, width]: lanes and outer dims as one axis, before time."""
-        if name not in found:
-            return None
-        value = found[name].to(call.compute)
-        if name == "log" or (layer.vector and name[0] == "c"):
+    def rows(name: str, extra: int = 0) -> Tensor:
+        """[B, T, G, *extra, width]: lanes and outer dims as one axis."""
+        value = found[name].to(dtype)
+        if name in ("log", "decay") or (layer.vector and name[0] == "c"):
             value = value.unsqueeze(-1)
-        value = value.expand(batch, length, *call.lanes, *outer, value.shape[-1])
-        return value.reshape(batch, length, lanes, value.shape[-1]).transpose(1, 2)
+        own = value.shape[value.dim() - 1 - extra :]
+        return value.expand(batch, length, *call.lanes, *outer, *own).reshape(batch, length, lanes, *own)
 
     def columns(letter: str, count: int) -> tuple[Tensor, ...]:
         return tuple(rows(f"{letter}{k}") for k in range(count))
 
-    key, value = sizes[layer.outer], 1 if layer.vector else sizes[-1]
-    if initial is None:
-        start = torch.zeros(batch, lanes, key, value, dtype=call.compute, device=call.device)
-    else:
-        rank = len(slot.dims)
-        given = initial[layer.component]
-        front = list(range(given.dim() - rank))
-        given = given.permute(*front, *(given.dim() - rank + k for k in layer.order))
-        start = given.reshape(batch, lanes, key, value)
-    done = None if kernels is None else kernels.layer(call, layer, sizes, found, start, mask, reset)
+    def queries(letter: str) -> list[list[Tensor]]:
+        """The vectors of each query; none if it does not read there."""
+        return [
+            list(rows(f"{letter}{k}", r.extra).flatten(3, -2).unbind(3) if r.extra else (rows(f"{letter}{k}"),))
+            if f"{letter}{k}" in found
+            else []
+            for k, r in enumerate(layer.reads)
+        ]
+
+    def step(*names: str) -> Step | None:
+        name = next((k for k in names if k in found), None)
+        return None if name is None else Step(rows(name), name.startswith("log"))
+
+    start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
+    sizes = [*outer, key, *([] if layer.vector else [sum(widths)])]
+    reads: list[Tensor]
+    done = None
+    if kernels is not None:
+        done = kernels.layer(call, layer, sizes, found, start, given.mask, given.reset, given.cu_seqlens)
     if done is not None:
-        outputs, state = done
+        reads, state = done
     else:
-        queries = tuple((rows(f"q{k}"), rows(f"p{k}")) for k in range(len(layer.reads)))
+        q, p = queries("q"), queries("p")
         factors = Factors(
-            rows("log" if "log" in found else "log_key"), rows("log_value"),
-            columns("u", layer.rank), columns("w", layer.rank), columns("b", layer.columns),
-            columns("c", layer.columns), queries,
+            step("log", "log_key", "decay", "decay_key"), step("log_value", "decay_value"), columns("u", layer.rank),
+            columns("w", layer.rank), columns("b", layer.columns), columns("c", layer.columns),
+            tuple(x for xs in q for x in xs), tuple(x for xs in p for x in xs),
         )  # fmt: skip
-        across, state = chunk_scan(
-            factors, start, None if mask is None else mask[:, None], None if reset is None else reset[:, None]
-        )
-        outputs = [o.transpose(1, 2) for o in across]
-    y = {}
-    for name, o in zip(layer.reads, outputs, strict=True):
-        whole = o.reshape(batch, length, *call.lanes, *outer, value)
-        y[name] = whole[..., 0] if layer.vector else whole
-    state = state.reshape(batch, *call.lanes, *sizes[: len(layer.order)] if not layer.vector else (*outer, key))
-    front = list(range(1 + len(call.lanes)))
-    back = [layer.order.index(k) + len(front) for k in range(len(slot.dims))]
-    return y, state.permute(*front, *back)
+        after, prior, state = chunk_scan(factors, start, given.mask, given.reset, given.cu_seqlens)
+        from_q, from_p = iter(after), iter(prior)
+        reads = []
+        for of_q, of_p, r in zip(q, p, layer.reads, strict=True):
+            sides = [torch.stack([next(it) for _ in vs], 3) for it, vs in ((from_q, of_q), (from_p, of_p)) if vs]
+            total = sides[0] if len(sides) == 1 else sides[0] + sides[1]
+            reads.append(total if r.extra else total.squeeze(3))
+    return _linear_parts(call, layer, found, reads, outer, widths), _matrix_states(call, layer, ordered, widths, state)
 
 
-def _over(flag: Tensor, like: Tensor) -> Tensor:
-    return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
+def _side_by_side(found: Values, name: str, vectors: tuple[bool, ...]) -> Tensor:
+    """C of all components as one, [..., widths together]."""
+    parts = [found[name if not j else f"{name}_{j}"] for j in range(len(vectors))]
+    parts = [x.unsqueeze(-1) if vector else x for x, vector in zip(parts, vectors, strict=True)]
+    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in parts))
+    return torch.cat([x.expand(*lead, x.shape[-1]) for x in parts], -1)
+
+
+def _matrix_start(
+    call: Call, layer: Chunked, ordered: list[list[int]], widths: list[int], given: _Given, lanes: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """[N, G, K, V] before the first tokens."""
+    key = ordered[0][layer.outer]
+    if given.initial is None:
+        return torch.zeros(given.sequences, lanes, key, sum(widths), dtype=dtype, device=call.device)
+    parts = []
+    for name, order, width in zip(layer.components, layer.orders, widths, strict=True):
+        x = given.initial[name]
+        front = x.dim() - len(order)
+        x = x.permute(*range(front), *(front + k for k in order))
+        parts.append(x.reshape(given.sequences, lanes, key, width))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(dtype)
+
+
+def _linear_parts(
+    call: Call, layer: Chunked, found: Values, reads: list[Tensor], outer: list[int], widths: list[int]
+) -> Values:
+    """The linear parts by name; reads [B, T, G, (vectors,) V] of all components."""
+    y: Values = {}
+    for k, (r, o) in enumerate(zip(layer.reads, reads, strict=True)):
+        query = found.get(f"q{k}", found.get(f"p{k}"))
+        assert query is not None
+        extra = query.shape[query.dim() - 1 - r.extra : -1]
+        each = torch.split(o.reshape(*call.leading, *call.lanes, *outer, *extra, sum(widths)), widths, -1)
+        front = 2 + len(call.lanes)
+        for name, component, axes in r.parts:
+            part = each[component]
+            part = part[..., 0] if layer.vectors[component] else part
+            y[name] = part.permute(*range(front), *(front + a for a in axes))
+    return y
+
+
+def _matrix_states(call: Call, layer: Chunked, ordered: list[list[int]], widths: list[int], state: Tensor) -> Values:
+    """[N, G, K, V] as the components' own tensors."""
+    final: Values = {}
+    front = 1 + len(call.lanes)
+    parts = torch.split(state, widths, -1)
+    for name, order, sizes, x in zip(layer.components, layer.orders, ordered, parts, strict=True):
+        x = x.reshape(state.shape[0], *call.lanes, *sizes)
+        final[name] = x.permute(*range(front), *(front + order.index(k) for k in range(len(order))))
+    return final

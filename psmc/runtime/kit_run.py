@@ -52,8 +52,8 @@ def run_scan(
 
     x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
     """
-    if hasattr(rules, "layers") and cu_seqlens is None and not whole:
-        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset)
+    if hasattr(rules, "layers") and not whole:
+        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset, cu_seqlens)
         return layered
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
@@ -99,7 +99,7 @@ def run_scan(
         )  # fmt: skip
         if whole:
             return {}, counter
-        outputs = output(prefix, before, x)
+        outputs = output(fill_masked(prefix, mask), before and fill_masked(before, mask), x)
         if mask is not None:
             outputs = {k: torch.where(_flag(mask, v), v, 0) for k, v in outputs.items()}
         return outputs, counter
