@@ -159,7 +159,7 @@ def _gather(tensor: Tensor, rank: int, positions: list[Tensor], width: int) -> T
             raise IndexError(f"a subscript is outside 0..{size - 1}")
         flat = flat * size + position
     assert isinstance(flat, Tensor)
-    lead = torch.broadcast_shapes(tensor.shape[: tensor.dim() - rank], flat.shape[: flat.dim() - width])  # type: ignore[no-untyped-call]
+    lead = torch.broadcast_shapes(tensor.shape[: tensor.dim() - rank], flat.shape[: flat.dim() - width])
     shape = flat.shape[flat.dim() - width :]
     source = tensor.expand([*lead, *sizes]).reshape(*lead, math.prod(sizes))
     index = flat.expand([*lead, *shape]).reshape(*lead, math.prod(shape))

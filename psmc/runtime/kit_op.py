@@ -73,7 +73,8 @@ class Operator:
             results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
         else:  # the same without the dispatcher, whose first call imports half of torch
             given = Given(inputs, params, begin, mask, reset, cu_seqlens)
-            results = Eager.apply(self, given, *inputs, *params, *begin) if save else self._launch(given, False)
+            apply: Any = Eager.apply
+            results = apply(self, given, *inputs, *params, *begin) if save else self._launch(given, False)
         outputs = {s.name: x for s, x in zip(self.spec.outputs, results, strict=False)}
         return outputs, {s.name: x for s, x in zip(self.live, results[len(outputs) :], strict=False)}
 
