@@ -1,0 +1,78 @@
+"""The chunk kernels against a sequential loop, in Triton's interpreter (in a process of its own: triton must be
+imported with it switched on)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not INTERPRETED:
+
+    def test_in_the_interpreter() -> None:
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+else:
+    import torch
+    from chunk_cases import Data, kernels, table
+
+    SMALL = {"tokens": 32, "values": 16, "keys": 16}
+
+    def check(errors: dict[str, float], bound: float = 3e-6) -> None:
+        assert max(errors.values()) <= bound, errors  # also fails on nan
+
+    @pytest.mark.parametrize("decay", [0, 1, 2])
+    @pytest.mark.parametrize("shift", [0, 1])
+    def test_lengths_and_odd_sizes(decay: int, shift: int) -> None:
+        check(Data(1, 37, 2, 24, 20, decay).errors(kernels(table(**SMALL)), shift))
+
+    @pytest.mark.parametrize("decay", [1, 2])
+    @pytest.mark.parametrize("shift", [0, 1])
+    def test_hard_decays_packed(decay: int, shift: int) -> None:
+        data = Data(1, 71, 1, 16, 16, decay, cu=[0, 1, 40, 40, 71], hard=True)
+        check(data.errors(kernels(table(**SMALL)), shift))
+
+    @pytest.mark.parametrize("decay", [0, 1, 2])
+    def test_segments_of_time(decay: int) -> None:
+        made = kernels(table(tokens=16, values=16, keys=16))
+        made.processors = 6
+        try:
+            assert made._split(torch.empty(0), 2, 400, 16)[0] > 1
+            check(Data(1, 400, 1, 16, 16, decay, cu=[0, 10, 400] if decay else None, seed=1).errors(made))
+        finally:
+            made.processors = 1
+
+    def test_one_token_and_grouped_lanes() -> None:
+        check(Data(2, 1, 4, 16, 16, 1, grouped=True).errors(kernels(table(**SMALL))))
+        check(Data(1, 33, 2, 16, 16, 2, grouped=True, start=False).errors(kernels(table(**SMALL))))
+
+    @pytest.mark.parametrize("decay", [1, 2])
+    def test_half(decay: int) -> None:
+        """The interpreter has no bfloat16; here products are exact."""
+        check(Data(1, 33, 1, 16, 16, decay, dtype=torch.float16).errors(kernels(table(**SMALL))), 1e-3)
+
+    @pytest.mark.parametrize("decay", [1, 2])
+    def test_later_tokens_change_nothing(decay: int) -> None:
+        """Bitwise, also where another decay moves a row across the bound of the product form."""
+        made = kernels(table(**SMALL))
+        q, b, c, log, start = (x.detach().clone() for x in Data(1, 40, 1, 16, 16, decay).leaves)
+        y, _ = made.scan(q, b, c, log, start)
+        for at, spot, value in ((5, 3, -50.0), (17, 3, -200.0), (33, 0, 7.0), (9, 1, 9.0), (20, 2, -3.0)):
+            changed = [z.clone() for z in (q, b, c, log)]
+            changed[spot][:, at:] = value
+            z, _ = made.scan(*changed, start)
+            assert torch.equal(y[:, :at], z[:, :at]), (at, spot)
+
+    def test_run_to_run() -> None:
+        data = Data(1, 33, 1, 16, 16, 2)
+        first, second = (data._call(kernels(table(**SMALL)).scan, 0, 1.0) for _ in range(2))
+        assert all(torch.equal(first[k], second[k]) for k in first)
