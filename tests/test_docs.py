@@ -200,6 +200,11 @@ def runtime_codes() -> set[str]:
     return {code for text in texts for code in re.findall(r"PSM\d{3}", text)}
 
 
+def test_decisions_are_numbered() -> None:
+    numbers = [p.name[:3] for p in sorted((ROOT / "docs" / "decisions").glob("*.md"))]
+    assert numbers == [f"{n:03}" for n in range(1, len(numbers) + 1)]
+
+
 def test_anchors() -> None:
     """Links within a page lead to a heading."""
     for page in PAGES:
