@@ -1,17 +1,26 @@
-"""What `import psmc` offers: load a spec, decorate a class."""
+"""What `import psmc` offers: load a spec, decorate a class.
+
+The compiler is imported when something has to be compiled: a spec that was compiled before is a file to import.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from psmc import remembered
 from psmc.diagnostics import PsmcError, fail
-from psmc.frontend.decorator import Extern, trace
-from psmc.frontend.decorator import extern as extern
-from psmc.ir import Extern as ExternRule
-from psmc.pipeline import Compilation, compilations, extern_rule, pick, read
+
+if TYPE_CHECKING:
+    from psmc.algebra.verdict import Proof
+    from psmc.frontend.decorator import Extern
+    from psmc.ir import Aggregator
+    from psmc.pipeline import Compilation
+    from psmc.plan.base import Plan
+    from psmc.structure.report import Structure
 
 
 def load(
@@ -23,33 +32,111 @@ def load(
     extern  the rule of `combine extern`: maps two dicts of tensors [batch, *lanes, *dims] to one
     budget  seconds for the proof
 
-    The result is called as DESIGN's contract says, and has .proof, .structure, .plan, .source and .reference (the
-    sequential oracle). Raises PsmcError if the spec is wrong or its claim does not hold.
+    The result is called on tensors, and has .proof, .structure, .plan, .source and .reference (the sequential oracle).
+    Raises PsmcError if the spec is wrong or its claim does not hold.
     """
-    return realise(pick(read(path, budget), name, str(path)), extern)
+
+    def compilation() -> Compilation:
+        from psmc.pipeline import pick, read
+
+        return pick(read(path, budget), name, str(path))
+
+    text = _text(path)
+    known = remembered.recall(text, name) if text is not None and extern is None else None
+    if known is not None:
+        from psmc.runtime.load import load_file
+
+        public, place = known
+        module = load_file(place, f"psmc_generated_{place.stem}")
+        return _described(getattr(module, public), module, compilation)
+    compiled = compilation()
+    found = realise(compiled, extern)
+    if text is not None and extern is None and _alone(text):
+        remembered.remember(text, {compiled.agg.name: Path(found.module.__file__).name})
+    return found
+
+
+def _text(path: str | Path) -> str | None:
+    """The file's text, None where reading it is the frontend's to report."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _alone(text: str) -> bool:
+    """One aggregator that uses no other file. Words in comments may hide that, which only costs a compilation."""
+    return len(re.findall(r"\baggregator\b", text)) == 1 and not re.search(r'\buse\s*"', text)
 
 
 def realise(compilation: Compilation, extern: Callable[..., Any] | None = None) -> Any:
     """A compilation's module, imported, with what is known of it attached."""
-    from psmc import reference
+    from psmc.ir import Extern as ExternRule
     from psmc.runtime.load import load_module
 
-    text = compilation.text
-    module = load_module(compilation.agg.name, text)
+    module = load_module(compilation.agg.name, compilation.text)
     found = getattr(module, compilation.agg.name)
-    oracle = partial(reference.fold, compilation.declared)
     if isinstance(compilation.agg.combine, ExternRule):
         if extern is None:
             fail(
-                "PSM292", f"'{compilation.declared.name}' takes its rule from Python.", compilation.declared.where("combine"),
-                label="this rule", helps=("pass it: psmc.load(path, extern=my_combine).",),
+                "PSM292", f"'{compilation.declared.name}' takes its rule from Python.",
+                compilation.declared.where("combine"), label="this rule",
+                helps=("pass it: psmc.load(path, extern=my_combine).",),
             )  # fmt: skip
         found = found(extern)
-        oracle = partial(reference.fold, compilation.declared, extern=extern)
     elif extern is not None:
         fail("PSM293", f"'{compilation.declared.name}' has a combine of its own; 'extern' is for 'combine extern'.")
-    found.proof, found.structure, found.plan = compilation.proof, compilation.structure, compilation.plan
-    found.source, found.reference, found.module, found.declared = text, oracle, module, compilation.declared
+    return _described(found, module, lambda: compilation, extern)
+
+
+class Described:
+    """What is known of a compiled aggregator, beside its module: computed when it is first asked for."""
+
+    _compile: Callable[[], Compilation]
+    _extern: Callable[..., Any] | None
+
+    @cached_property
+    def _compilation(self) -> Compilation:
+        return self._compile()
+
+    @property
+    def declared(self) -> Aggregator:
+        return self._compilation.declared
+
+    @property
+    def proof(self) -> Proof:
+        return self._compilation.proof
+
+    @property
+    def structure(self) -> Structure | None:
+        return self._compilation.structure
+
+    @property
+    def plan(self) -> Plan:
+        return self._compilation.plan
+
+    @property
+    def source(self) -> str:
+        """The generated module's text."""
+        return self._compilation.text
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The oracle, `psmc.reference.fold` of this spec."""
+        from psmc import reference
+
+        if self._extern is None:
+            return partial(reference.fold, self.declared)
+        return partial(reference.fold, self.declared, extern=self._extern)
+
+
+def _described(
+    found: Any, module: Any, compilation: Callable[[], Compilation], extern: Callable[..., Any] | None = None
+) -> Any:
+    if not isinstance(found, Described):
+        base = type(found)
+        found.__class__ = type(base.__name__, (Described, base), {"__module__": base.__module__})
+        found.module, found._compile, found._extern = module, compilation, extern
     return found
 
 
@@ -70,6 +157,9 @@ def aggregator(
     """
 
     def decorate(target: type) -> Any:
+        from psmc.frontend.decorator import trace
+        from psmc.pipeline import compilations, extern_rule
+
         file = trace(
             target,
             inputs=inputs,
@@ -86,4 +176,11 @@ def aggregator(
     return decorate if cls is None else decorate(cls)
 
 
-__all__ = ["Extern", "PsmcError", "aggregator", "extern", "load", "realise"]
+def extern(fn: Callable[..., Any]) -> Extern:
+    """`combine = psmc.extern(module)` in a decorated class: this callable is the rule. Raises PsmcError PSM258."""
+    from psmc.frontend.decorator import extern as rule
+
+    return rule(fn)
+
+
+__all__ = ["Described", "PsmcError", "aggregator", "extern", "load", "realise"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 from psmc.runtime import cache
@@ -14,9 +15,13 @@ def load_module(name: str, text: str) -> ModuleType:
     """The module of a generated text, from the cache directory; one module a text and process."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     key = f"psmc_generated_{name}_{digest}"
+    return sys.modules[key] if key in sys.modules else load_file(cache.stored(name, digest, text), key)
+
+
+def load_file(path: Path, key: str) -> ModuleType:
+    """The module of a file, known as `key` from now on."""
     if key in sys.modules:
         return sys.modules[key]
-    path = cache.stored(name, digest, text)
     spec = importlib.util.spec_from_file_location(key, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
