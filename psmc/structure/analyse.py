@@ -97,7 +97,8 @@ def _affine(agg: Aggregator, name: str, step: Assign, summed: Mapping[str, tuple
     component = agg.component(name)
     if not component.dims:
         return None
-    return affine_step(step, component.kind, summed[name], context(agg), known_positive(agg))
+    over = lanes(agg, element_state(agg, live_state(agg)))
+    return affine_step(step, component.kind, summed[name], context(agg), known_positive(agg), over)
 
 
 def _class(

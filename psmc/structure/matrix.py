@@ -20,12 +20,18 @@ _Axes = tuple[int, int | None]  # positions of key and value
 
 
 def affine_step(
-    step: Assign, kind: Kind, contracted: Sequence[int], context: Context, is_positive: IsPositive
+    step: Assign,
+    kind: Kind,
+    contracted: Sequence[int],
+    context: Context,
+    is_positive: IsPositive,
+    lanes: Sequence[str] = (),
 ) -> Affine | None:
     """The factored step of a component with dims, None if it has no such form.
 
     `contracted` are the positions that outputs sum over. The key is the position that the transition acts on, else the
-    one that outputs contract, else the first; of several choices for the value the one of least rank.
+    one that outputs contract, else the first; of several choices for the value the one of least rank, then one that is
+    none of `lanes` (dims that everything has), then one without a decay of its own.
     """
     context = replace(context, taken=context.taken | {i.name for i in step.indices})
     try:
@@ -39,7 +45,12 @@ def affine_step(
             found.append(_on_axes(step, axes, entry.value, group.column, group.rest[step.name], context, is_positive))
         except NotSeparableError:
             continue
-    return min(found, key=lambda a: (a.rank, a.injection.rank), default=None)
+
+    def cost(a: Affine) -> tuple[int, int, bool, bool]:
+        lane = a.value is not None and a.value.dim in lanes
+        return a.rank, a.injection.rank, lane, a.decay.kind in ("V", "KV")
+
+    return min(found, key=cost, default=None)
 
 
 def _axes(rank: int, acted: int | None, contracted: Sequence[int]) -> list[_Axes]:

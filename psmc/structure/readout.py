@@ -80,7 +80,8 @@ class _Reader:
             affine.key, {i.name for i in hom.free} | {n.index.name for n in walk(hom) if isinstance(n, Reduce)}
         )
         parts = [self._vector(hom, affine, space, key, index) for space in ("state", "prev")]
-        if any(_refused(p, at) for p in parts):
+        columns = {s for s, i in zip(at, (i for i in order if i != affine.key), strict=True) if i == affine.value}
+        if any(_refused(p, columns) for p in parts):
             return None
         return self._named(affine, parts, index, at, rest, used)
 
@@ -136,12 +137,13 @@ class _Reader:
         return name
 
 
-def _refused(vector: Expr, at: tuple[Sub, ...]) -> bool:
-    """A query must know nothing of any state, nor of the value index; reading one entry is no contraction."""
+def _refused(vector: Expr, columns: set[Sub]) -> bool:
+    """A query must know nothing of any state, nor of the value index (`columns`: what stands there); reading one entry
+    is no contraction."""
     if any(isinstance(n, Eye) and isinstance(n.row, Index) and isinstance(n.col, Index) for n in walk(vector)):
         return True
     return any(r.space in ("state", "prev") for r in refs(vector)) or any(
-        s in vector.free for s in at if isinstance(s, Index)
+        s in vector.free for s in columns if isinstance(s, Index)
     )
 
 
