@@ -220,6 +220,6 @@ def test_folds_of_packed_sequences():
     agg, batch = batch_for("gla", Case(20, packed=True))
     product = agg.fold(**batch.inputs, **batch.params, cu_seqlens=batch.flags["cu_seqlens"])
     state = call(agg, batch)[1]
-    assert torch.equal(product["S"], state["S"])
+    assert error(product["S"], state["S"]) < EXACT
     assert product["a"].shape == (7, 3)
     assert torch.equal(product["a"][0], torch.ones(3, dtype=torch.float64))
