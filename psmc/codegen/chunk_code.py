@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from psmc.codegen.torch_code import Signature, Source, print_block
+from psmc.codegen.torch_expr import ExprPrinter
 from psmc.codegen.torch_value import Like
 from psmc.derive.simplify import ONE, ZERO
-from psmc.ir import Aggregator, Assign, Block, Expr, Index, Ref, Sub
+from psmc.ir import Aggregator, Assign, Block, Expr, Index, Op, Ref, Sub
 from psmc.ir.query import restrict
-from psmc.ir.rewrite import rename, replace_refs
+from psmc.ir.rewrite import rename, replace_refs, walk
 from psmc.plan.chunked import extra_indices, split_layers
 from psmc.structure.report import Affine, Layer, Linear, Structure
 
@@ -28,8 +29,13 @@ def print_layers(agg: Aggregator, structure: Structure) -> tuple[list[Source], s
         components = tuple(a.component for a in stack)
         parts = [p for r in structure.readout for p in r.linear if p.component in components]
         queries = _queries(stack, parts)
-        sources.append(_factors(agg, stack, tuple(queries), n))
-        entries.append(_entry(agg, stack, queries, n))
+        rows = _factors(stack, tuple(queries))
+        plain = {r.name: found for r in rows if (found := _plain(agg, r)) is not None}
+        block = Block(results=tuple(r for r in rows if r.name not in plain))
+        sources.append(print_block(agg, block, Signature(f"factors_{n}", "x, s, prev, p, n", _inputs(agg))))
+        lying = {k: x for k, (x, _) in plain.items()}
+        scales = {k: text for k, (_, text) in plain.items() if text}
+        entries.append(_entry(stack, queries, n, lying, scales, _shown(structure)))
     sources.append(_readout(agg, structure))
     return sources, "LAYERS = (\n" + "".join(f"    {entry},\n" for entry in entries) + ")\n"
 
@@ -71,7 +77,7 @@ def _queries(stack: tuple[Affine, ...], parts: list[Linear]) -> dict[_Query, lis
     return found
 
 
-def _factors(agg: Aggregator, stack: tuple[Affine, ...], queries: tuple[_Query, ...], n: int) -> Source:
+def _factors(stack: tuple[Affine, ...], queries: tuple[_Query, ...]) -> list[Assign]:
     """Named results over (outer, key) or (outer, value): see `kit_layers.Chunked`."""
     rows: list[Assign] = []
     affine = stack[0]
@@ -94,7 +100,47 @@ def _factors(agg: Aggregator, stack: tuple[Affine, ...], queries: tuple[_Query, 
         rows += [_over(f"c{c}_{j}" if j else f"c{c}", x.value, value) for c, x in enumerate(each.injection.right)]
     for c, query in enumerate(queries):
         rows += [_over(f"{x}{c}", a.value, a.indices) for x, a in zip("qp", query, strict=True) if a is not None]
-    return print_block(agg, Block(results=tuple(rows)), Signature(f"factors_{n}", "x, s, prev, p, n", _inputs(agg)))
+    return rows
+
+
+def _plain(agg: Aggregator, row: Assign) -> tuple[str, str] | None:
+    """(the input that a factor is, the text of the number that multiplies it, if any): kernels read it where it lies.
+    Only queries may have a number."""
+    value: Expr = row.value
+    scale: Expr | None = None
+    if row.name[0] in "qp" and isinstance(value, Op) and value.op in ("mul", "div"):
+        times, (left, right) = value.op == "mul", value.args
+        if times and _number(left):
+            left, right = right, left
+        if _number(right):
+            value, scale = left, right if times else Op("div", (ONE, right))
+    if not isinstance(value, Ref) or value.space != "input" or value.lag or value.kind != "real":
+        return None
+    own = next(t.dims for t in agg.leaf_inputs if t.name == value.name)
+    whole = value.subs == row.indices and own == tuple(i.dim for i in row.indices)
+    text = "" if scale is None else _number_text(scale)
+    return (value.name, text) if whole and text is not None else None
+
+
+def _number_text(expr: Expr) -> str | None:
+    """A Python number of `n`; None if it takes a tensor."""
+    helpers: set[str] = set()
+    shown = ExprPrinter(Like("n", "real"), {}, lambda ref: None, helpers).show(expr, ())
+    return None if shown.axes is not None or helpers else shown.text
+
+
+def _number(expr: Expr) -> bool:
+    """Whether it reads nothing but sizes."""
+    return not expr.free and not any(isinstance(node, Ref) for node in walk(expr))
+
+
+def _shown(structure: Structure) -> tuple[str, ...]:
+    """Linear parts that are outputs as they stand, and nothing else."""
+    direct = {r.output: r.epilogue.value for r in structure.readout if isinstance(r.epilogue.value, Ref)}
+    names = {x.name for x in direct.values() if isinstance(x, Ref) and x.space == "let"}
+    others = [r.epilogue.value for r in structure.readout if r.output not in direct]
+    used = {x.name for x in walk(*others) if isinstance(x, Ref) and x.space == "let"}
+    return tuple(sorted(names - used))
 
 
 def _over(name: str, value: Expr, axes: tuple[Index, ...]) -> Assign:
@@ -102,7 +148,10 @@ def _over(name: str, value: Expr, axes: tuple[Index, ...]) -> Assign:
     return Assign(name, axes, value)
 
 
-def _entry(agg: Aggregator, stack: tuple[Affine, ...], queries: dict[_Query, list[Linear]], n: int) -> str:
+def _entry(
+    stack: tuple[Affine, ...], queries: dict[_Query, list[Linear]], n: int, plain: dict[str, str],
+    scales: dict[str, str], shown: tuple[str, ...],
+) -> str:  # fmt: skip
     names = tuple(a.component for a in stack)
     orders = []
     for a in stack:
@@ -119,10 +168,11 @@ def _entry(agg: Aggregator, stack: tuple[Affine, ...], queries: dict[_Query, lis
             placed.append((part.name, names.index(part.component), tuple(axes.index(i) for i in part.indices)))
         reads.append(f"Reads({len(extra)}, {tuple(placed)!r})")
     vectors = tuple(a.value is None for a in stack)
+    numbers = "{" + ", ".join(f"{k!r}: {text}" for k, text in scales.items()) + "}"
     return (
         f"Chunked({names!r}, factors_{n}, rank={stack[0].rank}, columns={stack[0].injection.rank}, "
         f"reads=({''.join(f'{r}, ' for r in reads)}), orders={tuple(orders)!r}, outer={len(stack[0].outer)}, "
-        f"vectors={vectors!r})"
+        f"vectors={vectors!r}, plain={plain!r}, scales=lambda n: {numbers}, shown={shown!r})"
     )
 
 

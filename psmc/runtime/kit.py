@@ -73,7 +73,7 @@ class Aggregator:
         if self.operator is not None and self.operator.wanted(call, return_state or state is not None):
             outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
         else:
-            x, p = prepared(self.spec, call, lags)
+            x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
             outputs, final = run_scan(
                 self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
             )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from psmc.runtime.kit_bind import spread
+
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 
 
@@ -37,10 +39,9 @@ class ChunkKernels:
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
 
-    def takes(self, key: int, value: int, like: Tensor) -> bool:
+    def takes(self, key: int, value: int, device: torch.device) -> bool:
         """Whether there are kernels for this device and these sizes."""
-        on_device = like.device.type == "cuda" or self.interpreted
-        return on_device and 0 < key <= 256 and value > 0 and like.dtype in _PRECISION
+        return (device.type == "cuda" or self.interpreted) and 0 < key <= 256 and value > 0
 
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
@@ -55,11 +56,11 @@ class ChunkKernels:
         return found
 
     def layer(
-        self, call: Any, layer: Any, sizes: list[int], found: dict[str, Tensor], start: Tensor | None,
-        mask: Tensor | None, reset: Tensor | None, cu: Tensor | None = None,
-    ) -> tuple[list[Tensor], Tensor] | None:  # fmt: skip
+        self, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
+        start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+    ) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
         """`matrix_layer` with these kernels."""
-        return matrix_layer(self, call, layer, sizes, found, start, mask, reset, cu)
+        return matrix_layer(self, call, layer, sizes, widths, found, start, mask, reset, cu)
 
     # --- launches
 
@@ -225,65 +226,103 @@ class ChunkKernels:
 
 
 def matrix_layer(
-    kernels: ChunkKernels, call: Any, layer: Any, sizes: list[int], found: dict[str, Tensor], start: Tensor | None,
-    mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
-) -> tuple[list[Tensor], Tensor] | None:  # fmt: skip
-    """The linear readouts of a layer, [B, T, G, V] each, and its last state [N, G, K, V]; None: not for the kernels.
+    kernels: ChunkKernels, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
+    start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
+    """The linear readouts of a layer, [B, T, G, V] of each component, and the components' last states [N, G, K, V];
+    None: not for the kernels.
 
-    sizes: outer, key and value; found: the layer's factors; start [N, G, K, V]; mask, reset: [B, T] bool. Readouts of S
-    and of prev.S, and columns of the injection, add up: one scan for each.
+    sizes: outer and key; widths: of the components over the value; found: the factors that are not plain; start: [N, G,
+    K, all widths]; mask, reset: [B, T] bool. Readouts of S and of prev.S, and columns of the injection, add up, and
+    components share no column: one scan for each.
     """
-    batch, length = call.leading
-    outer, key, value = sizes[: layer.outer], sizes[layer.outer], 1 if layer.vector else sizes[-1]
-    other = {"log_value", "decay", "decay_key", "decay_value"} & set(found)
-    several = any(r.extra for r in layer.reads)
-    if layer.rank or other or several or not layer.reads or not length or not kernels.takes(key, value, found["b0"]):
+    outer, key = tuple(sizes[:-1]), sizes[-1]
+    if {"log_value", "decay", "decay_key", "decay_value"} & {*found, *layer.plain} or any(r.extra for r in layer.reads):
         return None
-    if any(name.startswith("decay") for name in found) or any(r.extra for r in layer.reads):
+    if layer.rank or not layer.reads or not all(call.leading) or call.compute != torch.float32:
         return None
-    lanes = prod(call.lanes) * prod(outer)
+    if not all(kernels.takes(key, width, call.device) for width in widths):
+        return None
+    f = _LayerFactors(call, layer, outer, found, mask, reset)
+    dtypes = [call.dtype if all(p[0] in layer.shown for p in r.parts) else torch.float32 for r in layer.reads]
+    columns = [f.rows(f"b{k}") for k in range(layer.columns)]
+    log = f.log()
+    queries = [
+        [(f.rows(n), s, f.scale(n)) for n, s in ((f"q{r}", 0), (f"p{r}", 1)) if n in f] for r in range(len(dtypes))
+    ]
+    outputs: list[list[Tensor]] = [[] for _ in queries]
+    states = []
+    starts = [None] * len(widths) if start is None else torch.split(start, widths, -1)
+    for j, begin in enumerate(starts):
+        values = [f.rows(f"c{k}_{j}" if j else f"c{k}", layer.vectors[j]) for k in range(layer.columns)]
+        final: Tensor | None = None
+        for r, query in enumerate(queries):
+            total: Tensor | None = None
+            for q, shift, scale in query:
+                q = f.fresh(q) if shift else q
+                ends = []
+                for k, (b, c) in enumerate(zip(columns, values, strict=True)):
+                    y, end = kernels.scan(q, b, c, log, None if k else begin, cu, shift, scale, dtypes[r])
+                    total = y if total is None else total + y
+                    ends.append(end)
+                final = sum(ends[1:], ends[0]) if final is None else final
+            assert total is not None
+            outputs[r].append(total)
+        assert final is not None
+        states.append(final)
+    return outputs, states
 
-    def rows(name: str, width: tuple[int, ...] = (-1,)) -> Tensor:
-        x = found[name]
-        x = x.expand(batch, length, *call.lanes, *outer, *width)
-        return x.reshape(batch, length, lanes, *width)
 
-    def factor(name: str) -> Tensor:
-        if layer.vector and name[0] == "c":
-            return rows(name, ()).unsqueeze(-1).to(dtype)
-        return rows(name).to(dtype)
+class _LayerFactors:
+    """A layer's factors as [B, T, G, width]: plain ones in their own dtype, others in that of the outputs."""
 
-    dtype = call.dtype if call.dtype in _PRECISION else torch.float32
-    log = rows("log", ()) if "log" in found else rows("log_key") if "log_key" in found else None
-    on = None if mask is None else mask[..., None, None]
-    if log is not None and on is not None:
-        log = torch.where(on if log.dim() == 4 else on[..., 0], log, 0.0)
-    if reset is not None:
-        cut = reset[..., None] if log is None or log.dim() == 3 else reset[..., None, None]
-        log = torch.where(cut, -torch.inf, 0.0 if log is None else log)
-        log = log.expand(batch, length, lanes) if log.dim() == 3 else log
-    outputs: list[Tensor] = []
-    final = None
-    columns = [(factor(f"b{k}"), factor(f"c{k}")) for k in range(layer.columns)]
-    for r in range(len(layer.reads)):
-        total = None
-        for name, shift in ((f"q{r}", 0), (f"p{r}", 1)):
-            if name not in found:
-                continue
-            q = factor(name)
-            if shift and reset is not None:
-                q = torch.where(reset[..., None, None], 0.0, q)  # what is before a restart is nothing
-            ends = []
-            for k, (b, c) in enumerate(columns):
-                b = b if on is None else torch.where(on, b, 0.0)
-                y, end = kernels.scan(q, b, c, log, None if k else start, cu, shift, 1.0, call.dtype)
-                total = y if total is None else total + y
-                ends.append(end)
-            final = sum(ends[1:], ends[0]) if final is None else final
-        assert total is not None
-        outputs.append(total)
-    assert final is not None
-    return outputs, final
+    def __init__(
+        self, call: Any, layer: Any, outer: tuple[int, ...], found: dict[str, Tensor], mask: Tensor | None,
+        reset: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.call, self.outer, self.found, self.plain = call, outer, found, layer.plain
+        self.scales = layer.scales(call.n)
+        self.mask, self.reset = mask, reset
+        self.shape = (*call.leading, prod(call.lanes) * prod(outer))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.found or name in self.plain
+
+    def scale(self, name: str) -> float:
+        return float(self.scales.get(name, 1.0))
+
+    def rows(self, name: str, vector: bool = False) -> Tensor:
+        """`vector`: without a width of its own, which is 1 then."""
+        if name in self.plain:
+            x = self.call.inputs[self.plain[name]]
+            x = spread(x, x.dim() - len(self.outer) - (not vector), self.call.lanes)
+        else:
+            x = self.found[name]
+            if name[:3] != "log":
+                x = x.to(self.call.dtype)
+        own = () if vector else x.shape[-1:]
+        x = x.expand(*self.call.leading, *self.call.lanes, *self.outer, *own).reshape(*self.shape, *own)
+        x = x.unsqueeze(-1) if vector and name[:3] != "log" else x
+        return x if self.mask is None or name[:3] == "log" else torch.where(self.mask[..., None, None], x, 0.0)
+
+    def log(self) -> Tensor | None:
+        """[B, T, G] or [B, T, G, K]; 0 at tokens that do not count, -inf before a restart."""
+        log = self.rows("log", True) if "log" in self else self.rows("log_key") if "log_key" in self else None
+        if self.mask is not None and log is not None:
+            log = torch.where(self._over(self.mask, log), log, 0.0)
+        if self.reset is not None:
+            if log is None:
+                log = torch.zeros((), device=self.call.device).expand(self.shape)
+            log = torch.where(self._over(self.reset, log), -torch.inf, log)
+        return log
+
+    def fresh(self, p: Tensor) -> Tensor:
+        """Queries of prev.S, which is nothing at a restart."""
+        return p if self.reset is None else torch.where(self.reset[..., None, None], 0.0, p)
+
+    @staticmethod
+    def _over(flag: Tensor, like: Tensor) -> Tensor:
+        return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
 
 
 class _ChunkScan(torch.autograd.Function):

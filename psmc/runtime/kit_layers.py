@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from psmc.runtime.kit_bind import Call, Spec
 from psmc.runtime.kit_chunk import Factors, chunk_scan
 from psmc.runtime.kit_decay import Step
 from psmc.runtime.kit_layer import fill_masked, scan_tokens
-from psmc.runtime.kit_run import Rules, as_output, as_state, start_state
+from psmc.runtime.kit_run import Rules, Tokens, as_output, as_state, start_state
 from psmc.runtime.kit_scan import Values, _flag
 
 
@@ -42,6 +42,8 @@ class Chunked(NamedTuple):
     u0, w0, ..., b0, c0, ... (c0_1, ... of the second component) and the queries q0, p0, ... where there are some,
     [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and c of a vector.
     orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
+    plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
+    numbers that multiply some of them. shown: linear parts that are outputs as they stand.
     """
 
     components: tuple[str, ...]
@@ -52,6 +54,9 @@ class Chunked(NamedTuple):
     orders: tuple[tuple[int, ...], ...]
     outer: int
     vectors: tuple[bool, ...]
+    plain: Mapping[str, str]
+    scales: Callable[..., dict[str, float]]
+    shown: tuple[str, ...]
 
     @property
     def vector(self) -> bool:
@@ -81,7 +86,7 @@ def run_layers(
     after: Values = {}
     before: Values = {}
     final: Values = {}
-    tokens = SimpleNamespace(**x)
+    tokens = Tokens(x)
     for layer in rules.layers:
         if isinstance(layer, Scanned):
             prefix, previous, end = _scanned(spec, rules, call, layer, x, params, given)
@@ -89,7 +94,7 @@ def run_layers(
             before |= fill_masked(previous, mask)
         else:
             found = layer.factors(tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n)
-            outputs, end = _chunked(spec, call, layer, found, given, getattr(rules, "matrices", None))
+            outputs, end = _chunked(spec, call, layer, found, given, tokens, getattr(rules, "matrices", None))
             after |= fill_masked(outputs, mask)
         final |= end
     answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
@@ -133,7 +138,7 @@ def _scanned(
 
 
 def _chunked(
-    spec: Spec, call: Call, layer: Chunked, found: Values, given: _Given, kernels: Any
+    spec: Spec, call: Call, layer: Chunked, found: Values, given: _Given, tokens: Tokens, kernels: Any
 ) -> tuple[Values, Values]:
     """The layer's linear readouts by name, and its final states [N, *lanes, *dims]."""
     slots = [next(s for s in spec.components if s.name == name) for name in layer.components]
@@ -143,6 +148,16 @@ def _chunked(
     widths = [1 if vector else sizes[-1] for vector, sizes in zip(layer.vectors, ordered, strict=True)]
     batch, length = call.leading
     lanes = prod(call.lanes) * prod(outer)
+    start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
+    if kernels is not None:
+        begin = None if given.initial is None else start
+        flags = given.mask, given.reset, given.cu_seqlens
+        done = kernels.layer(call, layer, [*outer, key], widths, found, begin, *flags)
+        if done is not None:
+            single = [()] * len(layer.reads)
+            return _linear_parts(call, layer, single, done[0], outer), _matrix_states(call, layer, ordered, done[1])
+    scales = layer.scales(call.n)
+    found = {**found, **{k: getattr(tokens, x) * scales.get(k, 1) for k, x in layer.plain.items()}}
     if len(slots) > 1:
         found = {**found, **{f"c{k}": _side_by_side(found, f"c{k}", layer.vectors) for k in range(layer.columns)}}
 
@@ -170,29 +185,24 @@ def _chunked(
         name = next((k for k in names if k in found), None)
         return None if name is None else Step(rows(name), name.startswith("log"))
 
-    start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
-    sizes = [*outer, key, *([] if layer.vector else [sum(widths)])]
-    reads: list[Tensor]
-    done = None
-    if kernels is not None:
-        done = kernels.layer(call, layer, sizes, found, start, given.mask, given.reset, given.cu_seqlens)
-    if done is not None:
-        reads, state = done
-    else:
-        q, p = queries("q"), queries("p")
-        factors = Factors(
-            step("log", "log_key", "decay", "decay_key"), step("log_value", "decay_value"), columns("u", layer.rank),
-            columns("w", layer.rank), columns("b", layer.columns), columns("c", layer.columns),
-            tuple(x for xs in q for x in xs), tuple(x for xs in p for x in xs),
-        )  # fmt: skip
-        after, prior, state = chunk_scan(factors, start, given.mask, given.reset, given.cu_seqlens)
-        from_q, from_p = iter(after), iter(prior)
-        reads = []
-        for of_q, of_p, r in zip(q, p, layer.reads, strict=True):
-            sides = [torch.stack([next(it) for _ in vs], 3) for it, vs in ((from_q, of_q), (from_p, of_p)) if vs]
-            total = sides[0] if len(sides) == 1 else sides[0] + sides[1]
-            reads.append(total if r.extra else total.squeeze(3))
-    return _linear_parts(call, layer, found, reads, outer, widths), _matrix_states(call, layer, ordered, widths, state)
+    q, p = queries("q"), queries("p")
+    factors = Factors(
+        step("log", "log_key", "decay", "decay_key"), step("log_value", "decay_value"), columns("u", layer.rank),
+        columns("w", layer.rank), columns("b", layer.columns), columns("c", layer.columns),
+        tuple(x for xs in q for x in xs), tuple(x for xs in p for x in xs),
+    )  # fmt: skip
+    after, prior, state = chunk_scan(factors, start, given.mask, given.reset, given.cu_seqlens)
+    from_q, from_p = iter(after), iter(prior)
+    reads, several = [], []
+    for k, (of_q, of_p, r) in enumerate(zip(q, p, layer.reads, strict=True)):
+        sides = [torch.stack([next(it) for _ in vs], 3) for it, vs in ((from_q, of_q), (from_p, of_p)) if vs]
+        total = sides[0] if len(sides) == 1 else sides[0] + sides[1]
+        query = found.get(f"q{k}", found.get(f"p{k}"))
+        assert query is not None
+        several.append(tuple(query.shape[query.dim() - 1 - r.extra : -1]))
+        reads.append(torch.split(total if r.extra else total.squeeze(3), widths, -1))
+    states = torch.split(state, widths, -1)
+    return _linear_parts(call, layer, several, reads, outer), _matrix_states(call, layer, ordered, states)
 
 
 def _side_by_side(found: Values, name: str, vectors: tuple[bool, ...]) -> Tensor:
@@ -221,29 +231,25 @@ def _matrix_start(
 
 
 def _linear_parts(
-    call: Call, layer: Chunked, found: Values, reads: list[Tensor], outer: list[int], widths: list[int]
+    call: Call, layer: Chunked, several: Sequence[tuple[int, ...]], reads: Sequence[Sequence[Tensor]], outer: list[int]
 ) -> Values:
-    """The linear parts by name; reads [B, T, G, (vectors,) V] of all components."""
+    """The linear parts by name; reads: [B, T, G, (vectors,) V] of each component; several: how many vectors."""
     y: Values = {}
-    for k, (r, o) in enumerate(zip(layer.reads, reads, strict=True)):
-        query = found.get(f"q{k}", found.get(f"p{k}"))
-        assert query is not None
-        extra = query.shape[query.dim() - 1 - r.extra : -1]
-        each = torch.split(o.reshape(*call.leading, *call.lanes, *outer, *extra, sum(widths)), widths, -1)
-        front = 2 + len(call.lanes)
+    front = 2 + len(call.lanes)
+    for r, extra, each in zip(layer.reads, several, reads, strict=True):
         for name, component, axes in r.parts:
             part = each[component]
+            part = part.reshape(*call.leading, *call.lanes, *outer, *extra, part.shape[-1])
             part = part[..., 0] if layer.vectors[component] else part
             y[name] = part.permute(*range(front), *(front + a for a in axes))
     return y
 
 
-def _matrix_states(call: Call, layer: Chunked, ordered: list[list[int]], widths: list[int], state: Tensor) -> Values:
+def _matrix_states(call: Call, layer: Chunked, ordered: list[list[int]], states: Sequence[Tensor]) -> Values:
     """[N, G, K, V] as the components' own tensors."""
     final: Values = {}
     front = 1 + len(call.lanes)
-    parts = torch.split(state, widths, -1)
-    for name, order, sizes, x in zip(layer.components, layer.orders, ordered, parts, strict=True):
-        x = x.reshape(state.shape[0], *call.lanes, *sizes)
+    for name, order, sizes, x in zip(layer.components, layer.orders, ordered, states, strict=True):
+        x = x.reshape(x.shape[0], *call.lanes, *sizes)
         final[name] = x.permute(*range(front), *(front + order.index(k) for k in range(len(order))))
     return final

@@ -138,7 +138,8 @@ class Operator:
     def _run(self, given: Given) -> tuple[Values, Values]:
         call = self._call(given)
         taps = zip(self.extras, given.inputs[len(self.spec.inputs) :], strict=True)
-        x, p = prepared(self.spec, call, {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps})
+        lags = {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps}
+        x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
         begin = {s.name: v for s, v in zip(self.live, given.initial, strict=True)} if given.initial else None
         return run_scan(self.spec, self.rules, call, self.fold, x, p, begin, given.mask, given.reset, given.cu_seqlens)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +25,46 @@ def as_state(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) ->
     return value.to(call.of_kind(slot.kind)).expand(*leading, *call.lanes, *dims)
 
 
-def prepared(spec: Spec, call: Call, lags: Values) -> tuple[Values, Values]:
-    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`."""
-    x = {s.name: _prepared(s, call.inputs[s.name], call) for s in spec.inputs}
-    for slot in spec.inputs:
-        for lag in range(1, spec.taps.get(slot.name, 0) + 1):
-            x[f"{slot.name}_lag{lag}"] = _prepared(slot, lags[f"{slot.name}_lag{lag}"], call)
-    return x, {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+def prepared(spec: Spec, call: Call, lags: Values, lazily: bool = False) -> tuple[Any, Values]:
+    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`.
+
+    `lazily`: an input is converted when it is first read.
+    """
+    raw = [(s.name, s, call.inputs[s.name]) for s in spec.inputs]
+    for s in spec.inputs:
+        raw += [(f"{s.name}_lag{k}", s, lags[f"{s.name}_lag{k}"]) for k in range(1, spec.taps.get(s.name, 0) + 1)]
+    params = {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+    if lazily:
+        return Prepared({name: (slot, value) for name, slot, value in raw}, call), params
+    return {name: _prepared(slot, value, call) for name, slot, value in raw}, params
+
+
+class Prepared(Mapping[str, Tensor]):
+    """Inputs by name, each in the dtype of computation from its first reading on."""
+
+    def __init__(self, raw: Mapping[str, tuple[Slot, Tensor]], call: Call) -> None:
+        self._raw, self._call, self._made = raw, call, dict[str, Tensor]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            self._made[name] = _prepared(*self._raw[name], self._call)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
+class Tokens:
+    """The same as attributes, as the functions of a spec read them."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self._values[name]
 
 
 def _prepared(slot: Slot, value: Tensor, call: Call) -> Tensor:
