@@ -115,10 +115,10 @@ TEXTS = {
     }""",
     "padded_matrix": """aggregator padded_matrix {
       dim K, V
-      input q[K] in [0.1, 1], k[K] in [0.1, 1], v[V], i
+      input q[K] in [0.1, 1], k[K] in [0.1, 1], v[V], score
       param w[V], c
       state m = -inf, S[K, V] = 0, z[K] = 0
-      lift { m = i; S[i, j] = k[i] * v[j]; z[i] = k[i] }
+      lift { m = score; S[i, j] = k[i] * v[j]; z[i] = k[i] }
       combine (l, r) {
         m = max(l.m, r.m)
         S[i, j] = exp(l.m - m) * l.S[i, j] + exp(r.m - m) * r.S[i, j]
