@@ -14,6 +14,7 @@ from contract.cut import in_parts, in_steps, whole
 from contract.data import Batch, Case, make
 from contract.examples import declared, domain, example, scratch_cache
 from contract.matrices import REFUSED, TAKEN, text
+
 from psmc.api import realise
 from psmc.pipeline import pick, read_text
 
@@ -65,8 +66,8 @@ def test_spec_is_the_oracle(name: str, case: Case):
     check(agg, small_keys(make(declared(agg), case, live=agg.spec.live)))
 
 
-PAPERS = ("linear_attention", "retnet", "gla", "hgrn2", "mamba2", "gated_rfa", "mlstm", "rwkv6", "rwkv7", "kda", "deltanet",
-          "gated_deltanet", "delta_product")  # fmt: skip
+PAPERS = ("linear_attention", "retnet", "gla", "hgrn2", "mamba2", "gated_rfa", "mlstm", "rwkv6", "rwkv7", "kda",
+          "deltanet", "gated_deltanet", "delta_product")  # fmt: skip
 MATRICES = tuple(f"{n}{end}" for n in PAPERS for end in ("", "_recurrence"))
 
 
