@@ -40,14 +40,17 @@ def prepared(spec: Spec, call: Call, lags: Values, lazily: bool = False) -> tupl
 
 
 class Prepared(Mapping[str, Tensor]):
-    """Inputs by name, each in the dtype of computation from its first reading on."""
+    """Inputs by name, each in the dtype of computation from its first reading on, wherever that is: a reading without
+    gradient leaves none out of later ones."""
 
     def __init__(self, raw: Mapping[str, tuple[Slot, Tensor]], call: Call) -> None:
         self._raw, self._call, self._made = raw, call, dict[str, Tensor]()
+        self._grad = torch.is_grad_enabled()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._made:
-            self._made[name] = _prepared(*self._raw[name], self._call)
+            with torch.set_grad_enabled(self._grad):
+                self._made[name] = _prepared(*self._raw[name], self._call)
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
