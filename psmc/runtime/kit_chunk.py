@@ -131,67 +131,60 @@ def _run(
     if reset is not None:
         run = reset.to(torch.int32).cumsum(2)[:, :, None]  # [B, n, 1, L]
         same, fresh = run[..., :, None] == run[..., None, :], run == 0
-    readers = [(side(*rows), shift) for rows, shift in (((*f.w, *f.p), 1), (f.q, 0)) if rows]
-    pairs = {shift: m for (_, shift), m in zip(readers, pair_products(readers, z, key, same), strict=True)}
-    hats = {shift: _since(x, key, fresh, shift) for x, shift in readers}  # [B, n, G, L, columns, K]
+    readers = {k: (side(*rows), shift) for k, rows, shift in (("w", f.w, 1), ("p", f.p, 1), ("q", f.q, 0)) if rows}
+    pairs = dict(zip(readers, pair_products(list(readers.values()), z, key, same), strict=True))
+    hats = _since(readers, key, fresh)  # [B, n, G, L, columns, K]
     last = None if same is None else same[..., -1, :]
     ends = _kept(z if key is None else z * key.until[..., None, :], last)  # z with the decays up to the chunk's end
-    keep = torch.ones_like(c[..., -1, 0, :1]) if key is None else key.since[..., -1, :]
+    keep = torch.ones_like(c[..., -1, 0, :1]) if key is None else key.whole
     keep = _kept(keep, fresh if fresh is None else fresh[..., -1])
     gives = c if value is None else c * value.until[..., None, :]
     work = gain = c
     if rank:
-        work, gain, pairs[1] = _solve(hats[1], pairs[1], c, rank, len(f.p))
+        work, gain = _solve(hats.pop("w"), pairs.pop("w"), c, rank)
         through = torch.diag_embed(keep.expand(*keep.shape[:-1], z.shape[-1]))
-        through = through + ends[..., :rank, :].flatten(-3, -2).mT @ work.flatten(-3, -2)
+        u, _ = torch.split(ends, [rank, ends.shape[-2] - rank], -2)
+        through = through + u.flatten(-3, -2).mT @ work.flatten(-3, -2)
         gives = torch.cat([gain, c], -2)
-    elif value is not None:
-        through = keep[..., :, None] * value.since[..., -1, None, :]
     else:
-        through = keep[..., :, None]
+        through = keep[..., :, None] if value is None else keep[..., :, None] * value.whole[..., None, :]
     adds = ends.flatten(-3, -2).mT @ gives.flatten(-3, -2)
     before, after, carry = _carry(through, adds, carry, start, first, row, rank > 0)
     whole = c if not rank else torch.cat([(work.flatten(-3, -2) @ before).unflatten(-2, (-1, rank)) + gain, c], -2)
-    found: dict[int, Sequence[Tensor]] = {0: (), 1: ()}
-    for _, shift in readers:
-        hat = hats[shift][..., rank if shift else 0 :, :]
-        if not hat.shape[-2]:
-            continue
-        o = hat.flatten(-3, -2) @ before
+    found: dict[str, Sequence[Tensor]] = {}
+    for k, hat in hats.items():
+        o, shift = hat.flatten(-3, -2) @ before, readers[k][1]
         if value is not None:
-            o = (o.unflatten(-2, hat.shape[-3:-1]) * _shifted(value.since, shift)[..., None, :]).flatten(-3, -2)
-        o = (o + apply_pairs(pairs[shift], whole, value, shift)).unflatten(-2, hat.shape[-3:-1])
-        found[shift] = [x.transpose(2, 3) for x in o.unbind(-2)]
-    return [*found[0], *found[1]], after, carry
+            since = before_token(value.since) if shift else value.since
+            o = (o.unflatten(-2, hat.shape[-3:-1]) * since[..., None, :]).flatten(-3, -2)
+        o = (o + apply_pairs(pairs[k], whole, value, shift)).unflatten(-2, hat.shape[-3:-1])
+        found[k] = [x.transpose(2, 3) for x in o.unbind(-2)]
+    return [*found.get("q", ()), *found.get("p", ())], after, carry
 
 
-def _shifted(since: Tensor, shift: int) -> Tensor:
-    return before_token(since) if shift else since
-
-
-def _since(x: Tensor, key: Decay | None, fresh: Tensor | None, shift: int) -> Tensor:
-    """x with the decays since the chunk's start, 0 behind a reset."""
-    return _kept(x if key is None else x * _shifted(key.since, shift)[..., None, :], fresh)
+def _since(readers: dict[str, tuple[Tensor, int]], key: Decay | None, fresh: Tensor | None) -> dict[str, Tensor]:
+    """Vectors that read, with the decays since the chunk's start; 0 behind a reset."""
+    if key is None:
+        return {k: _kept(x, fresh) for k, (x, _) in readers.items()}
+    since = key.since, before_token(key.since) if any(shift for _, shift in readers.values()) else key.since
+    return {k: _kept(x * since[shift][..., None, :], fresh) for k, (x, shift) in readers.items()}
 
 
 def _kept(x: Tensor, where: Tensor | None) -> Tensor:
     return x if where is None else torch.where(where.reshape(where.shape + (1,) * (x.dim() - where.dim())), x, 0.0)
 
 
-def _solve(hat: Tensor, pairs: Tensor, c: Tensor, rank: int, others: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Y = work S_0 + gain by forward substitution, [..., L, rank, K] and [..., L, rank, V]; and the rows of `pairs`
-    that belong to p. Exact on correlated keys, where a product of powers would lose all digits."""
-    size = c.shape[-3]
-    # [..., L, rank + p, L, rank + b]
-    each = pairs.unflatten(-1, (size, -1)).unflatten(-3, (size, rank + others))
-    own = each[..., :, :rank, :, :rank].flatten(-4, -3).flatten(-2)
-    gain = each[..., :, :rank, :, rank:].flatten(-4, -3).flatten(-2) @ c.flatten(-3, -2)
-    right = torch.cat([hat[..., :rank, :].flatten(-3, -2), gain], -1)
+def _solve(hat: Tensor, pairs: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Y = work S_0 + gain by forward substitution, [..., L, rank, K] and [..., L, rank, V]. Exact on correlated keys,
+    where a product of powers would lose all digits."""
+    size, columns = c.shape[-3:-1]
+    each = pairs.unflatten(-1, (size, rank + columns))
+    own, others = (x.flatten(-2) for x in torch.split(each, [rank, columns], -1))
+    right = torch.cat([hat.flatten(-3, -2), others @ c.flatten(-3, -2)], -1)
     # I - M: the diagonal is taken as 1, and what is above is not read.
     both = torch.linalg.solve_triangular(-own, right, upper=False, unitriangular=True).unflatten(-2, (size, rank))
-    rest = each[..., :, rank:, :, :].flatten(-4, -3).flatten(-2)
-    width = hat.shape[-1]
-    return both[..., :width], both[..., width:], rest
+    work, gain = torch.split(both, [hat.shape[-1], c.shape[-1]], -1)
+    return work, gain
 
 
 def _carry(

@@ -27,28 +27,32 @@ class Decay(NamedTuple):
     """Products of the steps of a chunk. levels[l] = (later, earlier), [..., blocks, 2^l, width] each: in blocks of
     2^(l+1) tokens, from the later half's start up to and with each of its tokens, and from behind each token of the
     earlier half to that half's end (None: 1). since, until [..., L, width]: the same from the chunk's start, and to its
-    end."""
+    end; whole [..., width]: of all its tokens."""
 
     levels: tuple[tuple[Tensor, Tensor | None], ...]
     since: Tensor
     until: Tensor
+    whole: Tensor
 
 
 def decay_of(step: Step) -> Decay:
     """Steps [..., L, width], L a power of two."""
     join = torch.add if step.log else torch.mul
-    since = step.value.unsqueeze(-2)  # [..., blocks, b, width]
+    whole = step.value  # [..., blocks, width]
+    since = whole.unsqueeze(-2)  # [..., blocks, b, width]
     until = torch.zeros_like(since) if step.log else torch.ones_like(since)
     levels: list[tuple[Tensor, Tensor | None]] = []
-    while since.shape[-3] > 1:
+    while whole.shape[-2] > 1:
         early, late = since.unflatten(-3, (-1, 2)).unbind(-3)
         to_half, to_end = until.unflatten(-3, (-1, 2)).unbind(-3)
+        first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
         earlier = to_half if levels else None
         levels.append((late.exp(), earlier if earlier is None else earlier.exp()) if step.log else (late, earlier))
-        since = torch.cat([early, join(late, early[..., -1:, :])], -2)
-        until = torch.cat([join(to_half, late[..., -1:, :]), to_end], -2)
-    since, until = since.squeeze(-3), until.squeeze(-3)
-    return Decay(tuple(levels), since.exp(), until.exp()) if step.log else Decay(tuple(levels), since, until)
+        since = torch.cat([early, join(late, first[..., None, :])], -2)
+        until = torch.cat([join(to_half, second[..., None, :]), to_end], -2)
+        whole = join(first, second)
+    ends = since.squeeze(-3), until.squeeze(-3), whole.squeeze(-2)
+    return Decay(tuple(levels), *(x.exp() if step.log else x for x in ends))
 
 
 def before_token(since: Tensor) -> Tensor:
@@ -113,11 +117,12 @@ def _by_level(rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay) -> li
     lows: list[list[Tensor]] = [[] for _ in rows]
     for later, earlier in decay.levels:
         halves = (-1, 2, later.shape[-2])
-        early = z.unflatten(-3, halves).select(-4, 0)  # [..., blocks, b, c, K]
+        early, _ = z.unflatten(-3, halves).unbind(-4)  # [..., blocks, b, c, K]
         early = (early if earlier is None else early * earlier[..., None, :]).flatten(-3, -2)
+        scale = (later, before_token(later) if any(shift for _, shift in rows) else later)
         for low, (x, shift) in zip(lows, rows, strict=True):
-            late = x.unflatten(-3, halves).select(-4, 1) * (before_token(later) if shift else later)[..., None, :]
-            low.append(late.flatten(-3, -2) @ early.mT)
+            _, late = x.unflatten(-3, halves).unbind(-4)
+            low.append((late * scale[shift][..., None, :]).flatten(-3, -2) @ early.mT)
     owns = [x @ z.mT for x, _ in rows]  # of a token with itself
     return [
         _lower(torch.zeros_like(own) if shift else own, low)
@@ -147,7 +152,7 @@ def apply_pairs(m: Tensor, c: Tensor, decay: Decay | None, shift: int) -> Tensor
     total = torch.zeros_like(own) if shift else own
     for later, earlier in decay.levels:
         b = later.shape[-2]
-        early = c.unflatten(-3, (-1, 2, b)).select(-4, 0)
+        early, _ = c.unflatten(-3, (-1, 2, b)).unbind(-4)
         early = (early if earlier is None else early * earlier[..., None, :]).flatten(-3, -2)  # [..., blocks, b c, V]
         corner = _on_diagonal(m, size // (2 * b), 2 * b * count)  # [..., blocks, 2 b a, 2 b c]
         low = corner[..., corner.shape[-2] // 2 :, : b * count]
