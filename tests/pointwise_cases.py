@@ -156,7 +156,7 @@ class Case:
         before = found.processors, found.table.tiles
         if split:
             found.processors = 8
-            found.table.tiles = {way: dict.fromkeys((2, 4), (2, 2, 1, 2, 2)) for way in ("forward", "backward")}
+            found.table.tiles = {way: dict.fromkeys((2, 4), (2, 2, 2, 1, 2, 2)) for way in ("forward", "backward")}
         inputs = [self._cast(self.inputs[t.name]) for t in self.agg.leaf_inputs]
         for name, longest in taps(self.agg).items():
             inputs += [self._cast(x) for x in lags(self.inputs[name], longest, self.cu, self.mask, self.reset)]

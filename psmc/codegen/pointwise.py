@@ -5,6 +5,7 @@ The text stands alone among torch's names: it defines KERNELS, which `runtime.ki
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -59,7 +60,7 @@ def _lane_text(one: Lane, tensors: Tensors) -> str:
 
 
 def _sides(flag: str, names: tuple[str, ...], chosen: object) -> SimpleNamespace:
-    sides = [", ".join([f"{s}_{flag}", *(f"{s}_{n}" for n in names)]) for s in "lr"]
+    sides = [", ".join([f"{side}_{flag}", *(f"{side[0]}_{n}" for n in names)]) for side in ("left", "right")]
     values = ", ".join(f"{s}_{n}" for s in "lr" for n in names)
     joined = ", ".join(f"c_{n}" for n in names)
     return SimpleNamespace(left=sides[0], right=sides[1], values=values, joined=joined, names=chosen, cotangents=chosen)
@@ -70,7 +71,7 @@ def _environment(one: Lane) -> dict[Key, str]:
     env: dict[Key, str] = {}
     for f in _functions(one):
         for space, name, lag in f.arguments:
-            prefix = {"state": "s_", "prev": "v_", "left": "h_", "right": "e_"}.get(space, "b_")
+            prefix = {"state": "s_", "prev": "v_"}.get(space, "b_")
             env[space, name, lag] = prefix + name + (f"_lag{lag}" if lag else "")
     return env
 
@@ -91,23 +92,26 @@ def _lane_context(one: Lane, live: list[SimpleNamespace], element: list[SimpleNa
     return SimpleNamespace(
         live=live,
         element=element,
-        joins=[c for c in element if ("right", c.name, 0) in one.advance.arguments],
         lift=one.lift,
         advance=one.advance,
         readout=one.readout,
         narrow=[n for n in one.lift.results if n in one.lift.narrow],
-        costly=one.costly,
         counts=one.counts,
         env=env,
-        env_join=env,
-        env_row=_named(env, {"right": "r_"}),
-        env_start=_named(env, {"left": "z_"}),
-        env_step=_named(env, {"left": "v_"}),
-        elements=", ".join(f"e_{n}" for n in names),
-        prefix=", ".join(f"s_{n}" for n in names),
-        carried=", ".join(f"h_{n}" for n in names),
-        joined=", ".join(f"f_{n}" for n in names),
+        env_join=_named(env, {"left": "h_", "right": "c_"}),
+        env_inner=_named(env, {"left": "q_", "right": "g_"}),
+        env_start=_named(env, {"left": "z_", "right": "e_"}),
+        env_step=_named(env, {"left": "v_", "right": "e_"}),
+        elements=_list("e_", names),
+        inner=_list("g_", names),
+        outer=_list("c_", names),
+        carried=_list("h_", names),
+        joined=_list("f_", names),
     )
+
+
+def _list(prefix: str, names: Iterable[str]) -> str:
+    return ", ".join(prefix + n for n in names)
 
 
 def _component(one: Lane, name: str, **more: object) -> SimpleNamespace:
@@ -276,12 +280,12 @@ def _back_context(one: Lane, back: Backward, folds: dict[str, str]) -> SimpleNam
         here, after = f"tl.where(m_here, u_{n}, 0.0)", f"tl.where(m_after, w_{n}, 0.0)"
         terms = [here] * (n in direct) + [after] * (n in transition)
         after = after if n in transition else "tl.zeros([1, BC], tl.float32)"
-        total = " + ".join(terms) or "tl.zeros([BT, BC], tl.float32)"
+        total = " + ".join(terms) or "tl.zeros([W, R, BC], tl.float32)"
         cotangents.append(SimpleNamespace(name=n, sum=total, sum_next=after))
     env |= {back.moved[c]: f"l_{back.names[c]}" for c in back.moved}
     if back.first:
         env[back.first] = back.first[1]
-    pull: dict[Key, str] = {("left", n, 0): f"h_{n}" for n in names} | {("right", n, 0): f"a_{n}" for n in names}
+    sides: dict[Key, str] = {(side, n, 0): n for side in ("left", "right") for n in names}
     return SimpleNamespace(
         direct=back.direct,
         transition=back.transition,
@@ -289,13 +293,16 @@ def _back_context(one: Lane, back: Backward, folds: dict[str, str]) -> SimpleNam
         gradient=back.gradient,
         env=env,
         env_next=shift,
-        env_pull=pull,
+        env_join=_named(sides, {"left": "h_", "right": "c_"}),
+        env_inner=_named(sides, {"left": "q_", "right": "g_"}),
+        params=[env[k] for k in back.transition.arguments if k[0] == "param"],
         slopes=slopes,
         cotangents=cotangents,
         entries=entries,
-        elements=", ".join(f"a_{n}" for n in names),
-        results=", ".join(f"l_{n}" for n in names),
-        carried=", ".join(f"h_{n}" for n in names),
-        joined=", ".join(f"f_{n}" for n in names),
+        elements=_list("a_", names),
+        inner=_list("g_", names),
+        outer=_list("c_", names),
+        carried=_list("h_", names),
+        joined=_list("f_", names),
         first=back.first[1] if back.first else None,
     )

@@ -15,7 +15,7 @@ class Field:
     """One scalar of a tensor [rows, lanes] in memory; complex tensors hold two, side by side.
 
     `value` is its name in the kernel, `dtype` its type there. A row has `width` lanes; `offsets` are those of a tile
-    [BT, BC] within its first row's tensor, `flat` those of one row, [1, BC].
+    [W, R, BC] from its first row, `flat` those of one row, [1, BC].
     """
 
     key: Key
@@ -33,6 +33,10 @@ class Field:
 
     def line(self, row: str) -> str:
         return self._address(f"{row} * {self.width} + {self.flat}")
+
+    def end(self, row: str) -> str:
+        """One row, from a tile."""
+        return self._address(f"{row} * {self.width} + t * 0 + {self.flat}[:, None, :]")
 
     def _address(self, place: str) -> str:
         if not self.pair:
@@ -76,7 +80,7 @@ def token_fields(
 ) -> tuple[Field, ...]:
     """The scalars of an input [B, T, lanes] or a param [lanes], which may have fewer lanes than the state."""
     pair = len(scalars) == 2
-    place = f"2 * c_{label}" if pair and space == "param" else f"c_{label}"
+    place = f"2 * k_{label}" if pair and space == "param" else f"k_{label}"
     return tuple(
         Field(
             (space, scalar, lag),

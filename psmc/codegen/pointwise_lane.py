@@ -23,10 +23,8 @@ from psmc.derive.step import step
 from psmc.derive.vjp import vjp
 from psmc.ir import Aggregator, Assign, Block, Const, DimValue, Expr, Kind, Ref
 from psmc.ir.query import restrict
-from psmc.ir.rewrite import inline, map_values, refs, transform, walk
+from psmc.ir.rewrite import inline, map_values, refs, transform
 from psmc.structure.live import element_state
-
-_COSTLY = frozenset({"exp", "log", "div", "sqrt", "sin", "cos", "tanh", "sigmoid", "logaddexp", "pow", "expm1"})
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,6 @@ class Lane:
     combine: LaneFunction
     advance: LaneFunction
     readout: LaneFunction
-    costly: bool  # a combine is more than a few multiply-adds
     back: Backward | None
 
     def kind(self, component: str) -> Kind:
@@ -112,7 +109,6 @@ def lane(agg: Aggregator, live: Sequence[str]) -> Lane:
         combine=print_function("lane_combine", restrict(real.combine, element), [*left, *right], kinds, whole=True),
         advance=print_function("lane_advance", advance, [*left, *right], kinds),
         readout=print_function("lane_readout", real.output, [*tokens, *after, *before]),
-        costly=any(getattr(n, "op", "") in _COSTLY for a in inline(advance).results for n in walk(a.value)),
         back=_backward(real, whole, tokens) if any(kinds[c] == "real" for c in whole) else None,
     )
 

@@ -159,7 +159,7 @@ def _rows(values: Iterable[object]) -> str:
 
 def _tiles(plan: PointwisePlan) -> str:
     def one(tiles: tuple[tuple[int, Tile], ...]) -> str:
-        each = (f"{size}: ({t.rows}, {t.lanes}, {t.warps}, {t.stages}, {t.vector})" for size, t in tiles)
+        each = (f"{size}: ({t.rows}, {t.chunks}, {t.lanes}, {t.warps}, {t.stages}, {t.vector})" for size, t in tiles)
         return "{" + ", ".join(each) + "}"
 
     return f'{{"forward": {one(plan.forward)}, "backward": {one(plan.backward)}}}'

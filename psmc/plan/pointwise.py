@@ -1,33 +1,30 @@
 """The pointwise plan: one program a block of lanes, one pass over time, everything fused.
 
-Anchors, measured on an H200 for h = a h + b at B8 T8192 C2048 as a share of the speed of a copy: fp32 forward 32 x 32
-tiles, 2 warps, 3 stages, 16-byte loads 0.95; backward 32 x 64 0.90. bf16 forward 32 x 64, 1 warp, 4-byte loads (a
-thread then holds whole columns, and the scan needs no shuffles) 0.74. Tiles that spill cost ten times as much.
+Anchors, measured on an H200 for h = a h + b at B8 T8192 C2048 as a share of the speed of a copy, over least bytes:
+fp32 forward 4 x 8 tokens x 64 lanes, 4 warps, 16-byte loads 0.98; backward 8 x 4 x 64, 2 warps 0.93; bf16 forward
+8 x 8 x 64, 2 warps 0.80; backward 8 x 4 x 64, 2 warps, 8-byte loads 0.88. Tiles that spill cost ten times as much.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psmc.ir import Aggregator, Block, DimValue, Extern, Index, IndexValue, Op, Ref
-from psmc.ir.query import restrict
+from psmc.ir import Aggregator, Block, DimValue, Extern, Index, IndexValue, Ref
 from psmc.ir.rewrite import inline, refs, walk
 from psmc.plan.base import Plan
 from psmc.structure.live import relevant
 from psmc.structure.report import Structure
 
-_REGISTERS = 180  # a thread's values, of 255: addresses and masks need the rest; loads in flight lie in shared memory
+_REGISTERS = (320, 180)  # values of a thread, forward and backward; more make it spill
 _MAX_SCAN = 12  # scalars that one scan carries
-# What a combine may do and still cost less than moving its operands between threads.
-_ARITHMETIC = {"add", "sub", "mul", "neg", "max", "min", "abs", "stop", "real", "imag", "conj", "complex"}
-_LIGHT = _ARITHMETIC | {"where", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """`rows` tokens x `lanes` in `warps` warps, `stages` tiles in flight, loads of `vector` lanes."""
+    """`chunks` of `rows` tokens x `lanes` in `warps` warps, `stages` tiles in flight, loads of `vector` lanes."""
 
     rows: int
+    chunks: int
     lanes: int
     warps: int
     stages: int
@@ -115,7 +112,6 @@ def plan(agg: Aggregator, structure: Structure) -> PointwisePlan:
     outputs = len(agg.output.results)
     forward = inputs + element + outputs
     backward = inputs + outputs + live * live + live
-    heavy = _heavy(agg, structure)
     why = (
         f"pointwise: {element} scalars an element, {live} carried; lanes are independent, one pass over time",
         "few lanes and a long sequence are split into segments",
@@ -124,35 +120,19 @@ def plan(agg: Aggregator, structure: Structure) -> PointwisePlan:
         "pointwise",
         "scan",
         why,
-        forward=tuple((size, _tile(forward, size, False, heavy)) for size in (4, 2)),
-        backward=tuple((size, _tile(backward, size, True, False)) for size in (4, 2)),
+        forward=tuple((size, _tile(forward, size, False)) for size in (4, 2)),
+        backward=tuple((size, _tile(backward, size, True)) for size in (4, 2)),
     )
 
 
-def _tile(values: int, size: int, backward: bool, heavy: bool) -> Tile:
-    """The measured tile, made smaller until a thread's values fit its registers.
-
-    A scan across threads combines about two and a half times an element. Where a combine is heavy, a thread has whole
-    columns and combines once.
-    """
-    if backward:
-        rows, lanes, warps, vector = (32, 32, 1, 4) if size == 4 else (32, 32, 2, 4)
-    elif heavy:
-        rows, lanes, warps, vector = 16, 128, 1, 4
-    else:
-        rows, lanes, warps, vector = (32, 32, 1, 4) if size == 4 else (32, 64, 1, 2)
-    while rows * lanes // (32 * warps) * values > _REGISTERS and rows * lanes > 512:
-        if rows > 16:
-            rows //= 2
-        elif warps < 4 and not heavy:
-            warps *= 2
-        else:
-            lanes //= 2
-    return Tile(rows, lanes, warps, 3, vector)
-
-
-def _heavy(agg: Aggregator, structure: Structure) -> bool:
-    """Whether combining two elements takes more than additions, products and choices."""
-    assert isinstance(agg.combine, Block)
-    block = inline(restrict(agg.combine, structure.element))
-    return any(isinstance(node, Op) and node.op not in _LIGHT for node in walk(*(a.value for a in block.results)))
+def _tile(values: int, size: int, backward: bool) -> Tile:
+    """The measured tile, with as many rows a chunk as a thread's registers hold."""
+    rows, chunks, lanes, warps, vector = {
+        (4, False): (4, 8, 64, 4, 4),
+        (4, True): (8, 4, 64, 2, 4),
+        (2, False): (8, 8, 64, 2, 8),
+        (2, True): (8, 4, 64, 2, 4),
+    }[size, backward]
+    while rows * vector * values > _REGISTERS[backward] and rows > 2:
+        rows //= 2
+    return Tile(rows, chunks, lanes, warps, 3, vector)

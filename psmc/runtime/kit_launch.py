@@ -151,10 +151,10 @@ class PointwiseKernels:
     ) -> SimpleNamespace:
         """Tile, grid, and the split of time: programs enough to keep every multiprocessor loading."""
         wide = any(x.element_size() >= 4 and lanes.maps[at] == (1, 1) for at, x in enumerate(inputs))
-        tokens, width, warps, stages, vector = self.table.tiles[direction][4 if wide else 2]
+        each_rows, chunks, width, warps, stages, vector = self.table.tiles[direction][4 if wide else 2]
         while width > 1 and width >= 2 * lanes.count:
-            width, tokens = width // 2, min(2 * tokens, 128)
-        vector = math.gcd(vector, lanes.count)
+            width, chunks = width // 2, min(2 * chunks, 64)
+        tokens, vector = each_rows * chunks, math.gcd(vector, lanes.count)
         programs = rows * -(-lanes.count // width)
         processors = self.processors or _processors(inputs[0].device)
         segments, each = 1, length
@@ -164,7 +164,7 @@ class PointwiseKernels:
                 each = -(-length // (segments * tokens)) * tokens
             segments = -(-length // each) if each else 1
         return SimpleNamespace(
-            tile=(tokens, width, vector, stages), warps=warps, programs=programs, segments=segments,
+            tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
             grid=(programs * segments,), numbers=(length, lanes.count // vector, segments, each),
         )  # fmt: skip
 
@@ -182,7 +182,7 @@ class PointwiseKernels:
     ) -> list[Tensor | None]:  # fmt: skip
         """What is before each segment, [N, S + 1, C] a live scalar."""
         table, device = self.table, inputs[0].device
-        rows = span.programs // -(-lanes.count // span.tile[1])
+        rows = span.programs // -(-lanes.count // span.tile[2])
         folds = [_empty((rows, span.segments, lanes.count), k, torch.float32, device) for k in table.element_scalars]
         carry = [_empty((rows, span.segments + 1, lanes.count), k, torch.float32, device) for k in table.live_scalars]
         fold_kinds = None
@@ -204,7 +204,7 @@ class PointwiseKernels:
     ) -> list[Tensor | None]:  # fmt: skip
         """The cotangents after each segment, [N, S, C] a live scalar."""
         table, device = self.table, inputs[0].device
-        rows = span.programs // -(-lanes.count // span.tile[1])
+        rows = span.programs // -(-lanes.count // span.tile[2])
         shape = (rows, span.segments, lanes.count)
         folds = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(table.entries)]
         carry = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(table.smooth_scalars)]
