@@ -96,6 +96,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # what traces has shapes that are no keys
 
 def bind_call(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bool) -> Call:
     """Checks names, ranks, sizes, dtypes and devices. `tokens`: inputs have a T axis. Raises ArgumentError."""
+    if kwargs:
+        rest = [s.name for s in (*spec.inputs, *spec.params)][len(args) :]
+        if kwargs.keys() == set(rest):
+            args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
     if kwargs or torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in args):
         return _bind(spec, args, kwargs, tokens)
     key = (spec.digest, tokens, *((x.shape, x.dtype, x.device) for x in args))
