@@ -21,10 +21,8 @@ def print_chunk_kernels(structure: Structure) -> str:
 
 
 def kernel_text(sizes: ChunkTiles) -> str:
-    parts = [
-        render("chunk_parts.py.j2", log2e=_LOG2E),
-        *(render(f"chunk_{name}.py.j2", bound=_BOUND) for name in ("forward", "states", "gradients", "pairs", "inner")),
-    ]
+    files = ("parts", "decays", "forward", "states", "gradients", "pairs", "inner")
+    parts = [render(f"chunk_{name}.py.j2", log2e=_LOG2E, bound=_BOUND) for name in files]
     rows = "".join(f"    {name}=chunk_{name}_kernel,\n" for name in _KERNELS)
     table = (
         f"CHUNK_KERNELS = SimpleNamespace(\n{rows}"
