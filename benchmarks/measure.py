@@ -67,7 +67,8 @@ def versions(*packages: str) -> dict[str, str]:
 def commit() -> str:
     """The commit that is measured; `COMMIT` beside the script where there is no git."""
     try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent)
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent)
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -34,11 +34,14 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/triton", "PSMC_CACHE_DIR": f"{folder}/psmc", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        search = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+        env = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/triton", "PSMC_CACHE_DIR": f"{folder}/psmc"}
+        env["PYTHONPATH"] = search
         for name in ("cold cache", "warm cache, second process"):
             done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, env=env, cwd=ROOT)
             seconds = float(done.stdout.split()[-1]) if done.returncode == 0 else None
-            rows.append({"what": f"load + forward + backward, {name}", "s": seconds, "error": done.stderr[-300:] if seconds is None else ""})
+            row = {"what": f"load + forward + backward, {name}", "s": seconds and round(seconds, 2)}
+            rows.append(row if seconds is not None else {**row, "error": done.stderr[-300:]})
             print(rows[-1], flush=True)
 
     import random

@@ -1,6 +1,6 @@
 """Pointwise scans on a GPU: psmc against what else there is, each in its own best layout, in one run.
 
-    python benchmarks/pointwise.py --out benchmarks/results/pointwise.json [--peers] [--quick]
+    python benchmarks/pointwise.py --out benchmarks/results/pointwise.json [--peers]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psmc
-from benchmarks.measure import copy_bandwidth, first_call, median_ms, show, with_gradients, write
+from benchmarks.measure import copy_bandwidth, first_call, median_ms, with_gradients, write
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 Case = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
@@ -94,28 +94,44 @@ def jax_ms(shape: tuple[int, int, int], dtype: torch.dtype, rep: int = 20) -> fl
     return (time.perf_counter() - start) / rep * 1e3
 
 
-def measure(name: str, make: Callable[[], Case], nbytes: tuple[int, int], copy: float) -> dict[str, Any]:
-    """ms and fraction of the copy bandwidth over the least bytes, forward and forward + backward."""
-    row: dict[str, Any] = {"who": name}
+Passes = dict[str, dict[str, float | str]]  # 'fwd' and 'fwd+bwd' -> ms, first_call_s, or error
+
+
+def measure(make: Callable[[], Case]) -> Passes:
+    """Both passes of one contestant; what fails is said."""
+    found: Passes = {"fwd": {}, "fwd+bwd": {}}
     try:
         fn, tensors = make()
-        row["first_fwd_s"] = round(first_call(lambda: fn(*tensors)), 2)
-        ms = median_ms(lambda: fn(*tensors))
-        row["fwd_ms"], row["fwd_frac"] = round(ms, 4), round(nbytes[0] / ms * 1e3 / copy, 3)
-        both = with_gradients(fn, tensors)
-        row["first_both_s"] = round(first_call(both), 2)
-        ms = median_ms(both)
-        row["both_ms"], row["both_frac"] = round(ms, 4), round(nbytes[1] / ms * 1e3 / copy, 3)
+        for name, run in (("fwd", lambda: fn(*tensors)), ("fwd+bwd", with_gradients(fn, tensors))):
+            seconds = first_call(run)
+            found[name] = {"ms": round(median_ms(run), 4), "first_call_s": round(seconds, 2)}
     except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}"[:120]
-    return row
+        for result in found.values():
+            result.setdefault("error", f"{type(error).__name__}: {error}"[:120]) if "ms" not in result else None
+    torch.cuda.empty_cache()
+    return found
+
+
+def rows_of(spec: str, shape: str, dtype: torch.dtype, floors: tuple[float, float], ours: Passes,
+            others: dict[str, Passes]) -> list[dict[str, Any]]:  # fmt: skip
+    """A row a pass, as the result files have them."""
+    rows = []
+    for floor, name in zip(floors, ("fwd", "fwd+bwd"), strict=True):
+        row: dict[str, Any] = {"spec": spec, "shape": shape, "dtype": str(dtype)[6:], "pass": name, **ours[name]}
+        row |= {"floor_ms": round(floor, 4), "floor": "bytes"}
+        row["peers"] = {who: p[name]["ms"] for who, p in others.items() if "ms" in p[name]}
+        row["peer_error"] = {who: p[name]["error"] for who, p in others.items() if "error" in p[name]}
+        rows.append({k: v for k, v in row.items() if v != {}})
+        share = f"  ({floor / float(ours[name]['ms']):.3f} of copy)" if "ms" in ours[name] else ""
+        print(f"{spec} {shape} {row['dtype']} {name}: {ours[name]}{share}", row["peers"], row["peer_error"], flush=True)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="fp32 only")
+    parser.add_argument("--skip", default="", help="peers to leave out, by a part of their name")
     options = parser.parse_args()
     copy = copy_bandwidth()
     print(f"copy {copy / 1e9:.0f} GB/s", flush=True)
@@ -123,39 +139,36 @@ def main() -> None:
     logsumexp = psmc.load(EXAMPLES / "logsumexp.psm")
     shape = (8, 8192, 2048)
     rows: list[dict[str, Any]] = []
+    command = "python benchmarks/pointwise.py --out benchmarks/results/pointwise.json"
+    command += " --peers" if options.peers else ""
+    command += f" --skip {options.skip}" if options.skip else ""
 
-    def record(spec: str, text: str, dtype: torch.dtype, found: dict[str, Any], floor: tuple[float, float]) -> None:
-        found = {"spec": spec, "shape": text, "dtype": str(dtype)[6:], **found}
-        print("  ".join(f"{k}={v}" for k, v in found.items()), flush=True)
-        found["floor_ms"] = [round(f, 4) for f in floor]
-        rows.append(found)
+    def record(found: list[dict[str, Any]]) -> None:
+        rows.extend(found)
+        write(options.out, rows, command, copy_gb_s=round(copy / 1e9))
 
-    for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
+    def ms(nbytes: float) -> float:
+        return nbytes / copy * 1e3
+
+    for dtype in (torch.float32, torch.bfloat16):
         element = shape[0] * shape[1] * shape[2] * (4 if dtype == torch.float32 else 2)
-        nbytes = (3 * element, 8 * element)
-        floor = (nbytes[0] / copy * 1e3, nbytes[1] / copy * 1e3)
-        text = "B8 T8192 C2048"
-        record("linear_recurrence", text, dtype, measure("psmc", lambda: (linear, gates(shape, dtype)), nbytes, copy), floor)  # noqa: B023
+        others: dict[str, Passes] = {}
+        ours = measure(lambda: (linear, gates(shape, dtype)))  # noqa: B023
         if options.peers:
             for name, make in peers(dtype, shape):
-                record("linear_recurrence", text, dtype, measure(name, make, nbytes, copy), floor)
-                torch.cuda.empty_cache()
+                if not options.skip or options.skip not in name:
+                    others[name] = measure(make)
             try:
-                ms = jax_ms(shape, dtype)
-                found = {"who": "jax associative_scan (B,T,C)", "fwd_ms": round(ms, 4), "fwd_frac": round(nbytes[0] / ms * 1e3 / copy, 3)}
+                others["jax (B,T,C)"] = {"fwd": {"ms": round(jax_ms(shape, dtype), 4)}, "fwd+bwd": {}}
             except Exception as error:
-                found = {"who": "jax associative_scan (B,T,C)", "error": f"{type(error).__name__}: {error}"[:120]}
-            record("linear_recurrence", text, dtype, found, floor)
-        one = 2 * element  # log-sum-exp: one stream in, one out
-        found = measure("psmc", lambda: (logsumexp, (gates(shape, dtype)[1],)), (one, 4 * element), copy)  # noqa: B023
-        record("logsumexp", text, dtype, found, (one / copy * 1e3, 2 * one / copy * 1e3))
+                others["jax (B,T,C)"] = {"fwd": {"error": f"{type(error).__name__}: {error}"[:120]}, "fwd+bwd": {}}
+        record(rows_of("linear_recurrence", "B8 T8192 C2048", dtype, (ms(3 * element), ms(8 * element)), ours, others))
+        ours = measure(lambda: (logsumexp, (gates(shape, dtype)[1],)))  # noqa: B023
+        record(rows_of("logsumexp", "B8 T8192 C2048", dtype, (ms(2 * element), ms(5 * element)), ours, {}))
     for text, long in (("B1 T1048576 C64", (1, 1 << 20, 64)), ("B1 T65536 C2048", (1, 65536, 2048))):
         element = long[0] * long[1] * long[2] * 4
-        nbytes = (3 * element, 8 * element)
-        found = measure("psmc", lambda: (linear, gates(long, torch.float32)), nbytes, copy)  # noqa: B023
-        record("linear_recurrence", text, torch.float32, found, (nbytes[0] / copy * 1e3, nbytes[1] / copy * 1e3))
-    command = "python benchmarks/pointwise.py --out benchmarks/results/pointwise.json" + (" --peers" if options.peers else "")
-    write(options.out, rows, command, copy_gb_s=round(copy / 1e9))
+        ours = measure(lambda: (linear, gates(long, torch.float32)))  # noqa: B023
+        record(rows_of("linear_recurrence", text, torch.float32, (ms(3 * element), ms(8 * element)), ours, {}))
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def test_states_of_taps_and_trees():
 def test_a_dim_that_nothing_tells():
     agg = compiled_text("bare")
     with pytest.raises(
-        agg.module.ArgumentError, match="'c' is torch.float32, but it is a tensor of int numbers: int64"
+        agg.module.ArgumentError, match=r"'c' is torch.float32, but it is a tensor of int numbers: int64"
     ):
         agg(torch.ones(1, 2), torch.ones(1, 2))
 

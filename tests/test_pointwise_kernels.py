@@ -74,7 +74,7 @@ else:
     @pytest.mark.parametrize("text", [BONUS, TAPPED, STARTED])
     def test_what_a_readout_and_a_lift_may_read(text: str) -> None:
         agg = spec(text)
-        Case(agg, 1, 35, lanes=(2,), initial=not agg.inputs[0].name == "x").check()
+        Case(agg, 1, 35, lanes=(2,), initial=agg.inputs[0].name != "x").check()
         Case(agg, 1, 35, lanes=(), masked=True, resets=True).check()
 
     def test_complex() -> None:
