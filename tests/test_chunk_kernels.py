@@ -25,6 +25,9 @@ else:
     import torch
     from chunk_cases import Data, kernels, table
 
+    import psmc
+
+    EXAMPLES = Path(__file__).parent.parent / "examples"
     SMALL = {"tokens": 32, "values": 16, "keys": 16}
 
     def check(errors: dict[str, float], bound: float = 3e-6) -> None:
@@ -76,3 +79,90 @@ else:
         data = Data(1, 33, 1, 16, 16, 2)
         first, second = (data._call(kernels(table(**SMALL)).scan, 0, 1.0) for _ in range(2))
         assert all(torch.equal(first[k], second[k]) for k in first)
+
+    SPECS = ["gla", "mamba2", "retnet", "rwkv6", "linear_attention", "mlstm"]
+
+    def inputs(agg: psmc.Aggregator, length: int, packed: bool, seed: int = 0):
+        """Tensors by name for K 16, V 24 and two lanes; a state of its own for every sequence."""
+        made = torch.Generator().manual_seed(seed)
+        spec = agg.spec
+        sizes = dict(zip(spec.dims, (16, 24), strict=True))
+        x = {}
+        for slot in (*spec.inputs, *spec.params):
+            lead = (1 if packed else 2, length, 2) if slot in spec.inputs else (2,)
+            x[slot.name] = torch.randn(*lead, *(sizes[d] for d in slot.dims), generator=made)
+        for name in {"g", "A"} & x.keys():
+            x[name] = -x[name].abs()
+        for name in {"dt"} & x.keys():
+            x[name] = x[name].abs()
+        for name in {"gamma"} & x.keys():
+            x[name] = torch.sigmoid(x[name])
+        state = {k: 0.5 * torch.randn(v.shape, generator=made) for k, v in agg.init_state(2, 2, sizes=sizes).items()}
+        return x, {k: v.abs() if k == "z" else v for k, v in state.items()}
+
+    def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[object]:
+        """What each call of a method returned."""
+        method, returned = getattr(owner, name), []
+
+        def call(*args: object) -> object:
+            returned.append(method(*args))
+            return returned[-1]
+
+        monkeypatch.setattr(owner, name, call)
+        return returned
+
+    @pytest.mark.parametrize("name", SPECS)
+    def test_whole_specs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A generated module with its kernels against the same module without them, which others hold to the oracle:
+        masks, restarts, packing, states in and out, all gradients."""
+        agg = psmc.load(EXAMPLES / f"{name}.psm")
+        kept = agg.rules.matrices
+        launched = counted(monkeypatch, kept, "forward"), counted(monkeypatch, kept, "backward")
+        for packed, flagged in ((False, False), (True, True)):
+            x, state = inputs(agg, 21, packed)
+            made = torch.Generator().manual_seed(5)
+            call = {"cu_seqlens": torch.tensor([0, 8, 21])} if packed else {}
+            shape = (1, 21) if packed else (2, 21)
+            if flagged:
+                call |= {
+                    "mask": torch.rand(shape, generator=made) < 0.8,
+                    "reset": torch.rand(shape, generator=made) < 0.2,
+                }
+            found = []
+            for dtype, kernels_too in ((torch.float32, True), (torch.float64, False)):
+                leaves = {k: v.to(dtype).requires_grad_() for k, v in x.items()}
+                begin = {k: v.to(dtype).requires_grad_() for k, v in state.items()}
+                if not kernels_too:
+                    del agg.rules.matrices
+                try:
+                    out, end = agg(**leaves, initial_state=begin, return_state=True, **call)
+                finally:
+                    agg.rules.matrices = kept
+                total = sum((v * (1 + torch.arange(v.numel()).view(v.shape) % 3)).sum() for v in (out, *end.values()))
+                tensors = {**leaves, **{f"state {k}": v for k, v in begin.items()}}
+                grads = torch.autograd.grad(total, list(tensors.values()))
+                found.append({"out": out, **end, **dict(zip(tensors, grads, strict=True))})
+            errors = {k: float((found[0][k] - v).norm() / v.norm()) for k, v in found[1].items()}
+            check(errors, 2e-5)
+        assert all(n and None not in n for n in launched)
+
+    @pytest.mark.parametrize("name", ["gla", "mamba2", "rwkv6", "linear_attention"])
+    def test_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Token by token, in place, in rows named by slots."""
+        agg = psmc.load(EXAMPLES / f"{name}.psm")
+        x, state = inputs(agg, 5, False)
+        params = {s.name: x.pop(s.name) for s in agg.spec.params}
+        out, end = agg(**x, **params, initial_state=state, return_state=True)
+        rows = {k: torch.zeros(4, *v.shape[1:]).index_copy(0, torch.tensor([3, 1]), v) for k, v in state.items()}
+        before = {k: v.clone() for k, v in rows.items()}
+        launched = counted(monkeypatch, agg.rules.matrices, "step")
+        for t in range(5):
+            y = agg.step_(rows, **{k: v[:, t] for k, v in x.items()}, **params, slots=torch.tensor([3, 1]))
+            assert torch.allclose(y, out[:, t], atol=1e-4, rtol=1e-4)
+        for k, v in end.items():
+            assert torch.allclose(rows[k][[3, 1]], v, atol=1e-4, rtol=1e-4)
+            assert torch.equal(rows[k][[0, 2]], before[k][[0, 2]])
+        again, after = agg.step(end, **{k: v[:, 0] for k, v in x.items()}, **params)
+        assert torch.equal(agg.step(end, **{k: v[:, 0] for k, v in x.items()}, **params)[0], again)
+        assert set(after) == set(end)
+        assert len(launched) == 7 and None not in launched

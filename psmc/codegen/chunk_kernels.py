@@ -8,7 +8,7 @@ from psmc.structure.report import Affine, Structure
 
 _LOG2E = "1.4426950408889634"
 _BOUND = "60.0"  # exponents within which a product of two scaled factors neither overflows nor loses digits
-_KERNELS = ("forward", "states", "join", "gradients", "pairs", "inner")
+_KERNELS = ("forward", "states", "join", "gradients", "pairs", "inner", "step")
 
 
 def print_chunk_kernels(structure: Structure) -> str:
@@ -21,7 +21,7 @@ def print_chunk_kernels(structure: Structure) -> str:
 
 
 def kernel_text(sizes: ChunkTiles) -> str:
-    files = ("parts", "decays", "forward", "states", "gradients", "pairs", "inner")
+    files = ("parts", "decays", "forward", "states", "gradients", "pairs", "inner", "step")
     parts = [render(f"chunk_{name}.py.j2", log2e=_LOG2E, bound=_BOUND) for name in files]
     rows = "".join(f"    {name}=chunk_{name}_kernel,\n" for name in _KERNELS)
     table = (

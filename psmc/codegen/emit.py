@@ -70,7 +70,7 @@ def emit(
             [
                 *(f"{n}={n}" for n in names),
                 *(["layered=run_layers", "layers=LAYERS", "readout=readout"] if layers else []),
-                *(["matrices=ChunkKernels(CHUNK_KERNELS)"] if matrices else []),
+                *(["matrices=ChunkKernels(CHUNK_KERNELS)", "stepped=step_layers"] if matrices else []),
             ]
         ),
         layers=layers,

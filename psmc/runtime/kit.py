@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +27,24 @@ class Aggregator:
     Inputs are [B, T, *lanes, *dims] in the spec's order, params [*lanes, *dims] or [*dims]; see `help(agg)`.
     """
 
-    def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None, plain: bool = False) -> None:
-        """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points; `plain`: never a custom op."""
+    def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None) -> None:
+        """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points. With a rule from Python (then
+        `rules.extern` is what makes an aggregator of one, and this one) calls are plain PyTorch, never a custom op."""
         self.spec, self.rules, self.fold_order = spec, rules, fold
-        self.operator = None if plain else Operator(spec, rules, fold, kernels)
+        self.operator = None if hasattr(rules, "extern") else Operator(spec, rules, fold, kernels)
         self.__name__ = spec.name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Aggregator:
+        """Itself, as it holds nothing that trains; with a rule from Python, one with a copy of the rule."""
+        if not hasattr(self.rules, "extern"):
+            return self
+        make, rule = self.rules.extern
+        own = deepcopy(rule, memo)
+        copied: Aggregator = make(own)
+        copied.__class__ = type(self)
+        for name, value in vars(self).items():
+            vars(copied).setdefault(name, own if value is rule else value)
+        return copied
 
     def __repr__(self) -> str:
         named = ", ".join(s.name for s in (*self.spec.inputs, *self.spec.params))
@@ -89,6 +103,12 @@ class Aggregator:
             after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
             return self.operator.step(call, after, None), after
         lags, tails = tap_token(self.spec, call, before)
+        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
+            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
+            moved = self.rules.stepped(self.spec, self.rules, call, after, None)
+            if moved is not None:
+                outs = tuple(moved[s.name] for s in self.spec.outputs)
+                return outs[0] if len(outs) == 1 else outs, after
         x, p = prepared(self.spec, call, lags)
         if before is None:
             before = self._start(call)
@@ -109,6 +129,11 @@ class Aggregator:
             return self._push_rows(state, slots, *args, **kwargs)
         if self.operator is not None and self.operator.steps(call, state):
             return self.operator.step(call, state, slots)
+        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
+            moved = self.rules.stepped(self.spec, self.rules, call, state, slots)
+            if moved is not None:
+                outs = tuple(moved[s.name] for s in self.spec.outputs)
+                return outs[0] if len(outs) == 1 else outs
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
         out, after = self.step(rows, *args, **kwargs)
         if self.fold_order == "tree":

@@ -41,7 +41,10 @@ class ChunkKernels:
 
     def takes(self, key: int, value: int, device: torch.device) -> bool:
         """Whether there are kernels for this device and these sizes."""
-        return (device.type == "cuda" or self.interpreted) and 0 < key <= 256 and value > 0
+        return self.runs_on(device) and 0 < key <= 256 and value > 0
+
+    def runs_on(self, device: torch.device) -> bool:
+        return device.type == "cuda" or self.interpreted
 
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
@@ -61,6 +64,36 @@ class ChunkKernels:
     ) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
         """`matrix_layer` with these kernels."""
         return matrix_layer(self, call, layer, sizes, widths, found, start, mask, reset, cu)
+
+    def step(
+        self, call: Any, layer: Any, outer: list[int], found: dict[str, Tensor], states: list[Tensor],
+        slots: Tensor | None,
+    ) -> list[Tensor] | None:  # fmt: skip
+        """One token, in place: each component's readout [B, 1, G, V] as its state [rows, G, K, V] moves on, in the rows
+        that `slots` [B] names. None: not for the kernel."""
+        f = _LayerFactors(call, layer, tuple(outer), found, None, None)
+        sides = [(n, shift) for n, shift in (("q0", 0), ("p0", 1)) if n in f]
+        if not _simple(layer, f) or layer.columns != 1 or len(layer.reads) != 1 or len(sides) != 1:
+            return None
+        if not all(self.takes(s.shape[2], s.shape[3], s.device) and s.dtype == torch.float32 for s in states):
+            return None
+        name, shift = sides[0]
+        dtype = call.dtype if all(p[0] in layer.shown for p in layer.reads[0].parts) else torch.float32
+        q, b, log = _laid(f.rows(name)), _laid(f.rows("b0")), f.log()
+        outputs = []
+        for j, state in enumerate(states):
+            c = _laid(f.rows(f"c0_{j}" if j else "c0", layer.vectors[j]))
+            batch, _, lanes, key = q.shape
+            value = state.shape[3]
+            y = torch.empty(batch, 1, lanes, value, dtype=dtype, device=q.device)
+            bk, bv = _block(key), min(_block(value), 64)
+            kind = 0 if log is None else log.dim() - 2
+            self.table.step[(batch * lanes * -(-value // bv),)](
+                state, q, b, c, log, y, slots, *state.stride(), *_rows_of(q, b, c, log), lanes, f.scale(name), kind,
+                shift, key, value, bk, bv, num_warps=4 if bk * bv >= 4096 else 1,
+            )  # fmt: skip
+            outputs.append(y)
+        return outputs
 
     # --- launches
 
@@ -237,13 +270,9 @@ def matrix_layer(
     components share no column: one scan for each.
     """
     outer, key = tuple(sizes[:-1]), sizes[-1]
-    if {"log_value", "decay", "decay_key", "decay_value"} & {*found, *layer.plain} or any(r.extra for r in layer.reads):
-        return None
-    if layer.rank or not layer.reads or not all(call.leading) or call.compute != torch.float32:
-        return None
-    if not all(kernels.takes(key, width, call.device) for width in widths):
-        return None
     f = _LayerFactors(call, layer, outer, found, mask, reset)
+    if not _simple(layer, f) or not all(kernels.takes(key, width, call.device) for width in widths):
+        return None
     dtypes = [call.dtype if all(p[0] in layer.shown for p in r.parts) else torch.float32 for r in layer.reads]
     columns = [f.rows(f"b{k}") for k in range(layer.columns)]
     log = f.log()
@@ -271,6 +300,14 @@ def matrix_layer(
         assert final is not None
         states.append(final)
     return outputs, states
+
+
+def _simple(layer: Any, f: _LayerFactors) -> bool:
+    """Whether the kernels know this kind of layer."""
+    other = any(name in f for name in ("log_value", "decay", "decay_key", "decay_value"))
+    if other or layer.rank or not layer.reads or any(r.extra for r in layer.reads):
+        return False
+    return all(f.call.leading) and f.call.compute == torch.float32
 
 
 class _LayerFactors:
@@ -366,6 +403,11 @@ def _places(x: Tensor | None) -> tuple[int, int]:
 
 def _strides(*factors: Tensor | None) -> list[int]:
     return [s for x in factors for s in _places(x)]
+
+
+def _rows_of(*factors: Tensor | None) -> list[int]:
+    """Strides of the batch and the lanes."""
+    return [s for x in factors for s in ((0, 0) if x is None else (x.stride(0), x.stride(2)))]
 
 
 def _matrices(n: Lanes, count: int, like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from psmc.runtime.kit_bind import Call, Spec
 from psmc.runtime.kit_chunk import Factors, chunk_scan
 from psmc.runtime.kit_decay import Step
 from psmc.runtime.kit_layer import fill_masked, scan_tokens
-from psmc.runtime.kit_run import Rules, Tokens, as_output, as_state, start_state
+from psmc.runtime.kit_run import Rules, Tokens, as_output, as_state, prepared, start_state
 from psmc.runtime.kit_scan import Values, _flag
 
 
@@ -102,6 +103,40 @@ def run_layers(
     if mask is not None:
         outputs = {k: torch.where(_flag(mask, o), o, torch.zeros_like(o)) for k, o in outputs.items()}
     return outputs, {k: as_state(final[k], slots[k], call, (rows,)) for k in spec.live}
+
+
+def step_layers(spec: Spec, rules: Rules, call: Call, state: Values, slots: Tensor | None) -> Values | None:
+    """One token by kernel: outputs [B, *lanes, *dims], while `state` moves on in place, in the rows that `slots` names.
+
+    None, and nothing has changed, where there is no kernel for it or a gradient is wanted.
+    """
+    wanted = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (*call.inputs.values(), *call.params.values(), *state.values())
+    )
+    if wanted or spec.taps or len(rules.layers) != 1 or isinstance(rules.layers[0], Scanned):
+        return None
+    layer = rules.layers[0]
+    now = replace(call, inputs={k: x.unsqueeze(1) for k, x in call.inputs.items()}, leading=(*call.leading, 1))
+    x, p = prepared(spec, now, {}, True)
+    tokens, params, none = Tokens(x), SimpleNamespace(**p), SimpleNamespace()
+    slots_of = [next(s for s in spec.components if s.name == name) for name in layer.components]
+    outer = [call.sizes[slots_of[0].dims[k]] for k in layer.orders[0][: layer.outer]]
+    states = []
+    for name, order, vector in zip(layer.components, layer.orders, layer.vectors, strict=True):
+        s = state[name]
+        front = s.dim() - len(order)
+        s = s.permute(*range(front), *(front + k for k in order))
+        s = s.unsqueeze(-1) if vector else s
+        if not state[name].is_contiguous() or list(order[: layer.outer]) != list(range(layer.outer)):
+            return None
+        states.append(s.flatten(1, -3) if s.dim() > 3 else s.unsqueeze(1))
+    found = layer.factors(tokens, none, none, params, call.n)
+    read = rules.matrices.step(now, layer, outer, found, states, slots)
+    if read is None:
+        return None
+    y = _linear_parts(now, layer, [()], [read], outer)
+    answer = rules.readout(SimpleNamespace(**y), none, tokens, params, call.n)
+    return {s.name: as_output(answer[s.name], s, now, now.leading).squeeze(1) for s in spec.outputs}
 
 
 def _scanned(
