@@ -49,7 +49,7 @@ def peers(dtype: torch.dtype, shape: tuple[int, int, int]) -> Iterator[tuple[str
         def make() -> Case:
             from torch._higher_order_ops.associative_scan import associative_scan
 
-            def op(l: Any, r: Any) -> Any:  # noqa: E741
+            def op(l: Any, r: Any) -> Any:
                 return l[0] * r[0], l[1] * r[0] + r[1]
 
             fn = torch.compile(lambda a, b: associative_scan(op, (a, b), dim=dim, combine_mode="pointwise")[1])
@@ -82,7 +82,7 @@ def jax_ms(shape: tuple[int, int, int], dtype: torch.dtype, rep: int = 20) -> fl
     a = jax.random.uniform(jax.random.PRNGKey(0), shape, kind) * 0.2 + 0.8
     b = jax.random.normal(jax.random.PRNGKey(1), shape, kind)
 
-    def op(l: Any, r: Any) -> Any:  # noqa: E741
+    def op(l: Any, r: Any) -> Any:
         return l[0] * r[0], l[1] * r[0] + r[1]
 
     fn = jax.jit(lambda a, b: jax.lax.associative_scan(op, (a, b), axis=1)[1])
