@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from contract.cases import FULL, GRID, fitting
-from contract.compare import call, compiled, error, errors, named, oracle
+from contract.compare import call, compiled, error, errors, gradients, named, oracle
 from contract.cut import in_parts, in_steps, state_after
 from contract.data import Batch, Case, make
 from contract.examples import NAMES, declared, domain, example
@@ -223,3 +224,82 @@ def test_folds_of_packed_sequences():
     assert error(product["S"], state["S"]) < EXACT
     assert product["a"].shape == (7, 3)
     assert torch.equal(product["a"][0], torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_sequences(name: str):
+    """A batch of none: outputs and states of the right shapes, and zero gradients of params."""
+    agg, batch = batch_for(name, Case(5, lanes=(2,)))
+    wanted = compiled(agg, batch, module=agg.rule)
+    batch.inputs = {k: x[:0] for k, x in batch.inputs.items()}
+    for flags in ({}, {"mask": torch.ones(0, 5) > 0, "reset": torch.ones(0, 5) > 0}):
+        batch.flags = flags
+        found = compiled(agg, batch, module=agg.rule)
+        for kind in ("outputs", "state"):
+            for k, x in getattr(wanted, kind).items():
+                assert getattr(found, kind)[k].shape == (0, *x.shape[1:])
+        assert all(not bool(found.grads[k].any()) for k in batch.params)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_autocast_changes_nothing(name: str):
+    """State and sums stay fp32 whatever surrounds the call; only a rule from Python runs as its caller says."""
+    agg, batch = batch_for(name, Case(33, lanes=(2,)), torch.float32)
+    batch = batch.lower(torch.float32)
+    token = {k: x[:, 0] for k, x in batch.inputs.items()}
+
+    def run() -> tuple[Batch, Any, Any]:
+        leaves = batch.require_grad()
+        return leaves, call(agg, leaves), agg.step(None, **token, **batch.params)
+
+    plain = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    for (one, (out, after), step), (other, (expected, state), stepped) in ((found, plain),):
+        assert all(x.dtype == expected[k].dtype for k, x in out.items())
+        if agg.rule is None:
+            assert all(torch.equal(x, (expected | state)[k]) for k, x in (out | after).items())
+            assert all(torch.equal(x, stepped[1][k]) for k, x in step[1].items())
+            grads = gradients(other, expected, state, torch.float32)
+            assert all(torch.equal(g, grads[k]) for k, g in gradients(one, out, after, torch.float32).items())
+
+
+def test_copies():
+    """A copy of a model shares what holds nothing, and has a rule of its own where the rule has weights."""
+    agg = known("gla")
+    assert deepcopy(agg) is agg
+    tree, batch = batch_for("transformer_psm", Case(7))
+    model = torch.nn.ModuleDict({"rule": tree.rule})
+    model.scan = tree
+    other = deepcopy(model)
+    assert other.scan.rules.extern[1] is other["rule"] is not tree.rule
+    assert other.scan.source == tree.source
+    assert torch.equal(other.scan(**batch.inputs), tree(**batch.inputs))
+    with torch.no_grad():
+        other["rule"].left.zero_()
+    assert not torch.equal(other.scan(**batch.inputs), tree(**batch.inputs))
+    assert torch.equal(deepcopy(other).scan(**batch.inputs), other.scan(**batch.inputs))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_without_gradients(name: str):
+    """no_grad, inference_mode, and gradients of one argument alone."""
+    agg, batch = batch_for(name, Case(21, lanes=(2,), initial=True))
+    wanted = call(agg, batch)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = call(agg, batch.require_grad())
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert all(torch.equal(x, theirs[k]) and not x.requires_grad for k, x in ours.items())
+    full = compiled(agg, batch, module=agg.rule)
+    for alone in batch.leaves():
+        leaves = batch.require_grad()
+        for k, x in leaves.leaves().items():
+            x.requires_grad_(k == alone)
+        outputs, state = call(agg, leaves)
+        results = {k: x for part in (outputs, state) for k, x in part.items() if x.requires_grad}
+        if results:
+            g = gradients(leaves, outputs, state, torch.float64)[alone]
+            assert error(g, full.grads[alone]) < EXACT
+        else:
+            assert not bool(full.grads[alone].any())

@@ -33,7 +33,7 @@ def tree_tokens(
     count = len(bounds) - 1
     given = counter_start(count) if counter is None else counter
     positions: list[int] = [0] * count if counter is None else given["position"].tolist()
-    if valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1:
+    if not batch or (valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1):
         prefix, after = tree_scan(combine, leaves, counter, recompute=recompute)
         first = counter_prefix(counter, leaves, empty) if previous and counter is not None else empty
         shifted = {k: torch.cat([_first(first[k], x), x], 1)[:, :length] for k, x in prefix.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,20 @@ def start_state(spec: Spec, rules: Rules, call: Call, names: tuple[str, ...]) ->
     return {k: found[k].to(call.of_kind(kinds[k])) for k in names}
 
 
+def in_full_precision(run: Callable[..., tuple[Values, Values]]) -> Callable[..., tuple[Values, Values]]:
+    """A run without autocast: what surrounds a call does not change its arithmetic (a rule from Python may want it)."""
+
+    @wraps(run)
+    def wrapped(spec: Spec, rules: Rules, call: Call, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
+        if hasattr(rules, "extern") or not torch.is_autocast_enabled(call.device.type):
+            return run(spec, rules, call, *args, **kwargs)
+        with torch.autocast(call.device.type, enabled=False):
+            return run(spec, rules, call, *args, **kwargs)
+
+    return wrapped
+
+
+@in_full_precision
 def run_scan(
     spec: Spec, rules: Rules, call: Call, fold: str, x: Values, p: Values, initial: Values | None,
     mask: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None, whole: bool = False,
@@ -159,6 +174,7 @@ def as_output(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -
     return value.to(call.of_kind(kind, call.dtype)).expand(*leading, *call.lanes, *dims)
 
 
+@in_full_precision
 def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token for every row: (outputs [B, *lanes, *dims], the state after it); not of a tree."""
     params, n = Fields(p), call.n
@@ -173,6 +189,7 @@ def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
+@in_full_precision
 def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token of a tree: (outputs, the counter after it)."""
     params, n, tokens = Fields(p), call.n, Fields(x)

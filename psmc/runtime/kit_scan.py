@@ -261,6 +261,8 @@ def _rows(empty: Values, initial: Values | None, initial_exists: Tensor | None, 
 def _donor(tensors: Values, valid: Tensor) -> Values:
     """The first token that counts, without gradient and leading axes; ones (zeros for integers) if none does."""
     flat, length = valid.reshape(-1), valid.shape[1]
+    if flat.numel() == 0:
+        return {k: torch.ones(x.shape[2:], dtype=x.dtype, device=x.device) for k, x in tensors.items()}
     first, some = flat.to(torch.int8).argmax().reshape(1), flat.any()
     found = {k: x.detach()[first // length, first % length][0] for k, x in tensors.items()}
     return {k: torch.where(some, x, torch.full_like(x, x.is_floating_point())) for k, x in found.items()}

@@ -79,8 +79,9 @@ def places(call: Call, cu_seqlens: Tensor | None, reset: Tensor | None) -> Place
         end = begin + length
         at = token
     else:
-        row = (torch.searchsorted(cu_seqlens, token.contiguous(), right=True) - 1).clamp(0, cu_seqlens.numel() - 2)
-        begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        bounds = cu_seqlens.long()
+        row = (torch.searchsorted(bounds, token.contiguous(), right=True) - 1).clamp(0, bounds.shape[0] - 2)
+        begin, end = bounds[:-1], bounds[1:]
         at = token - begin[row]
     if reset is None:
         return Places(row, at, at, begin, end, torch.zeros(batch, length, dtype=torch.bool, device=device))

@@ -76,10 +76,12 @@ def gradients(
             if x.requires_grad:
                 results.append(x)
                 cotangents.append(cotangent(f"{kind} {name}", x, dtype if kind == "output" else torch.float32))
-    found = torch.autograd.grad(results, list(wanted.values()), cotangents, allow_unused=True) if results else None
-    if found is None:
-        found = tuple(None for _ in wanted)
-    return {k: torch.zeros_like(x) if g is None else g for (k, x), g in zip(wanted.items(), found, strict=True)}
+    leaves = {k: x for k, x in wanted.items() if x.requires_grad}
+    found: Any = [None] * len(leaves)
+    if results:
+        found = torch.autograd.grad(results, list(leaves.values()), cotangents, allow_unused=True)
+    grads = dict(zip(leaves, found, strict=True))
+    return {k: torch.zeros_like(x) if grads.get(k) is None else grads[k] for k, x in wanted.items()}
 
 
 def cotangent(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
