@@ -29,7 +29,8 @@ def emit(
 ) -> str:
     """The module's text. `declared` is the spec as written, `agg` what runs (a lifted recurrence); `file` is what the
     regenerate command names. The same inputs give the same text, in any process."""
-    live = structure.live if structure is not None and plan.fold == "scan" else tuple(c.name for c in agg.state)
+    live = structure.live if structure is not None and plan.fold == "scan" else ()
+    live = live or tuple(c.name for c in agg.state)  # also where no output reads the state
     extern = isinstance(agg.combine, Extern)
     kernels = _kernels(agg, structure, plan)
     matrices = plan.name == "chunked" and bool(kernels)

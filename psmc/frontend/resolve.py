@@ -89,6 +89,7 @@ def _aggregator(node: sf.Aggregator, outer: Library) -> ir.Aggregator:
         doc="\n".join(line.rstrip() for line in node.doc.strip().splitlines()),
         origin=dict(sorted(found.origin.items())),
     )
+    _check_inputs(agg, node)
     _check_dims(agg, found)
     return canonical(agg)
 
@@ -143,6 +144,17 @@ def _readout(node: sf.Aggregator, found: Declarations, errors: Errors, used: set
             with errors:
                 scope.read(sf.Access(None, let.target, None, 0, let.target.span))
     return block
+
+
+def _check_inputs(agg: ir.Aggregator, node: sf.Aggregator) -> None:
+    """A caller passes something that tells batch and time."""
+    if not agg.leaf_inputs:
+        fail(
+            "PSM213",
+            f"aggregator '{agg.name}' has no input",
+            node.name.span,
+            helps=("declare what a token brings: input x; even a count takes its batch and time from one",),
+        )
 
 
 def _check_dims(agg: ir.Aggregator, found: Declarations) -> None:

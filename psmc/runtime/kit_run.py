@@ -23,7 +23,7 @@ def as_state(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) ->
     """A component in full, [*leading, *lanes, *dims], in its dtype: rules return what they read of the leading axes."""
     rank = len(slot.dims)
     dims = value.shape[value.dim() - rank :]
-    return value.to(call.of_kind(slot.kind)).expand(*leading, *call.lanes, *dims)
+    return value.to(call.of_kind(slot.kind)).expand((*leading, *call.lanes, *dims))
 
 
 def prepared(spec: Spec, call: Call, lags: Values, lazily: bool = False) -> tuple[Any, Values]:
@@ -171,7 +171,7 @@ def as_output(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -
     rank = len(slot.dims)
     dims = value.shape[value.dim() - rank :]
     kind = "complex" if value.is_complex() else slot.kind
-    return value.to(call.of_kind(kind, call.dtype)).expand(*leading, *call.lanes, *dims)
+    return value.to(call.of_kind(kind, call.dtype)).expand((*leading, *call.lanes, *dims))
 
 
 @in_full_precision

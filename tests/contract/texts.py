@@ -136,6 +136,32 @@ TEXTS = {
       output o = m * w
       associative: no
     }""",
+    # Outputs that read no state, integers alone, inputs and params that nothing reads, a scalar start from the left.
+    "stateless": """aggregator stateless {
+      input x
+      state n = 0
+      lift { n = x }
+      combine (l, r) { n = l.n + r.n }
+      output y = x^2
+      associative: yes
+    }""",
+    "integers": """aggregator integers {
+      input x : int in [0, 3]
+      param unread
+      state n : int = 0
+      lift { n = x }
+      combine (l, r) { n = l.n + r.n }
+      output y = n / 2, m = n
+      associative: yes
+    }""",
+    "left_start": """aggregator left_start {
+      input x, unread
+      state s = 2
+      recurrence { s = tanh(s + x) }
+      output y = s - prev.s
+      associative: no
+      order: left
+    }""",
     # Constants that do not depend on the token.
     "constants": """aggregator constants {
       dim N
