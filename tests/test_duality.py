@@ -71,7 +71,7 @@ def test_taps_bf16_and_fp64(tmp_path: Path) -> None:
 
 def broken(agg: Any, **rules: Callable[..., Any]) -> Any:
     """A copy of an aggregator with other rules."""
-    fresh = type(agg)(agg.spec, SimpleNamespace(**{**vars(agg.rules), **rules}), fold=agg.fold_order)
+    fresh = agg.module.Aggregator(agg.spec, SimpleNamespace(**{**vars(agg.rules), **rules}), fold=agg.fold_order)
     fresh.declared, fresh.reference = agg.declared, agg.reference
     return fresh
 
