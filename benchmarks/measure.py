@@ -65,7 +65,10 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is measured; `COMMIT` beside the script where there is no git."""
+    """The commit that is measured; where there is no git, what a file COMMIT at the root says."""
+    told = RESULTS.parent.parent / "COMMIT"
+    if told.is_file():
+        return told.read_text().strip()
     try:
         command = ["git", "rev-parse", "--short", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent)
