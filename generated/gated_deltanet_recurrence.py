@@ -18,7 +18,7 @@
 
 Proof (associative): proved over the reals, for all sizes (normal form).
 Proof (identity element): proved over the reals, for all sizes (normal form).
-Plan: chunked. affine matrix state: chunks of tokens as batched matrix products, a triangular solve for the rank-1 transition.
+Plan: chunked. S: chunks of tokens as batched matrix products, with a triangular solve for the rank-1 transition.
 
 Written by psmc; regenerate with: psmc compile gated_deltanet_recurrence.psm
 The mathematics of the spec comes first, then the runtime that all such modules share.
@@ -30,7 +30,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from itertools import pairwise
 from math import isqrt, prod
 from types import SimpleNamespace
@@ -79,8 +81,7 @@ def identity(n, like):
 def factors_0(x, s, prev, p, n):
     u0 = -((x.beta * torch.exp(x.g))[..., None] * x.k)
     b0 = x.beta[..., None] * x.k
-    q0 = x.q / math.sqrt(n.K)
-    return {"log": x.g, "u0": u0, "w0": x.k, "b0": b0, "c0": x.v, "q0": q0}
+    return {"u0": u0, "b0": b0}
 
 
 def readout(s, prev, x, p, n):
@@ -334,6 +335,8 @@ def _rows(empty: Values, initial: Values | None, initial_exists: Tensor | None, 
 def _donor(tensors: Values, valid: Tensor) -> Values:
     """The first token that counts, without gradient and leading axes; ones (zeros for integers) if none does."""
     flat, length = valid.reshape(-1), valid.shape[1]
+    if flat.numel() == 0:
+        return {k: torch.ones(x.shape[2:], dtype=x.dtype, device=x.device) for k, x in tensors.items()}
     first, some = flat.to(torch.int8).argmax().reshape(1), flat.any()
     found = {k: x.detach()[first // length, first % length][0] for k, x in tensors.items()}
     return {k: torch.where(some, x, torch.full_like(x, x.is_floating_point())) for k, x in found.items()}
@@ -854,7 +857,7 @@ def tree_tokens(
     count = len(bounds) - 1
     given = counter_start(count) if counter is None else counter
     positions: list[int] = [0] * count if counter is None else given["position"].tolist()
-    if valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1:
+    if not batch or (valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1):
         prefix, after = tree_scan(combine, leaves, counter, recompute=recompute)
         first = counter_prefix(counter, leaves, empty) if previous and counter is not None else empty
         shifted = {k: torch.cat([_first(first[k], x), x], 1)[:, :length] for k, x in prefix.items()}
@@ -1013,8 +1016,34 @@ def complex_of(real: torch.dtype) -> torch.dtype:
     return _COMPLEX.get(real, torch.complex64)
 
 
+_SEEN: dict[Any, Call] = {}  # calls that passed the checks, by digest, tokens, then shape, dtype, device of each
+_MOST = 1024
+_NONE = torch.empty(0)
+_PLAIN = (Tensor, torch.nn.Parameter)  # what traces has shapes that are no keys
+
+
 def bind_call(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bool) -> Call:
     """Checks names, ranks, sizes, dtypes and devices. `tokens`: inputs have a T axis. Raises ArgumentError."""
+    if kwargs:
+        rest = [s.name for s in (*spec.inputs, *spec.params)][len(args) :]
+        if kwargs.keys() == set(rest):
+            args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
+    if kwargs or torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in args):
+        return _bind(spec, args, kwargs, tokens)
+    key = (spec.digest, tokens, *((x.shape, x.dtype, x.device) for x in args))
+    like = _SEEN.get(key)
+    if like is None:
+        if len(_SEEN) >= _MOST:
+            _SEEN.clear()
+        like = _bind(spec, args, kwargs, tokens)
+        _SEEN[key] = replace(like, inputs=dict.fromkeys(like.inputs, _NONE), params=dict.fromkeys(like.params, _NONE))
+    count = len(spec.inputs)
+    inputs = dict(zip(like.inputs, args, strict=False))
+    params = dict(zip(like.params, args[count:], strict=False))
+    return Call(inputs, params, like.sizes, like.leading, like.lanes, like.dtype, like.compute, like.device)
+
+
+def _bind(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bool) -> Call:
     given = _by_name(spec, args, kwargs)
     inputs, params = ({s.name: given[s.name] for s in part} for part in (spec.inputs, spec.params))
     lead = 2 if tokens else 1
@@ -1180,6 +1209,21 @@ def check_cu_seqlens(spec: Spec, cu_seqlens: Any, call: Call) -> Tensor | None:
     return cu_seqlens
 
 
+def check_slots(spec: Spec, slots: Any, call: Call, state: Any) -> int:
+    """How many rows a state has that `step_` changes; `slots` [B]: the rows, different ones (not checked: a sync)."""
+    if not isinstance(state, Mapping):
+        raise ArgumentError(f"PSM605: {spec.name}: step_ changes a state: pass what init_state or a call returned.")
+    if slots is None:
+        return call.leading[0]
+    if not isinstance(slots, Tensor) or slots.dtype != torch.int64 or tuple(slots.shape) != call.leading:
+        given = f"{slots.dtype}, {list(slots.shape)}" if isinstance(slots, Tensor) else type(slots).__name__
+        raise ArgumentError(
+            f"PSM605: {spec.name}: 'slots' must be an int64 tensor [B] = {list(call.leading)}, not {given}."
+        )
+    rows = [x for x in state.values() if isinstance(x, Tensor) and x.dim()]
+    return rows[0].shape[0] if rows else 0
+
+
 def check_state(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tensor] | None:
     """An initial state: exactly the live components and the tails, [rows, *lanes, *dims], in the state's dtypes."""
     if state is None:
@@ -1331,8 +1375,9 @@ def places(call: Call, cu_seqlens: Tensor | None, reset: Tensor | None) -> Place
         end = begin + length
         at = token
     else:
-        row = (torch.searchsorted(cu_seqlens, token.contiguous(), right=True) - 1).clamp(0, cu_seqlens.numel() - 2)
-        begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        bounds = cu_seqlens.long()
+        row = (torch.searchsorted(bounds, token.contiguous(), right=True) - 1).clamp(0, bounds.shape[0] - 2)
+        begin, end = bounds[:-1], bounds[1:]
         at = token - begin[row]
     if reset is None:
         return Places(row, at, at, begin, end, torch.zeros(batch, length, dtype=torch.bool, device=device))
@@ -1395,16 +1440,52 @@ def as_state(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) ->
     """A component in full, [*leading, *lanes, *dims], in its dtype: rules return what they read of the leading axes."""
     rank = len(slot.dims)
     dims = value.shape[value.dim() - rank :]
-    return value.to(call.of_kind(slot.kind)).expand(*leading, *call.lanes, *dims)
+    return value.to(call.of_kind(slot.kind)).expand((*leading, *call.lanes, *dims))
 
 
-def prepared(spec: Spec, call: Call, lags: Values) -> tuple[Values, Values]:
-    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`."""
-    x = {s.name: _prepared(s, call.inputs[s.name], call) for s in spec.inputs}
-    for slot in spec.inputs:
-        for lag in range(1, spec.taps.get(slot.name, 0) + 1):
-            x[f"{slot.name}_lag{lag}"] = _prepared(slot, lags[f"{slot.name}_lag{lag}"], call)
-    return x, {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+def prepared(spec: Spec, call: Call, lags: Values, lazily: bool = False) -> tuple[Any, Values]:
+    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`.
+
+    `lazily`: an input is converted when it is first read.
+    """
+    raw = [(s.name, s, call.inputs[s.name]) for s in spec.inputs]
+    for s in spec.inputs:
+        raw += [(f"{s.name}_lag{k}", s, lags[f"{s.name}_lag{k}"]) for k in range(1, spec.taps.get(s.name, 0) + 1)]
+    params = {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+    if lazily:
+        return Prepared({name: (slot, value) for name, slot, value in raw}, call), params
+    return {name: _prepared(slot, value, call) for name, slot, value in raw}, params
+
+
+class Prepared(Mapping[str, Tensor]):
+    """Inputs by name, each in the dtype of computation from its first reading on, wherever that is: a reading without
+    gradient leaves none out of later ones."""
+
+    def __init__(self, raw: Mapping[str, tuple[Slot, Tensor]], call: Call) -> None:
+        self._raw, self._call, self._made = raw, call, dict[str, Tensor]()
+        self._grad = torch.is_grad_enabled()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            with torch.set_grad_enabled(self._grad):
+                self._made[name] = _prepared(*self._raw[name], self._call)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
+class Tokens:
+    """The same as attributes, as the functions of a spec read them."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self._values[name]
 
 
 def _prepared(slot: Slot, value: Tensor, call: Call) -> Tensor:
@@ -1419,6 +1500,20 @@ def start_state(spec: Spec, rules: Rules, call: Call, names: tuple[str, ...]) ->
     return {k: found[k].to(call.of_kind(kinds[k])) for k in names}
 
 
+def in_full_precision(run: Callable[..., tuple[Values, Values]]) -> Callable[..., tuple[Values, Values]]:
+    """A run without autocast: what surrounds a call does not change its arithmetic (a rule from Python may want it)."""
+
+    @wraps(run)
+    def wrapped(spec: Spec, rules: Rules, call: Call, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
+        if hasattr(rules, "extern") or not torch.is_autocast_enabled(call.device.type):
+            return run(spec, rules, call, *args, **kwargs)
+        with torch.autocast(call.device.type, enabled=False):
+            return run(spec, rules, call, *args, **kwargs)
+
+    return wrapped
+
+
+@in_full_precision
 def run_scan(
     spec: Spec, rules: Rules, call: Call, fold: str, x: Values, p: Values, initial: Values | None,
     mask: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None, whole: bool = False,
@@ -1427,8 +1522,8 @@ def run_scan(
 
     x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
     """
-    if hasattr(rules, "layers") and cu_seqlens is None and not whole:
-        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset)
+    if hasattr(rules, "layers") and not whole:
+        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset, cu_seqlens)
         return layered
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
@@ -1474,7 +1569,7 @@ def run_scan(
         )  # fmt: skip
         if whole:
             return {}, counter
-        outputs = output(prefix, before, x)
+        outputs = output(fill_masked(prefix, mask), before and fill_masked(before, mask), x)
         if mask is not None:
             outputs = {k: torch.where(_flag(mask, v), v, 0) for k, v in outputs.items()}
         return outputs, counter
@@ -1493,9 +1588,10 @@ def as_output(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -
     rank = len(slot.dims)
     dims = value.shape[value.dim() - rank :]
     kind = "complex" if value.is_complex() else slot.kind
-    return value.to(call.of_kind(kind, call.dtype)).expand(*leading, *call.lanes, *dims)
+    return value.to(call.of_kind(kind, call.dtype)).expand((*leading, *call.lanes, *dims))
 
 
+@in_full_precision
 def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token for every row: (outputs [B, *lanes, *dims], the state after it); not of a tree."""
     params, n = Fields(p), call.n
@@ -1510,6 +1606,7 @@ def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
+@in_full_precision
 def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token of a tree: (outputs, the counter after it)."""
     params, n, tokens = Fields(p), call.n, Fields(x)
@@ -1530,236 +1627,408 @@ def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
+# --- Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones.
+
+
+class Cut:
+    """Time [B, T, ...] as chunks [B, chunks, L, ...] and back, without a look at what is on the device.
+
+    A dense batch is padded at its end. Of N packed sequences each begins a chunk of its own, so that what a sequence
+    gives does not depend on its neighbours; there are as many chunks as that may need, and some hold no token.
+
+    tokens      [chunks, L] bool: where a token lies; None: everywhere but behind the end of a dense batch
+    first, row  [chunks] bool, int64: a sequence begins here, and which; None for a dense batch
+    """
+
+    def __init__(self, length: int, size: int, cu_seqlens: Tensor | None) -> None:
+        self.length, self.size = length, size
+        self.tokens: Tensor | None = None
+        self.first: Tensor | None = None
+        self.row: Tensor | None = None
+        if cu_seqlens is None:
+            self.count = -(-length // size)
+            return
+        bounds = cu_seqlens.long()
+        sequences = bounds.numel() - 1
+        self.count = length // size + sequences
+        begin, end = bounds[:-1], bounds[1:]
+        self.nonempty = end > begin
+        chunks = (end - begin + size - 1) // size
+        behind = chunks.cumsum(0)
+        ahead = behind - chunks
+        here = torch.arange(self.count, device=bounds.device)
+        self.row = torch.searchsorted(behind, here, right=True).clamp(max=sequences - 1)
+        self.first = here == ahead[self.row]
+        place = torch.arange(size, device=bounds.device)
+        token = (begin[self.row] + (here - ahead[self.row]) * size)[:, None] + place
+        self.tokens = token < end[self.row][:, None]
+        self.source = token.clamp(0, max(length - 1, 0)).flatten()
+        self.last = (behind - 1).clamp(0)
+        time = torch.arange(length, device=bounds.device)
+        of = (torch.searchsorted(bounds, time, right=True) - 1).clamp(0, sequences - 1)
+        self.target = (ahead[of] * size + time - begin[of]).clamp(0, self.count * size - 1)
+
+    def split(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, T, ...] to [B, chunks, L, ...]; `fill` where there is no token."""
+        if self.tokens is not None:
+            x = x.index_select(1, self.source).unflatten(1, (self.count, self.size))
+            return torch.where(self.tokens.reshape(self.tokens.shape + (1,) * (x.dim() - 3)), x, fill)
+        behind = self.count * self.size - self.length
+        if behind:
+            x = torch.cat([x, x.new_full((), fill).expand(x.shape[0], behind, *x.shape[2:])], 1)
+        chunks: Tensor = x.unflatten(1, (self.count, self.size))
+        return chunks
+
+    def join(self, x: Tensor) -> Tensor:
+        """[B, chunks, L, ...] to [B, T, ...]."""
+        x = x.flatten(1, 2)
+        return x[:, : self.length] if self.tokens is None else x.index_select(1, self.target)
+
+    def ends(self, after: Tensor, start: Tensor) -> Tensor:
+        """[N, ...]: of `after` [chunks, ...] the states behind packed sequences' last tokens; an empty one's start."""
+        some = self.nonempty.reshape(-1, *(1 for _ in start.shape[1:]))
+        return torch.where(some, after.index_select(0, self.last), start)
+
+
+# --- Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two.
+
+
+class Step(NamedTuple):
+    """Decays of single tokens, [..., width]; width 1 is one number for all. `log`: it holds their logs."""
+
+    value: Tensor
+    log: bool
+
+
+class Decay(NamedTuple):
+    """Products of the steps of a chunk. levels[l] = (later, earlier), [..., blocks, 2^l, width] each: in blocks of
+    2^(l+1) tokens, from the later half's start up to and with each of its tokens, and from behind each token of the
+    earlier half to that half's end (None: 1). since, until [..., L, width]: the same from the chunk's start, and to its
+    end; whole [..., width]: of all its tokens."""
+
+    levels: tuple[tuple[Tensor, Tensor | None], ...]
+    since: Tensor
+    until: Tensor
+    whole: Tensor
+
+
+def decay_of(step: Step) -> Decay:
+    """Steps [..., L, width], L a power of two."""
+    join = torch.add if step.log else torch.mul
+    whole = step.value  # [..., blocks, width]
+    since = whole.unsqueeze(-2)  # [..., blocks, b, width]
+    until = torch.zeros_like(since) if step.log else torch.ones_like(since)
+    levels: list[tuple[Tensor, Tensor | None]] = []
+    while whole.shape[-2] > 1:
+        early, late = since.unflatten(-3, (-1, 2)).unbind(-3)
+        to_half, to_end = until.unflatten(-3, (-1, 2)).unbind(-3)
+        first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
+        earlier = to_half if levels else None
+        levels.append((late.exp(), earlier if earlier is None else earlier.exp()) if step.log else (late, earlier))
+        since = torch.cat([early, join(late, first[..., None, :])], -2)
+        until = torch.cat([join(to_half, second[..., None, :]), to_end], -2)
+        whole = join(first, second)
+    ends = since.squeeze(-3), until.squeeze(-3), whole.squeeze(-2)
+    return Decay(tuple(levels), *(x.exp() if step.log else x for x in ends))
+
+
+def before_token(since: Tensor) -> Tensor:
+    """Products up to each token [..., L, width], without the token itself."""
+    return torch.cat([torch.ones_like(since[..., :1, :]), since[..., :-1, :]], -2)
+
+
+def pair_products(
+    rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay | None, same: Tensor | None
+) -> list[Tensor]:
+    """M[t a, s c] = Σ_k x_t[a, k] (decay from s to t)[k] z_s[c, k], 0 for s > t, [..., L a, L c], for each (x, shift).
+
+    x [..., L, a, K], z [..., L, c, K]; shift 1: x reads the state before its token, so that s < t and t's own step is
+    left out. same [..., L, L] bool: where a pair counts at all.
+    """
+    if decay is None or decay.since.shape[-1] == 1:
+        found = [_scaled(x, z, decay, shift) for x, shift in rows]
+    else:
+        found = _by_level(rows, z, decay)
+    if same is None:
+        return found
+    spread = same[..., :, None, :, None]
+    return [
+        torch.where(spread, _by_token(m, x, z), 0.0).flatten(-4, -3).flatten(-2)
+        for m, (x, _) in zip(found, rows, strict=True)
+    ]  # fmt: skip
+
+
+def _by_token(m: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    """[..., L a, L c] as [..., L, a, L, c]."""
+    each: Tensor = m.unflatten(-1, z.shape[-3:-1]).unflatten(-3, x.shape[-3:-1])
+    return each
+
+
+def _scaled(x: Tensor, z: Tensor, decay: Decay | None, shift: int) -> Tensor:
+    """One decay for all of the key, or none: a plain product times a matrix."""
+    m = x.flatten(-3, -2) @ z.flatten(-3, -2).mT
+    size, a, c = x.shape[-3], x.shape[-2], z.shape[-2]
+    if decay is None:
+        if a == c == 1:
+            return m.tril(-shift)
+        token = torch.arange(size, device=x.device)
+        ratio = (token[:, None] - shift >= token).to(x.dtype)
+    else:
+        ratio = _ratios(decay)
+        if shift:
+            ratio = torch.cat([torch.zeros_like(ratio[..., :1, :]), ratio[..., :-1, :]], -2)
+    if a == c == 1:
+        return m * ratio
+    whole = _by_token(m, x, z) * ratio[..., :, None, :, None]
+    return whole.flatten(-4, -3).flatten(-2)
+
+
+def _ratios(decay: Decay) -> Tensor:
+    """[..., L, L]: the decay from s to t, of one number a token."""
+    low = [later if earlier is None else later * earlier.mT for later, earlier in decay.levels]
+    return _lower(torch.ones_like(decay.since)[..., None], low)
+
+
+def _by_level(rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay) -> list[Tensor]:
+    """A decay of its own for each entry of the key."""
+    lows: list[list[Tensor]] = [[] for _ in rows]
+    for later, earlier in decay.levels:
+        halves = (-1, 2, later.shape[-2])
+        early, _ = z.unflatten(-3, halves).unbind(-4)  # [..., blocks, b, c, K]
+        early = (early if earlier is None else early * earlier[..., None, :]).flatten(-3, -2)
+        scale = (later, before_token(later) if any(shift for _, shift in rows) else later)
+        for low, (x, shift) in zip(lows, rows, strict=True):
+            _, late = x.unflatten(-3, halves).unbind(-4)
+            low.append((late * scale[shift][..., None, :]).flatten(-3, -2) @ early.mT)
+    owns = [x @ z.mT for x, _ in rows]  # of a token with itself
+    return [
+        _lower(torch.zeros_like(own) if shift else own, low)
+        for own, (_, shift), low in zip(owns, rows, lows, strict=True)
+    ]
+
+
+def _lower(diagonal: Tensor, low: Sequence[Tensor]) -> Tensor:
+    """The block triangle [..., L a, L c] over its diagonal [..., L, a, c]; low[l] [..., blocks, 2^l a, 2^l c]."""
+    m = diagonal
+    for below in low:
+        early, late = m.unflatten(-3, (-1, 2)).unbind(-3)
+        upper = torch.nn.functional.pad(early, (0, early.shape[-1]))
+        m = torch.cat([upper, torch.cat([below, late], -1)], -2)
+    return m.squeeze(-3)
+
+
+def apply_pairs(m: Tensor, c: Tensor, decay: Decay | None, shift: int) -> Tensor:
+    """Σ_s M[t a, s c] (decay from s to t)[v] C_s[c, v], [..., L a, V], with a decay along the values.
+
+    M as `pair_products` gives it, C [..., L, c, V].
+    """
+    if decay is None:
+        return m @ c.flatten(-3, -2)
+    size, count = c.shape[-3], c.shape[-2]
+    own = _on_diagonal(m, size, count) @ c  # [..., L, a, V]
+    total = torch.zeros_like(own) if shift else own
+    for later, earlier in decay.levels:
+        b = later.shape[-2]
+        early, _ = c.unflatten(-3, (-1, 2, b)).unbind(-4)
+        early = (early if earlier is None else early * earlier[..., None, :]).flatten(-3, -2)  # [..., blocks, b c, V]
+        corner = _on_diagonal(m, size // (2 * b), 2 * b * count)  # [..., blocks, 2 b a, 2 b c]
+        low = corner[..., corner.shape[-2] // 2 :, : b * count]
+        late = (low @ early).unflatten(-2, (b, -1)) * (before_token(later) if shift else later)[..., None, :]
+        total = total + torch.stack([torch.zeros_like(late), late], -4).flatten(-5, -3)
+    return total.flatten(-3, -2)
+
+
+def _on_diagonal(m: Tensor, blocks: int, width: int) -> Tensor:
+    """The blocks on the diagonal of a matrix, [..., blocks, rows, width]."""
+    each: Tensor = m.unflatten(-1, (blocks, width)).unflatten(-3, (blocks, -1))
+    return each.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
 # --- Matrix states a chunk of tokens at a time, as batched matrix products.
 
-Rows = tuple[Tensor, ...]  # columns of a factor: [..., L, width] each, the same for all tokens of a chunk's batch
+CHUNK = 64  # tokens
+
+Rows = tuple[Tensor, ...]  # the columns of a factor, [B, T, G, width] each
 
 
 class Factors(NamedTuple):
-    """One layer's tokens, [..., T, width] each: logs of the decay over the key and over the value (width 1: one number;
-    None: no decay), the columns of U, W, B, C, and the queries (q, p), either of which may be None."""
+    """One layer's tokens, [B, T, G, width] each, over G lanes: decays over the key and over the value (None: 1), the
+    columns of U, W, B, C, and the vectors that read the state after a token (q) and before it (p)."""
 
-    log_key: Tensor | None
-    log_value: Tensor | None
+    key: Step | None
+    value: Step | None
     u: Rows
     w: Rows
     b: Rows
     c: Rows
-    queries: tuple[tuple[Tensor | None, Tensor | None], ...]
+    q: Rows
+    p: Rows
+
+    def map(self, change: Callable[[Tensor, float], Any]) -> Factors:
+        """`change` of every tensor and of what stands for no token there."""
+        key, value = (s and Step(change(s.value, 0.0 if s.log else 1.0), s.log) for s in (self.key, self.value))
+        u, w, b, c, q, p = (tuple(change(x, 0.0) for x in rows) for rows in self[2:])
+        return Factors(key, value, u, w, b, c, q, p)
 
 
 def chunk_scan(
-    f: Factors, start: Tensor, valid: Tensor | None = None, reset: Tensor | None = None, size: int | None = None
-) -> tuple[list[Tensor], Tensor]:
-    """(one [..., T, V] for each query, the state after the last token [..., K, V]); start [..., K, V].
+    f: Factors,
+    start: Tensor,
+    valid: Tensor | None = None,
+    reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    size: int | None = None,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(qᵀ S_t for each q, pᵀ S_{t-1} for each p, [B, T, G, V] each; the state after the last token as `start`).
 
-    valid, reset: [..., T] bool, broadcasting: a token that does not count changes nothing, and its rows of the result
-    are 0; before a reset token the state is 0 again. `size`: tokens a chunk.
+    start          [B, G, K, V]; with cu_seqlens [N + 1] of N packed sequences (B is 1) [N, G, K, V]
+    valid, reset   [B, T] bool: a token that does not count changes nothing; before a reset token the state is 0 again
+    size           tokens a chunk, a power of two
+
+    No token changes a bit of what earlier ones give.
     """
-    length = f.b[0].shape[-2]
+    batch, length, lanes, _ = f.c[0].shape
     if length == 0:
-        return [f.c[0] for _ in f.queries], start
-    wide = (f.log_key is not None and f.log_key.shape[-1] > 1) or f.log_value is not None
-    size = size or min(16 if wide else 64, length)
-    count = -(-length // size)
-
-    def cut(x: Tensor) -> Tensor:
-        """[..., T, w] to [..., chunks, L, w], zeros behind the end."""
-        x = torch.nn.functional.pad(x, (0, 0, 0, count * size - length)) if count * size > length else x
-        return x.reshape(*x.shape[:-2], count, size, x.shape[-1])
-
+        return [f.c[0] for _ in f.q], [f.c[0] for _ in f.p], start
+    cut = Cut(length, size or _size(length, cu_seqlens), cu_seqlens)
     if valid is not None:
-        on = valid[..., None]
-        f = _where_valid(f, on)
-    chunks = _Chunk(
-        _closed(f.log_key, cut),
-        _closed(f.log_value, cut),
-        tuple(map(cut, f.u)),
-        tuple(map(cut, f.w)),
-        tuple(map(cut, f.b)),
-        tuple(map(cut, f.c)),
-        None if reset is None else cut(reset[..., None].to(torch.int32)),
-        size,
-    )
-    keep, gain = chunks.transition()
-    states = []
-    state = start
-    for n in range(count):
+        on = valid[..., None, None]
+        f = f.map(lambda x, fill: torch.where(on, x, fill))
+    f = f.map(cut.split)
+    runs = None if reset is None else cut.split(reset, False)
+    item = f.c[0].element_size() * batch * lanes
+    per_chunk = item * cut.size * (cut.size + sum(x.shape[-1] for rows in f[2:] for x in rows))
+    kind = "cpu" if start.device.type == "cpu" else "cuda"
+    some = max(1, min(cut.count, SEGMENT_BYTES[kind] // max(per_chunk, 1)))
+    recompute = per_chunk * cut.count > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
+    carry = start if cut.row is None else torch.zeros_like(start[:1])
+    found: list[list[Tensor]] = []
+    after: list[Tensor] = []
+    for piece, again, first, row in _few_chunks(f, runs, cut, some):
+        args = (piece, again, carry, start, first, row)
+        rows, states, carry = checkpoint(_run, *args, use_reentrant=False) if recompute else _run(*args)
+        found.append(rows)
+        after += states
+    joined = [cut.join(torch.cat(parts, 1)) for parts in zip(*found, strict=True)]
+    final = carry if cut.row is None else cut.ends(torch.cat(after), start)
+    return joined[: len(f.q)], joined[len(f.q) :], final
+
+
+def _size(length: int, cu_seqlens: Tensor | None) -> int:
+    """Tokens a chunk: not many more than a sequence has on average, since its last chunk may be next to empty."""
+    mean = length if cu_seqlens is None else max(1, length // max(1, cu_seqlens.numel() - 1))
+    return min(CHUNK, 1 << (mean - 1).bit_length())
+
+
+def _few_chunks(f: Factors, runs: Tensor | None, cut: Cut, some: int) -> Any:
+    """Some chunks at a time: (factors, resets, first, row)."""
+    split: list[Factors] = []
+    columns: list[list[Any]] = []
+    f.map(lambda x, _: columns.append(list(torch.split(x, some, 1))))
+    for n in range(len(columns[0])):
+        parts = iter([c[n] for c in columns])
+        split.append(f.map(lambda x, _, parts=parts: next(parts)))  # type: ignore[misc]
+    none: Sequence[Any] = [None] * len(split)
+    again = none if runs is None else torch.split(runs, some, 1)
+    first, row = (none if x is None else torch.split(x, some) for x in (cut.first, cut.row))
+    return zip(split, again, first, row, strict=True)
+
+
+def _run(
+    f: Factors, reset: Tensor | None, carry: Tensor, start: Tensor, first: Tensor | None, row: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Some chunks [B, n, L, ...]: (what q and p read, [B, n, L, G, V] each; the states after each chunk where sequences
+    end among them; the last of them). `carry` [B, G, K, V] comes before; with `first` and `row` a sequence begins at
+    some chunks, from a row of `start`."""
+
+    def side(*columns: Tensor) -> Tensor:
+        """[B, n, G, L, columns, width]."""
+        return torch.stack([x.transpose(2, 3) for x in columns], -2)
+
+    key, value = (None if s is None else decay_of(Step(side(s.value).squeeze(-2), s.log)) for s in f[:2])
+    z, c, rank = side(*f.u, *f.b), side(*f.c), len(f.u)
+    same = fresh = None
+    if reset is not None:
+        run = reset.to(torch.int32).cumsum(2)[:, :, None]  # [B, n, 1, L]
+        same, fresh = run[..., :, None] == run[..., None, :], run == 0
+    readers = {k: (side(*rows), shift) for k, rows, shift in (("w", f.w, 1), ("p", f.p, 1), ("q", f.q, 0)) if rows}
+    pairs = dict(zip(readers, pair_products(list(readers.values()), z, key, same), strict=True))
+    hats = _since(readers, key, fresh)  # [B, n, G, L, columns, K]
+    last = None if same is None else same[..., -1, :]
+    ends = _kept(z if key is None else z * key.until[..., None, :], last)  # z with the decays up to the chunk's end
+    keep = torch.ones_like(c[..., -1, 0, :1]) if key is None else key.whole
+    keep = _kept(keep, fresh if fresh is None else fresh[..., -1])
+    gives = c if value is None else c * value.until[..., None, :]
+    work = gain = c
+    if rank:
+        work, gain = _solve(hats.pop("w"), pairs.pop("w"), c, rank)
+        through = torch.diag_embed(keep.expand(*keep.shape[:-1], z.shape[-1]))
+        u, _ = torch.split(ends, [rank, ends.shape[-2] - rank], -2)
+        through = through + u.flatten(-3, -2).mT @ work.flatten(-3, -2)
+        gives = torch.cat([gain, c], -2)
+    else:
+        through = keep[..., :, None] if value is None else keep[..., :, None] * value.whole[..., None, :]
+    adds = ends.flatten(-3, -2).mT @ gives.flatten(-3, -2)
+    before, after, carry = _carry(through, adds, carry, start, first, row, rank > 0)
+    whole = c if not rank else torch.cat([(work.flatten(-3, -2) @ before).unflatten(-2, (-1, rank)) + gain, c], -2)
+    found: dict[str, Sequence[Tensor]] = {}
+    for k, hat in hats.items():
+        o, shift = hat.flatten(-3, -2) @ before, readers[k][1]
+        if value is not None:
+            since = before_token(value.since) if shift else value.since
+            o = (o.unflatten(-2, hat.shape[-3:-1]) * since[..., None, :]).flatten(-3, -2)
+        o = (o + apply_pairs(pairs[k], whole, value, shift)).unflatten(-2, hat.shape[-3:-1])
+        found[k] = [x.transpose(2, 3) for x in o.unbind(-2)]
+    return [*found.get("q", ()), *found.get("p", ())], after, carry
+
+
+def _since(readers: dict[str, tuple[Tensor, int]], key: Decay | None, fresh: Tensor | None) -> dict[str, Tensor]:
+    """Vectors that read, with the decays since the chunk's start; 0 behind a reset."""
+    if key is None:
+        return {k: _kept(x, fresh) for k, (x, _) in readers.items()}
+    since = key.since, before_token(key.since) if any(shift for _, shift in readers.values()) else key.since
+    return {k: _kept(x * since[shift][..., None, :], fresh) for k, (x, shift) in readers.items()}
+
+
+def _kept(x: Tensor, where: Tensor | None) -> Tensor:
+    return x if where is None else torch.where(where.reshape(where.shape + (1,) * (x.dim() - where.dim())), x, 0.0)
+
+
+def _solve(hat: Tensor, pairs: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Y = work S_0 + gain by forward substitution, [..., L, rank, K] and [..., L, rank, V]. Exact on correlated keys,
+    where a product of powers would lose all digits."""
+    size, columns = c.shape[-3:-1]
+    each = pairs.unflatten(-1, (size, rank + columns))
+    own, others = (x.flatten(-2) for x in torch.split(each, [rank, columns], -1))
+    right = torch.cat([hat.flatten(-3, -2), others @ c.flatten(-3, -2)], -1)
+    # I - M: the diagonal is taken as 1, and what is above is not read.
+    both = torch.linalg.solve_triangular(-own, right, upper=False, unitriangular=True).unflatten(-2, (size, rank))
+    work, gain = torch.split(both, [hat.shape[-1], c.shape[-1]], -1)
+    return work, gain
+
+
+def _carry(
+    through: Tensor, adds: Tensor, carry: Tensor, start: Tensor, first: Tensor | None, row: Tensor | None, full: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The states before each chunk [B, n, G, K, V]; those after each where sequences end; the last."""
+    states: list[Tensor] = []
+    after: list[Tensor] = []
+    state = carry
+    for n, (t, a) in enumerate(zip(through.unbind(1), adds.unbind(1), strict=True)):
+        if first is not None and row is not None:
+            state = torch.where(first[n], start.index_select(0, row[n : n + 1]), state)
         states.append(state)
-        state = chunks.carry(state, keep, gain, n)
-    before = torch.stack(states, -3)
-    outputs = []
-    for q, p in f.queries:
-        o = _total([chunks.read(cut(r), before, shift) for shift, r in enumerate((q, p)) if r is not None])
-        o = o.flatten(-3, -2)[..., :length, :]
-        outputs.append(
-            o if valid is None else torch.where(valid[..., None], o, torch.zeros((), dtype=o.dtype, device=o.device))
-        )
-    return outputs, state
+        state = t @ state + a if full else torch.addcmul(a, t, state)
+        if first is not None:
+            after.append(state)
+    return torch.stack(states, 1), after, state
 
 
-def _where_valid(f: Factors, on: Tensor) -> Factors:
-    def zero(x: Any) -> Any:
-        return None if x is None else torch.where(on, x, torch.zeros((), dtype=x.dtype, device=x.device))
-
-    u, w, b, c = (tuple(zero(x) for x in part) for part in (f.u, f.w, f.b, f.c))
-    queries = tuple((zero(q), zero(p)) for q, p in f.queries)
-    return Factors(zero(f.log_key), zero(f.log_value), u, w, b, c, queries)
-
-
-def _closed(log: Tensor | None, cut: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Logs from which differences can be taken: a decay of 0 is one that underflows."""
-    return None if log is None else cut(log.clamp(min=-104.0 if log.dtype == torch.float32 else -746.0))
-
-
-class _Chunk:
-    """All chunks of a layer; factors are [..., chunks, L, width]."""
-
-    def __init__(
-        self,
-        log_key: Tensor | None,
-        log_value: Tensor | None,
-        u: Rows,
-        w: Rows,
-        b: Rows,
-        c: Rows,
-        reset: Tensor | None,
-        size: int,
-    ) -> None:
-        self.size, self.b, self.c, self.u, self.rank = size, b, c, u, len(u)
-        # Cumulative logs, with the token (0) and without it (1).
-        self.key = _sums(log_key)
-        self.value = _sums(log_value)
-        token = torch.arange(size, device=b[0].device)
-        self.later = (token[:, None] >= token, token[:, None] > token)
-        self.fresh: Tensor | None = None  # [..., L]: no reset up to here
-        self.same: Tensor | None = None  # [..., L, L]: no reset between
-        if reset is not None:
-            run = reset.cumsum(-2)[..., 0]
-            self.fresh = run == 0
-            self.same = run[..., :, None] == run[..., None, :]
-        self.y: tuple[list[Tensor], list[Tensor]] = ([], [])  # Y = y[0] S_0 + y[1], a column of U each
-        if self.rank:
-            self._solve(w)
-
-    def _solve(self, w: Rows) -> None:
-        """Y by forward substitution, over all columns of all tokens of a chunk."""
-        rank, size = self.rank, self.size
-        rows = torch.cat([torch.cat([self.product(x, u, 1) for u in self.u], -1) for x in w], -2)
-        work = torch.cat([self.hat(x, 1) for x in w], -2)
-        gain = torch.cat(
-            [_total([self.product(x, b, 1) @ c for b, c in zip(self.b, self.c, strict=True)]) for x in w], -2
-        )
-        # Columns of one token do not see each other: ordered by token, the system is strictly lower triangular.
-        order = torch.arange(rank * size, device=rows.device).view(rank, size).T.flatten()
-        unit = torch.eye(rank * size, dtype=rows.dtype, device=rows.device) - rows[..., order, :][..., :, order]
-        both = torch.linalg.solve_triangular(
-            unit, torch.cat([work, gain], -1)[..., order, :], upper=False, unitriangular=True
-        )
-        back = torch.argsort(order)
-        both = both[..., back, :].unflatten(-2, (rank, size))
-        width = work.shape[-1]
-        self.y = ([x[..., :width] for x in both.unbind(-3)], [x[..., width:] for x in both.unbind(-3)])
-
-    def product(self, x: Tensor, z: Tensor, shift: int) -> Tensor:
-        """M_XZ [..., L, L]; shift 1: x reads the state before its token."""
-        mask = self.later[shift] if self.same is None else self.later[shift] & self.same
-        if self.key is None:
-            return torch.where(mask, x @ z.mT, torch.zeros((), dtype=x.dtype, device=x.device))
-        to, since = self.key[shift], self.key[0]
-        if to.shape[-1] == 1:
-            return (x @ z.mT) * _ratio(to - since.mT, mask, x)
-        ratio = _ratio(to[..., :, None, :] - since[..., None, :, :], mask[..., None], x)
-        return torch.einsum("...tk,...tsk,...sk->...ts", x, ratio, z)
-
-    def apply(self, m: Tensor, c: Tensor, shift: int) -> Tensor:
-        """M C, with the decay along the values."""
-        if self.value is None:
-            return m @ c
-        to, since = self.value[shift], self.value[0]
-        ratio = _ratio(to[..., :, None, :] - since[..., None, :, :], self.later[shift][..., None], c)
-        return torch.einsum("...ts,...tsv,...sv->...tv", m, ratio, c)
-
-    def hat(self, x: Tensor, shift: int) -> Tensor:
-        """X with the decays since the chunk's start; 0 behind a reset."""
-        x = x if self.key is None else x * self.key[shift].to(x.dtype).exp()
-        return (
-            x
-            if self.fresh is None
-            else torch.where(self.fresh[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
-        )
-
-    def to_end(self, z: Tensor, logs: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Z with the decays up to the chunk's end."""
-        return z if logs is None else z * (logs[0][..., -1:, :] - logs[0]).to(z.dtype).exp()
-
-    def transition(self) -> tuple[Tensor, Tensor]:
-        """S_L = keep ∘ S_0 + gain: keep is [..., K or 1, V or 1] (elementwise), or [..., K, K] with a transition."""
-        last = None if self.same is None else self.same[..., -1, :, None]
-
-        def ended(z: Tensor) -> Tensor:
-            z = self.to_end(z, self.key)
-            return z if last is None else torch.where(last, z, torch.zeros((), dtype=z.dtype, device=z.device))
-
-        gain = _total([ended(b).mT @ self.to_end(c, self.value) for b, c in zip(self.b, self.c, strict=True)])
-        like = self.b[0]
-        key = torch.ones_like(like[..., -1, :1]) if self.key is None else self.key[0][..., -1, :].to(like.dtype).exp()
-        if self.fresh is not None:
-            key = torch.where(self.fresh[..., -1, None], key, torch.zeros((), dtype=key.dtype, device=key.device))
-        if not self.rank:
-            value = (
-                torch.ones_like(like[..., -1, :1])
-                if self.value is None
-                else self.value[0][..., -1, :].to(like.dtype).exp()
-            )
-            return key[..., :, None] * value[..., None, :], gain
-        through = _total([ended(u).mT @ y for u, y in zip(self.u, self.y[0], strict=True)])
-        gain = gain + _total([ended(u).mT @ y for u, y in zip(self.u, self.y[1], strict=True)])
-        return torch.diag_embed(key.expand(*key.shape[:-1], like.shape[-1])) + through, gain
-
-    def carry(self, state: Tensor, keep: Tensor, gain: Tensor, n: int) -> Tensor:
-        """The state after chunk n."""
-        here = keep[..., n, :, :]
-        return (here @ state if self.rank else here * state) + gain[..., n, :, :]
-
-    def read(self, q: Tensor, before: Tensor, shift: int) -> Tensor:
-        """q_tᵀ S_t (shift 0) or q_tᵀ S_{t-1} (shift 1), [..., chunks, L, V]; before: S_0 of each chunk."""
-        o = self.hat(q, shift) @ before
-        if self.value is not None:
-            o = o * self.value[shift].to(o.dtype).exp()
-        for b, c in zip(self.b, self.c, strict=True):
-            o = o + self.apply(self.product(q, b, shift), c, shift)
-        for u, through, gain in zip(self.u, *self.y, strict=True):
-            o = o + self.product(q, u, shift) @ (through @ before + gain)
-        return o
-
-
-def _sums(log: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    if log is None:
-        return None
-    # In double: behind a strong decay a sum is large, and what counts is its differences to later ones.
-    with_token = log.double().cumsum(-2)
-    return with_token, with_token - log
-
-
-def _ratio(exponent: Tensor, mask: Tensor, like: Tensor) -> Tensor:
-    """exp where the mask is, else 0."""
-    low = torch.full((), -torch.inf, dtype=like.dtype, device=like.device)
-    return torch.where(mask, exponent.to(like.dtype), low).exp()
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-# --- A spec layer by layer: matrix states in chunks, what is pointwise by the blocked scan, then the readout.
+# --- A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout.
 
 
 class Scanned(NamedTuple):
-    """A layer of small components: its own lift, combine and advance, of what its elements hold."""
+    """Layers of small components: their own lift, combine and advance, of what their elements hold."""
 
     components: tuple[str, ...]
     lift: Callable[..., Values]
@@ -1767,62 +2036,121 @@ class Scanned(NamedTuple):
     advance: Callable[..., Values]
 
 
-class Chunked(NamedTuple):
-    """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ.
+class Reads(NamedTuple):
+    """What one query reads: (name, of which component, where its axes are among outer, extra, value) for each part.
+    `extra`: how many axes tell apart the vectors of a token."""
 
-    factors(x, s, prev, p, n) gives log (or log_key) and log_value, u0, w0, ..., b0, c0, ... and the queries q0, p0, ...
-    where there are some, [..., *outer, width]; log, and c of a vector component, which has no value dim, [..., *outer].
-    `reads` names the linear parts y in their order; `order`: where outer, key and value stand among the dims.
+    extra: int
+    parts: tuple[tuple[str, int, tuple[int, ...]], ...]
+
+
+class Chunked(NamedTuple):
+    """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ; several components that differ in C alone are one S.
+
+    factors(x, s, prev, p, n) gives log or decay (one number a token), log_key or decay_key, log_value or decay_value,
+    u0, w0, ..., b0, c0, ... (c0_1, ... of the second component) and the queries q0, p0, ... where there are some,
+    [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and c of a vector.
+    orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
+    plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
+    numbers that multiply some of them. shown: linear parts that are outputs as they stand.
     """
 
-    component: str
+    components: tuple[str, ...]
     factors: Callable[..., Values]
     rank: int
     columns: int
-    reads: tuple[str, ...]
-    order: tuple[int, ...]
+    reads: tuple[Reads, ...]
+    orders: tuple[tuple[int, ...], ...]
     outer: int
-    vector: bool
+    vectors: tuple[bool, ...]
+    plain: Mapping[str, str]
+    scales: Callable[..., dict[str, float]]
+    shown: tuple[str, ...]
+
+    @property
+    def vector(self) -> bool:
+        return all(self.vectors)
+
+
+class _Given(NamedTuple):
+    """What a call says beside its tensors."""
+
+    initial: Values | None
+    mask: Tensor | None
+    reset: Tensor | None
+    cu_seqlens: Tensor | None
+    sequences: int
 
 
 def run_layers(
     spec: Spec, rules: Rules, call: Call, x: Values, p: Values, initial: Values | None, mask: Tensor | None,
-    reset: Tensor | None,
+    reset: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Values, Values]:  # fmt: skip
     """As `run_scan`, for a spec whose rules have `layers` and `readout`."""
     x = fill_masked(x, mask)
     params, n, leading = SimpleNamespace(**p), call.n, call.leading
+    rows = leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    given = _Given(initial, mask, reset, cu_seqlens, rows)
     slots = {s.name: s for s in spec.components}
     after: Values = {}
     before: Values = {}
     final: Values = {}
-    tokens = SimpleNamespace(**x)
+    tokens = Tokens(x)
     for layer in rules.layers:
         if isinstance(layer, Scanned):
-            prefix, previous, end = _scanned(spec, rules, call, layer, x, params, initial, mask, reset)
+            prefix, previous, end = _scanned(spec, rules, call, layer, x, params, given)
             after |= fill_masked(prefix, mask)  # what is read of padding may be infinite and must not meet a gradient
             before |= fill_masked(previous, mask)
-            final |= end
-            continue
-        found = layer.factors(tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n)
-        kernels = getattr(rules, "matrices", None)
-        outputs, state = _chunked(spec, call, layer, found, initial, mask, reset, kernels)
-        after |= fill_masked(outputs, mask)
-        final[layer.component] = state
+        else:
+            found = layer.factors(tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n)
+            outputs, end = _chunked(spec, call, layer, found, given, tokens, getattr(rules, "matrices", None))
+            after |= fill_masked(outputs, mask)
+        final |= end
     answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
     outputs = {s.name: as_output(answer[s.name], s, call, leading) for s in spec.outputs}
     if mask is not None:
-        outputs = {
-            k: torch.where(_over(mask, o), o, torch.zeros((), dtype=o.dtype, device=o.device))
-            for k, o in outputs.items()
-        }
-    return outputs, {k: as_state(final[k], slots[k], call, leading[:1]) for k in spec.live}
+        outputs = {k: torch.where(_flag(mask, o), o, torch.zeros_like(o)) for k, o in outputs.items()}
+    return outputs, {k: as_state(final[k], slots[k], call, (rows,)) for k in spec.live}
+
+
+def step_layers(spec: Spec, rules: Rules, call: Call, state: Values, slots: Tensor | None) -> Values | None:
+    """One token by kernel: outputs [B, *lanes, *dims], while `state` moves on in place, in the rows that `slots` names.
+
+    None, and nothing has changed, where there is no kernel for it or a gradient is wanted.
+    """
+    wanted = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (*call.inputs.values(), *call.params.values(), *state.values())
+    )
+    if wanted or spec.taps or len(rules.layers) != 1 or isinstance(rules.layers[0], Scanned):
+        return None
+    layer = rules.layers[0]
+    now = replace(call, inputs={k: x.unsqueeze(1) for k, x in call.inputs.items()}, leading=(*call.leading, 1))
+    x, p = prepared(spec, now, {}, True)
+    tokens, params, none = Tokens(x), SimpleNamespace(**p), SimpleNamespace()
+    slots_of = [next(s for s in spec.components if s.name == name) for name in layer.components]
+    outer = [call.sizes[slots_of[0].dims[k]] for k in layer.orders[0][: layer.outer]]
+    states = []
+    for name, order, vector in zip(layer.components, layer.orders, layer.vectors, strict=True):
+        s = state[name]
+        front = s.dim() - len(order)
+        s = s.permute(*range(front), *(front + k for k in order))
+        s = s.unsqueeze(-1) if vector else s
+        if not state[name].is_contiguous() or list(order[: layer.outer]) != list(range(layer.outer)):
+            return None
+        states.append(s.flatten(1, -3) if s.dim() > 3 else s.unsqueeze(1))
+    found = layer.factors(tokens, none, none, params, call.n)
+    read = rules.matrices.step(now, layer, outer, found, states, slots)
+    if read is None:
+        return None
+    y = _linear_parts(now, layer, [()], [read], outer)
+    answer = rules.readout(SimpleNamespace(**y), none, tokens, params, call.n)
+    return {s.name: as_output(answer[s.name], s, now, now.leading).squeeze(1) for s in spec.outputs}
 
 
 def _scanned(
-    spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, initial: Values | None,
-    mask: Tensor | None, reset: Tensor | None,
-) -> tuple[Values, Values, Values]:  # fmt: skip
+    spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, given: _Given
+) -> tuple[Values, Values, Values]:
+    """The prefixes of every token, those before it, and the final state."""
     slots = {s.name: s for s in spec.components}
     n = call.n
 
@@ -1842,81 +2170,132 @@ def _scanned(
         return {**{f"s.{k}": v for k, v in prefix.items()}, **{f"prev.{k}": v for k, v in (previous or {}).items()}}
 
     empty = start_state(spec, rules, call, layer.components)
-    begin = None if initial is None else {k: initial[k] for k in layer.components}
+    begin = None if given.initial is None else {k: given.initial[k] for k in layer.components}
     found, final = scan_tokens(
-        lift, rule(layer.combine), rule(layer.advance), output, x, empty, begin, valid=mask, reset=reset, previous=True
-    )
-    if not final:
-        final = {k: as_state(v, slots[k], call, call.leading[:1]) for k, v in empty.items()}
+        lift, rule(layer.combine), rule(layer.advance), output, x, empty, begin, valid=given.mask, reset=given.reset,
+        cu_seqlens=given.cu_seqlens, previous=True,
+    )  # fmt: skip
+    final = {k: as_state((final or empty)[k], slots[k], call, (given.sequences,)) for k in empty}
     parts = [{k: found[f"{side}.{k}"] for k in layer.components} for side in ("s", "prev")]
     return parts[0], parts[1], final
 
 
 def _chunked(
-    spec: Spec,
-    call: Call,
-    layer: Chunked,
-    found: Values,
-    initial: Values | None,
-    mask: Tensor | None,
-    reset: Tensor | None,
-    kernels: Any,
-) -> tuple[Values, Tensor]:
-    """The layer's linear readouts by name and its final state [B, *lanes, *dims]."""
-    slot = next(s for s in spec.components if s.name == layer.component)
-    sizes = [call.sizes[slot.dims[k]] for k in layer.order]
-    outer = sizes[: layer.outer]
+    spec: Spec, call: Call, layer: Chunked, found: Values, given: _Given, tokens: Tokens, kernels: Any
+) -> tuple[Values, Values]:
+    """The layer's linear readouts by name, and its final states [N, *lanes, *dims]."""
+    slots = [next(s for s in spec.components if s.name == name) for name in layer.components]
+    dtype = call.of_kind(slots[0].kind)
+    ordered = [[call.sizes[s.dims[k]] for k in order] for s, order in zip(slots, layer.orders, strict=True)]
+    outer, key = ordered[0][: layer.outer], ordered[0][layer.outer]
+    widths = [1 if vector else sizes[-1] for vector, sizes in zip(layer.vectors, ordered, strict=True)]
     batch, length = call.leading
     lanes = prod(call.lanes) * prod(outer)
+    start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
+    if kernels is not None:
+        begin = None if given.initial is None else start
+        flags = given.mask, given.reset, given.cu_seqlens
+        done = kernels.layer(call, layer, [*outer, key], widths, found, begin, *flags)
+        if done is not None:
+            single = [()] * len(layer.reads)
+            return _linear_parts(call, layer, single, done[0], outer), _matrix_states(call, layer, ordered, done[1])
+    scales = layer.scales(call.n)
+    found = {**found, **{k: getattr(tokens, x) * scales.get(k, 1) for k, x in layer.plain.items()}}
+    if len(slots) > 1:
+        found = {**found, **{f"c{k}": _side_by_side(found, f"c{k}", layer.vectors) for k in range(layer.columns)}}
 
-    def rows(name: str) -> Any:
-        """[B, G, T, width]: lanes and outer dims as one axis, before time."""
-        if name not in found:
-            return None
-        value = found[name].to(call.compute)
-        if name == "log" or (layer.vector and name[0] == "c"):
+    def rows(name: str, extra: int = 0) -> Tensor:
+        """[B, T, G, *extra, width]: lanes and outer dims as one axis."""
+        value = found[name].to(dtype)
+        if name in ("log", "decay") or (layer.vector and name[0] == "c"):
             value = value.unsqueeze(-1)
-        value = value.expand(batch, length, *call.lanes, *outer, value.shape[-1])
-        return value.reshape(batch, length, lanes, value.shape[-1]).transpose(1, 2)
+        own = value.shape[value.dim() - 1 - extra :]
+        return value.expand(batch, length, *call.lanes, *outer, *own).reshape(batch, length, lanes, *own)
 
     def columns(letter: str, count: int) -> tuple[Tensor, ...]:
         return tuple(rows(f"{letter}{k}") for k in range(count))
 
-    key, value = sizes[layer.outer], 1 if layer.vector else sizes[-1]
-    if initial is None:
-        start = torch.zeros(batch, lanes, key, value, dtype=call.compute, device=call.device)
-    else:
-        rank = len(slot.dims)
-        given = initial[layer.component]
-        front = list(range(given.dim() - rank))
-        given = given.permute(*front, *(given.dim() - rank + k for k in layer.order))
-        start = given.reshape(batch, lanes, key, value)
-    done = None if kernels is None else kernels.layer(call, layer, sizes, found, start, mask, reset)
-    if done is not None:
-        outputs, state = done
-    else:
-        queries = tuple((rows(f"q{k}"), rows(f"p{k}")) for k in range(len(layer.reads)))
-        factors = Factors(
-            rows("log" if "log" in found else "log_key"), rows("log_value"),
-            columns("u", layer.rank), columns("w", layer.rank), columns("b", layer.columns),
-            columns("c", layer.columns), queries,
-        )  # fmt: skip
-        across, state = chunk_scan(
-            factors, start, None if mask is None else mask[:, None], None if reset is None else reset[:, None]
-        )
-        outputs = [o.transpose(1, 2) for o in across]
-    y = {}
-    for name, o in zip(layer.reads, outputs, strict=True):
-        whole = o.reshape(batch, length, *call.lanes, *outer, value)
-        y[name] = whole[..., 0] if layer.vector else whole
-    state = state.reshape(batch, *call.lanes, *sizes[: len(layer.order)] if not layer.vector else (*outer, key))
-    front = list(range(1 + len(call.lanes)))
-    back = [layer.order.index(k) + len(front) for k in range(len(slot.dims))]
-    return y, state.permute(*front, *back)
+    def queries(letter: str) -> list[list[Tensor]]:
+        """The vectors of each query; none if it does not read there."""
+        return [
+            list(rows(f"{letter}{k}", r.extra).flatten(3, -2).unbind(3) if r.extra else (rows(f"{letter}{k}"),))
+            if f"{letter}{k}" in found
+            else []
+            for k, r in enumerate(layer.reads)
+        ]
+
+    def step(*names: str) -> Step | None:
+        name = next((k for k in names if k in found), None)
+        return None if name is None else Step(rows(name), name.startswith("log"))
+
+    q, p = queries("q"), queries("p")
+    factors = Factors(
+        step("log", "log_key", "decay", "decay_key"), step("log_value", "decay_value"), columns("u", layer.rank),
+        columns("w", layer.rank), columns("b", layer.columns), columns("c", layer.columns),
+        tuple(x for xs in q for x in xs), tuple(x for xs in p for x in xs),
+    )  # fmt: skip
+    after, prior, state = chunk_scan(factors, start, given.mask, given.reset, given.cu_seqlens)
+    from_q, from_p = iter(after), iter(prior)
+    reads, several = [], []
+    for k, (of_q, of_p, r) in enumerate(zip(q, p, layer.reads, strict=True)):
+        sides = [torch.stack([next(it) for _ in vs], 3) for it, vs in ((from_q, of_q), (from_p, of_p)) if vs]
+        total = sides[0] if len(sides) == 1 else sides[0] + sides[1]
+        query = found.get(f"q{k}", found.get(f"p{k}"))
+        assert query is not None
+        several.append(tuple(query.shape[query.dim() - 1 - r.extra : -1]))
+        reads.append(torch.split(total if r.extra else total.squeeze(3), widths, -1))
+    states = torch.split(state, widths, -1)
+    return _linear_parts(call, layer, several, reads, outer), _matrix_states(call, layer, ordered, states)
 
 
-def _over(flag: Tensor, like: Tensor) -> Tensor:
-    return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
+def _side_by_side(found: Values, name: str, vectors: tuple[bool, ...]) -> Tensor:
+    """C of all components as one, [..., widths together]."""
+    parts = [found[name if not j else f"{name}_{j}"] for j in range(len(vectors))]
+    parts = [x.unsqueeze(-1) if vector else x for x, vector in zip(parts, vectors, strict=True)]
+    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in parts))
+    return torch.cat([x.expand(*lead, x.shape[-1]) for x in parts], -1)
+
+
+def _matrix_start(
+    call: Call, layer: Chunked, ordered: list[list[int]], widths: list[int], given: _Given, lanes: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """[N, G, K, V] before the first tokens."""
+    key = ordered[0][layer.outer]
+    if given.initial is None:
+        return torch.zeros(given.sequences, lanes, key, sum(widths), dtype=dtype, device=call.device)
+    parts = []
+    for name, order, width in zip(layer.components, layer.orders, widths, strict=True):
+        x = given.initial[name]
+        front = x.dim() - len(order)
+        x = x.permute(*range(front), *(front + k for k in order))
+        parts.append(x.reshape(given.sequences, lanes, key, width))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(dtype)
+
+
+def _linear_parts(
+    call: Call, layer: Chunked, several: Sequence[tuple[int, ...]], reads: Sequence[Sequence[Tensor]], outer: list[int]
+) -> Values:
+    """The linear parts by name; reads: [B, T, G, (vectors,) V] of each component; several: how many vectors."""
+    y: Values = {}
+    front = 2 + len(call.lanes)
+    for r, extra, each in zip(layer.reads, several, reads, strict=True):
+        for name, component, axes in r.parts:
+            part = each[component]
+            part = part.reshape(*call.leading, *call.lanes, *outer, *extra, part.shape[-1])
+            part = part[..., 0] if layer.vectors[component] else part
+            y[name] = part.permute(*range(front), *(front + a for a in axes))
+    return y
+
+
+def _matrix_states(call: Call, layer: Chunked, ordered: list[list[int]], states: Sequence[Tensor]) -> Values:
+    """[N, G, K, V] as the components' own tensors."""
+    final: Values = {}
+    front = 1 + len(call.lanes)
+    for name, order, sizes, x in zip(layer.components, layer.orders, ordered, states, strict=True):
+        x = x.reshape(x.shape[0], *call.lanes, *sizes)
+        final[name] = x.permute(*range(front), *(front + order.index(k) for k in range(len(order))))
+    return final
 
 
 # --- The scan as an operator of torch: one graph node for torch.compile, with its own backward.
@@ -1977,9 +2356,32 @@ class Operator:
         params = list(call.params.values())
         begin = [] if initial is None else [initial[s.name] for s in self.live]
         save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *params, *begin))
-        results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
+        if torch.compiler.is_compiling():
+            results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
+        else:  # the same without the dispatcher, whose first call imports half of torch
+            given = Given(inputs, params, begin, mask, reset, cu_seqlens)
+            apply: Any = Eager.apply
+            results = apply(self, given, *inputs, *params, *begin) if save else self._launch(given, False)
         outputs = {s.name: x for s, x in zip(self.spec.outputs, results, strict=False)}
         return outputs, {s.name: x for s, x in zip(self.live, results[len(outputs) :], strict=False)}
+
+    def steps(self, call: Call, state: Values | None) -> bool:
+        """Whether the step kernel takes this token: no gradient is wanted, no taps, a state in the kernels' dtype."""
+        if not self._kernels(call) or self.extras or torch.compiler.is_compiling():
+            return False
+        tensors = (*call.inputs.values(), *call.params.values(), *(state or {}).values())
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return False
+        return state is None or all(
+            state[s.name].dtype == call.of_kind(s.kind) and state[s.name].is_contiguous() for s in self.live
+        )
+
+    def step(self, call: Call, state: Values, slots: Tensor | None) -> Any:
+        """One token by the step kernel: `state` [rows, ...] moves on in place, in the rows that `slots` names."""
+        found = self.kernels.step_in_place(
+            [state[s.name] for s in self.live], list(call.inputs.values()), list(call.params.values()), slots
+        )
+        return found[0] if len(found) == 1 else tuple(found)
 
     def _register(self, name: str) -> None:
         forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
@@ -1997,18 +2399,34 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         if self._kernels(self._call(given)):
-            outputs, finals, saved = self.kernels.scan_forward(
-                inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
-            )
-            return [*outputs, *finals, *saved]
+            return self._launch(given, save)
         found, final = self._run(given)
         results = (*found.values(), *(final[s.name] for s in self.live))
         return [x.clone(memory_format=torch.contiguous_format) for x in results]
 
+    def _launch(self, given: Given, save: bool) -> list[Tensor]:
+        inputs, params, initial, mask, reset, cu_seqlens = given
+        outputs, finals, saved = self.kernels.scan_forward(
+            inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
+        )
+        return [*outputs, *finals, *saved]
+
+    def _launch_backward(self, given: Given, grads: list[Tensor], results: list[Tensor]) -> list[Tensor | None]:
+        """Gradients of inputs, params and the initial state in one list, None where there is none."""
+        inputs, params, initial, mask, reset, cu_seqlens = given
+        count = len(self.spec.outputs)
+        found = self.kernels.scan_backward(
+            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
+            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+        )  # fmt: skip
+        parts = zip(found, (inputs, params, initial), strict=True)
+        return [g for part, like in parts for g in (part or [None] * len(like))]
+
     def _run(self, given: Given) -> tuple[Values, Values]:
         call = self._call(given)
         taps = zip(self.extras, given.inputs[len(self.spec.inputs) :], strict=True)
-        x, p = prepared(self.spec, call, {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps})
+        lags = {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps}
+        x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
         begin = {s.name: v for s, v in zip(self.live, given.initial, strict=True)} if given.initial else None
         return run_scan(self.spec, self.rules, call, self.fold, x, p, begin, given.mask, given.reset, given.cu_seqlens)
 
@@ -2025,7 +2443,9 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call):
             slots = {s.name: s for s in self.live}
-            results += [empty(call.leading, slots[k]) for k in self.kernels.saved_components(call.dtype)]
+            flagged = given.mask is not None or given.reset is not None
+            saved = self.kernels.saved_components(call.dtype, flagged)
+            results += [empty(call.leading, slots[k]) for k in saved]
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -2056,23 +2476,12 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         everything = [*inputs, *params, *initial]
-        if self._kernels(self._call(given)):
-            count = len(self.spec.outputs)
-            found = self.kernels.scan_backward(
-                grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-                results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
-            )  # fmt: skip
-            flat = [
-                g
-                for part, like in zip(found, (inputs, params, initial), strict=True)
-                for g in (part or [None] * len(like))
-            ]
-        else:
-            flat = self._transpose(given, grads)
+        kernels = self._kernels(self._call(given))
+        flat = self._launch_backward(given, grads, results) if kernels else self._transpose(given, grads)
         return [
             torch.zeros(x.shape, dtype=x.dtype, device=x.device)
             if g is None
-            else g.clone(memory_format=torch.contiguous_format)
+            else (g if kernels else g.clone(memory_format=torch.contiguous_format))
             for g, x in zip(flat, everything, strict=True)
         ]
 
@@ -2093,6 +2502,30 @@ class Operator:
             results, cotangents = ([pair[side] for pair in reached] for side in (0, 1))
             found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))
         return [next(found) if x.requires_grad else None for x in leaves]
+
+
+class Eager(torch.autograd.Function):
+    """The kernels under autograd, outside of compiled graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, given: Given, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = operator._launch(given, True)
+        ctx.operator, ctx.counts = operator, [len(part) for part in given[:3]]
+        ctx.flags, ctx.results = given[3:], len(operator.spec.outputs) + len(operator.live)
+        ctx.save_for_backward(*tensors, *results)
+        ctx.mark_non_differentiable(*(x for x in results if not _smooth(x)))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        parts: list[list[Tensor]] = []
+        for count in ctx.counts:
+            parts.append(saved[:count])
+            saved = saved[count:]
+        given = Given(parts[0], parts[1], parts[2], *ctx.flags)
+        dense = [g.contiguous() for g in grads[: ctx.results]]
+        return (None, None, *ctx.operator._launch_backward(given, dense, saved))
 
 
 def token_code(mask: Tensor | None, reset: Tensor | None) -> Tensor | None:
@@ -2136,11 +2569,24 @@ class Aggregator:
     Inputs are [B, T, *lanes, *dims] in the spec's order, params [*lanes, *dims] or [*dims]; see `help(agg)`.
     """
 
-    def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None, plain: bool = False) -> None:
-        """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points; `plain`: never a custom op."""
+    def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None) -> None:
+        """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points. With a rule from Python (then
+        `rules.extern` is what makes an aggregator of one, and this one) calls are plain PyTorch, never a custom op."""
         self.spec, self.rules, self.fold_order = spec, rules, fold
-        self.operator = None if plain else Operator(spec, rules, fold, kernels)
+        self.operator = None if hasattr(rules, "extern") else Operator(spec, rules, fold, kernels)
         self.__name__ = spec.name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Aggregator:
+        """Itself, as it holds nothing that trains; with a rule from Python, one with a copy of the rule."""
+        if not hasattr(self.rules, "extern"):
+            return self
+        make, rule = self.rules.extern
+        own = deepcopy(rule, memo)
+        copied: Aggregator = make(own)
+        copied.__class__ = type(self)
+        for name, value in vars(self).items():
+            vars(copied).setdefault(name, own if value is rule else value)
+        return copied
 
     def __repr__(self) -> str:
         named = ", ".join(s.name for s in (*self.spec.inputs, *self.spec.params))
@@ -2183,7 +2629,7 @@ class Aggregator:
         if self.operator is not None and self.operator.wanted(call, return_state or state is not None):
             outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
         else:
-            x, p = prepared(self.spec, call, lags)
+            x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
             outputs, final = run_scan(
                 self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
             )
@@ -2195,7 +2641,16 @@ class Aggregator:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
         call = bind_call(self.spec, args, kwargs, tokens=False)
         before = self._checked(call, state, call.leading[0])
+        if self.operator is not None and self.operator.steps(call, before):
+            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
+            return self.operator.step(call, after, None), after
         lags, tails = tap_token(self.spec, call, before)
+        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
+            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
+            moved = self.rules.stepped(self.spec, self.rules, call, after, None)
+            if moved is not None:
+                outs = tuple(moved[s.name] for s in self.spec.outputs)
+                return outs[0] if len(outs) == 1 else outs, after
         x, p = prepared(self.spec, call, lags)
         if before is None:
             before = self._start(call)
@@ -2210,8 +2665,17 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
+        call = bind_call(self.spec, args, kwargs, tokens=False)
+        self._checked(call, state, check_slots(self.spec, slots, call, state))
         if slots is not None and self.fold_order == "tree":
             return self._push_rows(state, slots, *args, **kwargs)
+        if self.operator is not None and self.operator.steps(call, state):
+            return self.operator.step(call, state, slots)
+        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
+            moved = self.rules.stepped(self.spec, self.rules, call, state, slots)
+            if moved is not None:
+                outs = tuple(moved[s.name] for s in self.spec.outputs)
+                return outs[0] if len(outs) == 1 else outs
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
         out, after = self.step(rows, *args, **kwargs)
         if self.fold_order == "tree":
@@ -2306,7 +2770,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gated_deltanet_recurrence',
-    digest='936e04358a97aefb',
+    digest='750e2662d486d177',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('beta'), Slot('g'),),
     params=(),
     components=(Slot('A', ('K', 'K')), Slot('S', ('K', 'V')),),
@@ -2319,7 +2783,7 @@ SPEC = Spec(
 )
 
 LAYERS = (
-    Chunked('S', factors_0, rank=1, columns=1, reads=('y_S',), order=(0, 1), outer=0, vector=False),
+    Chunked(('S',), factors_0, rank=1, columns=1, reads=(Reads(0, (('y_S', 0, (0,)),)), ), orders=((0, 1),), outer=0, vectors=(False,), plain={'log': 'g', 'w0': 'k', 'c0': 'v', 'q0': 'q'}, scales=lambda n: {'q0': 1 / math.sqrt(n.K)}, shown=('y_S',)),
 )
 
 gated_deltanet_recurrence = Aggregator(SPEC, SimpleNamespace(lift=lift, combine=combine, advance=advance, output=output, identity=identity, layered=run_layers, layers=LAYERS, readout=readout), fold="scan", kernels=KERNELS)

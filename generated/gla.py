@@ -23,7 +23,7 @@
 
 Proof (associative): proved over the reals, for all sizes (normal form).
 Proof (identity element): proved over the reals, for all sizes (normal form).
-Plan: chunked. affine matrix state: chunks of tokens as batched matrix products.
+Plan: chunked. S: chunks of tokens as batched matrix products.
 
 Written by psmc; regenerate with: psmc compile gla.psm
 The mathematics of the spec comes first, then its kernels, then the runtime that all such modules share.
@@ -35,7 +35,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from itertools import pairwise
 from math import isqrt, prod
 from types import SimpleNamespace
@@ -80,8 +82,7 @@ def identity(n, like):
 
 
 def factors_0(x, s, prev, p, n):
-    q0 = x.q / math.sqrt(n.K)
-    return {"log_key": x.g, "b0": x.k, "c0": x.v, "q0": q0}
+    return {}
 
 
 def readout(s, prev, x, p, n):
@@ -149,75 +150,101 @@ def chunk_owner(p_owner, i_c, T, BT: tl.constexpr):
 
 
 @jit
+def inside(m, o_w, W: tl.constexpr):
+    """m & o_w < W along the columns, where that says anything."""
+    if (o_w.shape[0] + W) % o_w.shape[0] != 0:
+        m = m & (o_w < W)[None, :]
+    return m
+
+
+@jit
 def rows(p_x, row, x_t, length, o_w, W: tl.constexpr, BT: tl.constexpr):
     """Tile [BT, BW] of tokens from `row` on; `length` of them exist. The pointer is at the lane."""
     t = tl.arange(0, BT)
-    m = (t < length)[:, None] & (o_w < W)[None, :]
+    m = inside((t < length)[:, None], o_w, W)
     return tl.load(p_x + row * x_t + (t * x_t)[:, None] + o_w[None, :], mask=m, other=0)
-
-
-@jit
-def logs(p_log, row, l_t, length, o_k, AT: tl.constexpr, DECAY: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-    """log2 of the decays of the tokens t + AT, 0 outside the chunk: [BT] or [BT, BK]. No decay is below 2**-1024."""
-    t = tl.arange(0, BT) + AT
-    m = (t >= 0) & (t < BT) & (t < length)
-    if DECAY == 1:
-        x = tl.load(p_log + row * l_t + t * l_t, mask=m, other=0)
-    else:
-        m_k = m[:, None] & (o_k < K)[None, :]
-        x = tl.load(p_log + row * l_t + (t * l_t)[:, None] + o_k[None, :], mask=m_k, other=0)
-    return tl.maximum(x.to(tl.float32) * 1.4426950408889634, -1024.0)
-
-
-@jit
-def since_start(p_log, row, l_t, length, o_k, SHIFT: tl.constexpr, DECAY: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-    return tl.cumsum(logs(p_log, row, l_t, length, o_k, -SHIFT, DECAY, K, BT), 0)
-
-
-@jit
-def until_end(p_log, row, l_t, length, o_k, DECAY: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-    return tl.cumsum(logs(p_log, row, l_t, length, o_k, 1, DECAY, K, BT), 0, reverse=True)
-
-
-@jit
-def ratio(p_log, row, l_t, length, SHIFT: tl.constexpr, FLIP: tl.constexpr, BT: tl.constexpr):
-    """R(t - SHIFT, s) [BT, BT], 0 above; FLIP: its transpose. Logs are summed as integers and remainders, so that a
-    difference behind strong decays keeps its digits. No decay: p_log is None."""
-    t = tl.arange(0, BT)
-    if FLIP:
-        m = t[None, :] - SHIFT >= t[:, None]
-    else:
-        m = t[:, None] - SHIFT >= t[None, :]
-    if p_log is None:
-        found = tl.where(m, 1.0, 0.0)
-    else:
-        x = logs(p_log, row, l_t, length, t, 0, 1, 1, BT)
-        whole = tl.floor(x + 0.5)
-        w_s, f_s = tl.cumsum(whole, 0), tl.cumsum(x - whole, 0)
-        w_t, f_t = w_s, f_s
-        if SHIFT:
-            x = logs(p_log, row, l_t, length, t, -1, 1, 1, BT)
-            whole = tl.floor(x + 0.5)
-            w_t, f_t = tl.cumsum(whole, 0), tl.cumsum(x - whole, 0)
-        if FLIP:
-            e = (w_t[None, :] - w_s[:, None]) + (f_t[None, :] - f_s[:, None])
-        else:
-            e = (w_t[:, None] - w_s[None, :]) + (f_t[:, None] - f_s[None, :])
-        found = tl.where(m, tl.exp2(e), 0.0)
-    return found
 
 
 @jit
 def load_matrix(p_s, at, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
     """A block of the `at`-th matrix [K, V]."""
-    m = (o_k < K)[:, None] & (o_v < V)[None, :]
+    m = inside((o_k < K)[:, None], o_v, V)
     return tl.load(p_s + at * (K * V) + o_k[:, None] * V + o_v[None, :], mask=m, other=0)
 
 
 @jit
 def store_matrix(p_s, at, b_s, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
-    m = (o_k < K)[:, None] & (o_v < V)[None, :]
+    m = inside((o_k < K)[:, None], o_v, V)
     tl.store(p_s + at * (K * V) + o_k[:, None] * V + o_v[None, :], b_s, mask=m)
+
+
+@jit
+def logs(p_log, row, l_t, length, o_k, AT: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    """log2 of the decays of the tokens t + AT, 0 outside the chunk: [BT, BK]. No decay is below 2**-1024."""
+    t = tl.arange(0, BT) + AT
+    m = inside(((t >= 0) & (t < BT) & (t < length))[:, None], o_k, K)
+    x = tl.load(p_log + row * l_t + (t * l_t)[:, None] + o_k[None, :], mask=m, other=0)
+    return tl.maximum(x.to(tl.float32) * 1.4426950408889634, -1024.0)
+
+
+@jit
+def since_start(p_log, row, l_t, length, o_k, SHIFT: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    return tl.cumsum(logs(p_log, row, l_t, length, o_k, -SHIFT, K, BT), 0)
+
+
+@jit
+def until_end(p_log, row, l_t, length, o_k, K: tl.constexpr, BT: tl.constexpr):
+    return tl.cumsum(logs(p_log, row, l_t, length, o_k, 1, K, BT), 0, reverse=True)
+
+
+@jit
+def vector_sums(p_log, row, l_t, length, o_k, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    """to, after [BT, BK] and the chunk's total [BK]. A difference of sums has digits enough for bf16."""
+    x = logs(p_log, row, l_t, length, o_k, 0, K, BT)
+    total = tl.sum(x, 0)
+    to = tl.cumsum(x, 0)
+    if PREC == "bf16":
+        after = total[None, :] - to
+    else:
+        after = until_end(p_log, row, l_t, length, o_k, K, BT)
+    if SHIFT:
+        to = since_start(p_log, row, l_t, length, o_k, SHIFT, K, BT)
+    return to, after, total
+
+
+@jit
+def number_sums(p_log, row, l_t, length, SHIFT: tl.constexpr, BT: tl.constexpr):
+    """Sums of logs as integers w and remainders f, so that a difference behind strong decays keeps its digits: up to t -
+    SHIFT, up to s, each [BT], and in all."""
+    t = tl.arange(0, BT)
+    x = tl.load(p_log + row * l_t + t * l_t, mask=t < length, other=0).to(tl.float32)
+    x = tl.maximum(x * 1.4426950408889634, -1024.0)
+    w = tl.floor(x + 0.5)
+    f = x - w
+    w_s, f_s = tl.cumsum(w, 0), tl.cumsum(f, 0)
+    return w_s - SHIFT * w, f_s - SHIFT * f, w_s, f_s, tl.sum(w, 0), tl.sum(f, 0)
+
+
+@jit
+def ratio(w_t, f_t, w_s, f_s, SHIFT: tl.constexpr, FLIP: tl.constexpr, BT: tl.constexpr):
+    """R(t - SHIFT, s) [BT, BT], 0 above, from `number_sums`; FLIP: its transpose."""
+    m = later(SHIFT, FLIP, BT)
+    if FLIP:
+        e = (w_t[None, :] - w_s[:, None]) + (f_t[None, :] - f_s[:, None])
+    else:
+        e = (w_t[:, None] - w_s[None, :]) + (f_t[:, None] - f_s[None, :])
+    return tl.where(m, tl.exp2(e), 0.0)
+
+
+@jit
+def later(SHIFT: tl.constexpr, FLIP: tl.constexpr, BT: tl.constexpr):
+    """t - SHIFT >= s, [t, s]; FLIP: [s, t]."""
+    t = tl.arange(0, BT)
+    if FLIP:
+        m = t[None, :] - SHIFT >= t[:, None]
+    else:
+        m = t[:, None] - SHIFT >= t[None, :]
+    return m
 
 
 @jit(do_not_specialize=["T", "S", "SEG"])
@@ -252,31 +279,24 @@ def chunk_forward_kernel(
         b_b = rows(p_b, row, b_t, length, o_k, K, BT)  # [BT, BK]
         b_c = rows(p_c, row, c_t, length, o_v, V, BT)  # [BT, BV]
         if DECAY == 2:
-            to = since_start(p_log, row, l_t, length, o_k, SHIFT, DECAY, K, BT)
+            to, after, b_d = vector_sums(p_log, row, l_t, length, o_k, SHIFT, PREC, K, BT)
             b_y = product(b_q * tl.exp2(to), b_s, PREC)
             p_a = p_pairs + ((row + o_t) * G + i_g)[:, None] * BT + o_t[None, :]
             b_a = tl.load(p_a, mask=(o_t < length)[:, None], other=0)
-        else:
-            b_y = product(b_q, b_s, PREC)
-            if DECAY == 1:
-                b_y *= tl.exp2(since_start(p_log, row, l_t, length, o_k, SHIFT, DECAY, K, BT))[:, None]
-                b_r = ratio(p_log, row, l_t, length, SHIFT, False, BT)
-            else:
-                b_r = ratio(None, row, l_t, length, SHIFT, False, BT)
-            b_a = product(b_q, tl.trans(b_b), PREC) * b_r
-        b_y += product(b_a, b_c, PREC)
-        m = (o_t < length)[:, None] & (o_v < V)[None, :]
-        tl.store(p_y + ((row + o_t) * G + i_g)[:, None] * V + o_v[None, :], b_y * scale, mask=m)
-        if DECAY == 2:
-            b_d = tl.sum(logs(p_log, row, l_t, length, o_k, 0, DECAY, K, BT), 0)
-            after = until_end(p_log, row, l_t, length, o_k, DECAY, K, BT)
             b_s = b_s * tl.exp2(b_d)[:, None] + product(tl.trans(b_b * tl.exp2(after)), b_c, PREC)
         elif DECAY == 1:
-            b_d = tl.sum(logs(p_log, row, l_t, length, o_k, 0, DECAY, K, BT), 0)
-            after = until_end(p_log, row, l_t, length, o_k, DECAY, K, BT)
-            b_s = b_s * tl.exp2(b_d) + product(tl.trans(b_b), b_c * tl.exp2(after)[:, None], PREC)
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_log, row, l_t, length, SHIFT, BT)
+            b_y = product(b_q, b_s, PREC) * tl.exp2(w_t + f_t)[:, None]
+            b_a = product(b_q, tl.trans(b_b), PREC) * ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT)
+            after = (w_e - w_s) + (f_e - f_s)
+            b_s = b_s * tl.exp2(w_e + f_e) + product(tl.trans(b_b), b_c * tl.exp2(after)[:, None], PREC)
         else:
+            b_y = product(b_q, b_s, PREC)
+            b_a = tl.where(later(SHIFT, False, BT), product(b_q, tl.trans(b_b), PREC), 0.0)
             b_s += product(tl.trans(b_b), b_c, PREC)
+        b_y += product(b_a, b_c, PREC)
+        m = inside((o_t < length)[:, None], o_v, V)
+        tl.store(p_y + row * (G * V) + i_g * V + (o_t * (G * V))[:, None] + o_v[None, :], b_y * scale, mask=m)
     if p_final is not None:
         store_matrix(p_final, i_n * G + i_g, b_s, o_k, o_v, K, V)
 
@@ -319,17 +339,16 @@ def chunk_states_kernel(
         b_z = rows(p_z, row, z_t, length, o_v, V, BT)  # [BT, BV]
         if BACK:
             b_z = b_z * scale
-        if DECAY:
-            if BACK:
-                w = since_start(p_log, row, l_t, length, o_k, SHIFT, DECAY, K, BT)
-            else:
-                w = until_end(p_log, row, l_t, length, o_k, DECAY, K, BT)
-            b_d = tl.sum(logs(p_log, row, l_t, length, o_k, 0, DECAY, K, BT), 0)
+        if DECAY == 2:
+            to, after, b_d = vector_sums(p_log, row, l_t, length, o_k, SHIFT if BACK else 0, PREC, K, BT)
+            w = to if BACK else after
             b_left += b_d
-            if DECAY == 2:
-                b_s = b_s * tl.exp2(b_d)[:, None] + product(tl.trans(b_x * tl.exp2(w)), b_z, PREC)
-            else:
-                b_s = b_s * tl.exp2(b_d) + product(tl.trans(b_x), b_z * tl.exp2(w)[:, None], PREC)
+            b_s = b_s * tl.exp2(b_d)[:, None] + product(tl.trans(b_x * tl.exp2(w)), b_z, PREC)
+        elif DECAY == 1:
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_log, row, l_t, length, SHIFT, BT)
+            w = w_t + f_t if BACK else (w_e - w_s) + (f_e - f_s)
+            b_left += w_e + f_e
+            b_s = b_s * tl.exp2(w_e + f_e) + product(tl.trans(b_x), b_z * tl.exp2(w)[:, None], PREC)
         else:
             b_s += product(tl.trans(b_x), b_z, PREC)
     if p_end is not None:
@@ -395,20 +414,21 @@ def chunk_gradients_kernel(
     b_b = rows(p_b, row, b_t, length, o_k, K, BT)
     if DECAY:
         p_log += i_g * l_g
-        b_e = tl.exp2(since_start(p_log, row, l_t, length, o_k, SHIFT, DECAY, K, BT))
-        b_f = tl.exp2(until_end(p_log, row, l_t, length, o_k, DECAY, K, BT))
-        b_g = tl.exp2(tl.sum(logs(p_log, row, l_t, length, o_k, 0, DECAY, K, BT), 0))  # over the chunk
     if DECAY == 2:
+        b_e, b_f, b_g = vector_sums(p_log, row, l_t, length, o_k, SHIFT, PREC, K, BT)
+        b_e, b_f, b_g = tl.exp2(b_e), tl.exp2(b_f), tl.exp2(b_g)
         b_in = b_b * b_f  # [BT, BK]
-        at = p_pairs + ((row + o_t) * G + i_g)[None, :] * BT + o_t[:, None]
-        b_a = tl.load(at, mask=(o_t < length)[None, :], other=0) * scale  # A' [s, t]
+        p_a = p_pairs + ((row + o_t) * G + i_g)[None, :] * BT + o_t[:, None]
+        b_a = tl.load(p_a, mask=(o_t < length)[None, :], other=0) * scale  # A' [s, t]
     else:
         b_in = b_b
         if DECAY == 1:
-            b_e, b_f = b_e[:, None], b_f[:, None]  # [BT, 1]
-            b_r = ratio(p_log, row, l_t, length, SHIFT, True, BT)
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_log, row, l_t, length, SHIFT, BT)
+            b_e, b_f = tl.exp2(w_t + f_t)[:, None], tl.exp2((w_e - w_s) + (f_e - f_s))[:, None]  # [BT, 1]
+            b_g = tl.exp2(w_e + f_e)
+            b_r = ratio(w_t, f_t, w_s, f_s, SHIFT, True, BT)
         else:
-            b_r = ratio(None, row, l_t, length, SHIFT, True, BT)
+            b_r = tl.where(later(SHIFT, True, BT), 1.0, 0.0)
         b_a = product(b_b, tl.trans(b_q), PREC) * b_r * scale
         b_p = tl.zeros([BT, BT], tl.float32)  # [t, s]
         b_pt = tl.zeros([BT, BT], tl.float32)  # [s, t]: not a transpose, which Triton 3.4-3.7 gets wrong in a product
@@ -430,7 +450,7 @@ def chunk_gradients_kernel(
         if DECAY == 1:
             b_dc *= b_f
         b_dc += product(b_a, b_dy, PREC)
-        m = (o_t < length)[:, None] & (o_v < V)[None, :]
+        m = inside((o_t < length)[:, None], o_v, V)
         tl.store(p_dc + (row * (G * V) + (o_t * (G * V))[:, None] + o_v[None, :]), b_dc, mask=m)
         if p_dlog is not None:
             b_h += tl.sum(b_s.to(tl.float32) * b_m.to(tl.float32), 1)
@@ -439,7 +459,7 @@ def chunk_gradients_kernel(
         b_dq *= b_e
         b_db *= b_f
     at = row * (G * K) + i_g * K + (o_t * (G * K))[:, None] + o_k[None, :]
-    m = (o_t < length)[:, None] & (o_k < K)[None, :]
+    m = inside((o_t < length)[:, None], o_k, K)
     if p_dlog is not None:
         read, fed = b_q * b_dq, b_b * b_db
         if DECAY == 1:
@@ -454,9 +474,9 @@ def chunk_gradients_kernel(
             tl.store(p_dlog + at, b_d - read if SHIFT else b_d, mask=m)
     if DECAY != 2:
         if DECAY == 1:
-            b_p *= ratio(p_log, row, l_t, length, SHIFT, False, BT)
+            b_p *= ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT)
         else:
-            b_p *= ratio(None, row, l_t, length, SHIFT, False, BT)
+            b_p = tl.where(later(SHIFT, False, BT), b_p, 0.0)
         b_dq += product(b_p, b_b, PREC) * scale
         b_db += product(b_pt * b_r, b_q, PREC) * scale
     tl.store(p_dq + at, b_dq, mask=m)
@@ -469,15 +489,15 @@ def pairs_inside(p_b, p_log, b_q, row, b_t, l_t, length, o_k, SHIFT: tl.constexp
     """A of BC tokens among themselves. Row t is a product of q 2**to and b 2**-since, both from the first token on (no
     later token is read), if no exponent up to t is beyond 60.0; else it is summed one by one."""
     t = tl.arange(0, BC)
-    to = since_start(p_log, row, l_t, length, o_k, SHIFT, 2, K, BC)  # [BC, BK]
-    since = since_start(p_log, row, l_t, length, o_k, 0, 2, K, BC)
+    to = since_start(p_log, row, l_t, length, o_k, SHIFT, K, BC)  # [BC, BK]
+    since = since_start(p_log, row, l_t, length, o_k, 0, K, BC)
     b_b = rows(p_b, row, b_t, length, o_k, K, BC)
     m = t[:, None] - SHIFT >= t[None, :]
     reach = tl.max(tl.abs(since), 1)
     far = tl.max(tl.where(m, reach[None, :], 0.0), 1) > 60.0
     b_a = product(tl.where(far[:, None], 0.0, b_q * tl.exp2(to)), tl.trans(b_b * tl.exp2(tl.minimum(-since, 60.0))), PREC)
     if tl.max(far.to(tl.int32), 0) > 0:
-        step = logs(p_log, row, l_t, length, o_k, -SHIFT, 2, K, BC)
+        step = logs(p_log, row, l_t, length, o_k, -SHIFT, K, BC)
         for s in range(0, tl.minimum(length, BC)):
             b_1 = tl.load(p_b + (row + s) * b_t + o_k, mask=o_k < K, other=0).to(tl.float32)
             e = tl.cumsum(tl.where((t > s + SHIFT)[:, None], step, 0.0), 0)
@@ -509,15 +529,15 @@ def chunk_pairs_kernel(
         p_a = p_pairs + ((here + t) * G + i_g)[:, None] * BT + t[None, :]
         b_a = pairs_inside(p_b, p_log, b_q, here, b_t, l_t, left, o_k, SHIFT, PREC, K, BC)
         tl.store(p_a + i * BC, b_a, mask=(t < left)[:, None])
-        b_q = b_q * tl.exp2(since_start(p_log, here, l_t, left, o_k, SHIFT, 2, K, BC))
+        b_q = b_q * tl.exp2(since_start(p_log, here, l_t, left, o_k, SHIFT, K, BC))
         between = tl.zeros([BK], tl.float32)
         for n in range(0, i):
             j = i - 1 - n
             there, rest = row + j * BC, length - j * BC
             b_b = rows(p_b, there, b_t, rest, o_k, K, BC)
-            b_b = b_b * tl.exp2(until_end(p_log, there, l_t, rest, o_k, 2, K, BC) + between[None, :])
+            b_b = b_b * tl.exp2(until_end(p_log, there, l_t, rest, o_k, K, BC) + between[None, :])
             tl.store(p_a + j * BC, product(b_q, tl.trans(b_b), PREC), mask=(t < left)[:, None])
-            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, 2, K, BC), 0)
+            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, K, BC), 0)
         for j in range(i + 1, BT // BC):
             tl.store(p_a + j * BC, tl.zeros([BC, BC], tl.float32), mask=(t < left)[:, None])
 
@@ -530,8 +550,8 @@ def inner_products(
     """Shares of dq and db from BC tokens among themselves, self terms left out: as a product of what is scaled from the
     first token on, or one token at a time where some exponent is beyond 60.0."""
     t = tl.arange(0, BC)
-    to = since_start(p_log, row, l_t, length, o_k, SHIFT, 2, K, BC)  # [BC, BK]
-    since = since_start(p_log, row, l_t, length, o_k, 0, 2, K, BC)
+    to = since_start(p_log, row, l_t, length, o_k, SHIFT, K, BC)  # [BC, BK]
+    since = since_start(p_log, row, l_t, length, o_k, 0, K, BC)
     b_dq, b_db = tl.zeros(to.shape, tl.float32), tl.zeros(to.shape, tl.float32)
     if tl.max(tl.max(tl.abs(since), 1), 0) <= 60.0:
         b_p = tl.where(t[:, None] > t[None, :], product(b_dy, tl.trans(b_c), PREC), 0.0)  # [t, s]
@@ -539,7 +559,7 @@ def inner_products(
         b_dq = tl.exp2(to) * product(b_p, b_b * tl.exp2(-since), PREC)
         b_db = tl.exp2(-since) * product(b_pt, b_q * tl.exp2(to), PREC)
     else:
-        step = logs(p_log, row, l_t, length, o_k, -SHIFT, 2, K, BC)
+        step = logs(p_log, row, l_t, length, o_k, -SHIFT, K, BC)
         for s in range(0, tl.minimum(length, BC)):
             b_1 = tl.load(p_b + (row + s) * b_t + o_k, mask=o_k < K, other=0).to(tl.float32)
             c_1 = tl.load(p_c + (row + s) * c_t + o_v, mask=o_v < V, other=0).to(tl.float32)
@@ -585,26 +605,26 @@ def chunk_inner_kernel(
         for back in range(0, i):
             there, rest = row + (i - 1 - back) * BC, length - (i - 1 - back) * BC
             x = rows(p_b, there, b_t, rest, o_k, K, BC)
-            x = x * tl.exp2(until_end(p_log, there, l_t, rest, o_k, 2, K, BC) + between[None, :])
+            x = x * tl.exp2(until_end(p_log, there, l_t, rest, o_k, K, BC) + between[None, :])
             b_p = product(b_dy, tl.trans(rows(p_c, there, c_t, rest, o_v, V, BC)), PREC)
             b_dq += product(b_p, x, PREC)
-            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, 2, K, BC), 0)
+            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, K, BC), 0)
         between = tl.zeros([BK], tl.float32)
         for j in range(i + 1, NB):
             there, rest = row + j * BC, length - j * BC
             x = rows(p_q, there, q_t, rest, o_k, K, BC)
-            x = x * tl.exp2(since_start(p_log, there, l_t, rest, o_k, SHIFT, 2, K, BC) + between[None, :])
+            x = x * tl.exp2(since_start(p_log, there, l_t, rest, o_k, SHIFT, K, BC) + between[None, :])
             b_pt = product(b_c, tl.trans(rows(p_dy, there, G * V, rest, o_v, V, BC) * scale), PREC)
             b_db += product(b_pt, x, PREC)
-            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, 2, K, BC), 0)
-        b_dq *= tl.exp2(since_start(p_log, here, l_t, left, o_k, SHIFT, 2, K, BC))
-        b_db *= tl.exp2(until_end(p_log, here, l_t, left, o_k, 2, K, BC))
+            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, K, BC), 0)
+        b_dq *= tl.exp2(since_start(p_log, here, l_t, left, o_k, SHIFT, K, BC))
+        b_db *= tl.exp2(until_end(p_log, here, l_t, left, o_k, K, BC))
         x_dq, x_db = inner_products(
             p_b, p_c, p_log, b_q, b_b, b_dy, b_c, here, b_t, c_t, l_t, left, o_k, o_v, SHIFT, PREC, K, V, BC
         )
         b_dq += x_dq
         b_db += x_db
-        m = (t < left)[:, None] & (o_k < K)[None, :]
+        m = inside((t < left)[:, None], o_k, K)
         at = here * (G * K) + i_g * K + (t * (G * K))[:, None] + o_k[None, :]
         if p_dlog is not None:
             read, x = b_q * b_dq, b_q * b_dq - b_b * b_db
@@ -619,6 +639,41 @@ def chunk_inner_kernel(
         tl.store(p_db + at, tl.load(p_db + at, mask=m, other=0) + b_db, mask=m)
 
 
+@jit
+def chunk_step_kernel(
+    p_s, p_q, p_b, p_c, p_log, p_y, p_slots,
+    s_n, s_g, s_k, s_v, q_n, q_g, b_n, b_g, c_n, c_g, l_n, l_g, G, scale,
+    DECAY: tl.constexpr, SHIFT: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):
+    """One token: a program reads BV columns of one lane's state once and writes them once, in the row that p_slots [B]
+    names. Floor: the state's bytes, twice."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    i_v, i_g, i_n = pid % NV, pid // NV % G, (pid // (NV * G)).to(tl.int64)
+    slot = i_n
+    if p_slots is not None:
+        slot = tl.load(p_slots + i_n).to(tl.int64)
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    m = m_k[:, None] & m_v[None, :]
+    at = p_s + slot * s_n + i_g * s_g + o_k[:, None] * s_k + o_v[None, :] * s_v
+    b_s = tl.load(at, mask=m, other=0).to(tl.float32)  # [BK, BV]
+    b_q = tl.load(p_q + i_n * q_n + i_g * q_g + o_k, mask=m_k, other=0).to(tl.float32)
+    b_b = tl.load(p_b + i_n * b_n + i_g * b_g + o_k, mask=m_k, other=0).to(tl.float32)
+    b_c = tl.load(p_c + i_n * c_n + i_g * c_g + o_v, mask=m_v, other=0).to(tl.float32)
+    b_y = tl.sum(b_q[:, None] * b_s, 0)
+    if DECAY == 1:
+        b_s *= tl.exp2(tl.load(p_log + i_n * l_n + i_g * l_g).to(tl.float32) * 1.4426950408889634)
+    elif DECAY == 2:
+        b_d = tl.load(p_log + i_n * l_n + i_g * l_g + o_k, mask=m_k, other=0).to(tl.float32)
+        b_s *= tl.exp2(b_d * 1.4426950408889634)[:, None]
+    b_s += b_b[:, None] * b_c[None, :]
+    tl.store(at, b_s, mask=m)
+    if SHIFT == 0:
+        b_y = tl.sum(b_q[:, None] * b_s, 0)
+    tl.store(p_y + (i_n * G + i_g) * V + o_v, b_y * scale, mask=m_v)
+
+
 CHUNK_KERNELS = SimpleNamespace(
     forward=chunk_forward_kernel,
     states=chunk_states_kernel,
@@ -626,6 +681,7 @@ CHUNK_KERNELS = SimpleNamespace(
     gradients=chunk_gradients_kernel,
     pairs=chunk_pairs_kernel,
     inner=chunk_inner_kernel,
+    step=chunk_step_kernel,
     interpreted=triton is not None and not isinstance(chunk_forward_kernel, triton.JITFunction),
     tiles={
         "forward": {2: ((64, (64, 64, 64, 4, 2)), (128, (64, 64, 128, 4, 2)), (256, (32, 32, 256, 4, 2))), 4: ((64, (32, 64, 64, 4, 1)), (128, (32, 64, 128, 4, 1)), (256, (32, 32, 256, 4, 1)))},
@@ -884,6 +940,8 @@ def _rows(empty: Values, initial: Values | None, initial_exists: Tensor | None, 
 def _donor(tensors: Values, valid: Tensor) -> Values:
     """The first token that counts, without gradient and leading axes; ones (zeros for integers) if none does."""
     flat, length = valid.reshape(-1), valid.shape[1]
+    if flat.numel() == 0:
+        return {k: torch.ones(x.shape[2:], dtype=x.dtype, device=x.device) for k, x in tensors.items()}
     first, some = flat.to(torch.int8).argmax().reshape(1), flat.any()
     found = {k: x.detach()[first // length, first % length][0] for k, x in tensors.items()}
     return {k: torch.where(some, x, torch.full_like(x, x.is_floating_point())) for k, x in found.items()}
@@ -1404,7 +1462,7 @@ def tree_tokens(
     count = len(bounds) - 1
     given = counter_start(count) if counter is None else counter
     positions: list[int] = [0] * count if counter is None else given["position"].tolist()
-    if valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1:
+    if not batch or (valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1):
         prefix, after = tree_scan(combine, leaves, counter, recompute=recompute)
         first = counter_prefix(counter, leaves, empty) if previous and counter is not None else empty
         shifted = {k: torch.cat([_first(first[k], x), x], 1)[:, :length] for k, x in prefix.items()}
@@ -1563,8 +1621,34 @@ def complex_of(real: torch.dtype) -> torch.dtype:
     return _COMPLEX.get(real, torch.complex64)
 
 
+_SEEN: dict[Any, Call] = {}  # calls that passed the checks, by digest, tokens, then shape, dtype, device of each
+_MOST = 1024
+_NONE = torch.empty(0)
+_PLAIN = (Tensor, torch.nn.Parameter)  # what traces has shapes that are no keys
+
+
 def bind_call(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bool) -> Call:
     """Checks names, ranks, sizes, dtypes and devices. `tokens`: inputs have a T axis. Raises ArgumentError."""
+    if kwargs:
+        rest = [s.name for s in (*spec.inputs, *spec.params)][len(args) :]
+        if kwargs.keys() == set(rest):
+            args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
+    if kwargs or torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in args):
+        return _bind(spec, args, kwargs, tokens)
+    key = (spec.digest, tokens, *((x.shape, x.dtype, x.device) for x in args))
+    like = _SEEN.get(key)
+    if like is None:
+        if len(_SEEN) >= _MOST:
+            _SEEN.clear()
+        like = _bind(spec, args, kwargs, tokens)
+        _SEEN[key] = replace(like, inputs=dict.fromkeys(like.inputs, _NONE), params=dict.fromkeys(like.params, _NONE))
+    count = len(spec.inputs)
+    inputs = dict(zip(like.inputs, args, strict=False))
+    params = dict(zip(like.params, args[count:], strict=False))
+    return Call(inputs, params, like.sizes, like.leading, like.lanes, like.dtype, like.compute, like.device)
+
+
+def _bind(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bool) -> Call:
     given = _by_name(spec, args, kwargs)
     inputs, params = ({s.name: given[s.name] for s in part} for part in (spec.inputs, spec.params))
     lead = 2 if tokens else 1
@@ -1730,6 +1814,21 @@ def check_cu_seqlens(spec: Spec, cu_seqlens: Any, call: Call) -> Tensor | None:
     return cu_seqlens
 
 
+def check_slots(spec: Spec, slots: Any, call: Call, state: Any) -> int:
+    """How many rows a state has that `step_` changes; `slots` [B]: the rows, different ones (not checked: a sync)."""
+    if not isinstance(state, Mapping):
+        raise ArgumentError(f"PSM605: {spec.name}: step_ changes a state: pass what init_state or a call returned.")
+    if slots is None:
+        return call.leading[0]
+    if not isinstance(slots, Tensor) or slots.dtype != torch.int64 or tuple(slots.shape) != call.leading:
+        given = f"{slots.dtype}, {list(slots.shape)}" if isinstance(slots, Tensor) else type(slots).__name__
+        raise ArgumentError(
+            f"PSM605: {spec.name}: 'slots' must be an int64 tensor [B] = {list(call.leading)}, not {given}."
+        )
+    rows = [x for x in state.values() if isinstance(x, Tensor) and x.dim()]
+    return rows[0].shape[0] if rows else 0
+
+
 def check_state(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tensor] | None:
     """An initial state: exactly the live components and the tails, [rows, *lanes, *dims], in the state's dtypes."""
     if state is None:
@@ -1881,8 +1980,9 @@ def places(call: Call, cu_seqlens: Tensor | None, reset: Tensor | None) -> Place
         end = begin + length
         at = token
     else:
-        row = (torch.searchsorted(cu_seqlens, token.contiguous(), right=True) - 1).clamp(0, cu_seqlens.numel() - 2)
-        begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        bounds = cu_seqlens.long()
+        row = (torch.searchsorted(bounds, token.contiguous(), right=True) - 1).clamp(0, bounds.shape[0] - 2)
+        begin, end = bounds[:-1], bounds[1:]
         at = token - begin[row]
     if reset is None:
         return Places(row, at, at, begin, end, torch.zeros(batch, length, dtype=torch.bool, device=device))
@@ -1945,16 +2045,52 @@ def as_state(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) ->
     """A component in full, [*leading, *lanes, *dims], in its dtype: rules return what they read of the leading axes."""
     rank = len(slot.dims)
     dims = value.shape[value.dim() - rank :]
-    return value.to(call.of_kind(slot.kind)).expand(*leading, *call.lanes, *dims)
+    return value.to(call.of_kind(slot.kind)).expand((*leading, *call.lanes, *dims))
 
 
-def prepared(spec: Spec, call: Call, lags: Values) -> tuple[Values, Values]:
-    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`."""
-    x = {s.name: _prepared(s, call.inputs[s.name], call) for s in spec.inputs}
-    for slot in spec.inputs:
-        for lag in range(1, spec.taps.get(slot.name, 0) + 1):
-            x[f"{slot.name}_lag{lag}"] = _prepared(slot, lags[f"{slot.name}_lag{lag}"], call)
-    return x, {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+def prepared(spec: Spec, call: Call, lags: Values, lazily: bool = False) -> tuple[Any, Values]:
+    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`.
+
+    `lazily`: an input is converted when it is first read.
+    """
+    raw = [(s.name, s, call.inputs[s.name]) for s in spec.inputs]
+    for s in spec.inputs:
+        raw += [(f"{s.name}_lag{k}", s, lags[f"{s.name}_lag{k}"]) for k in range(1, spec.taps.get(s.name, 0) + 1)]
+    params = {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+    if lazily:
+        return Prepared({name: (slot, value) for name, slot, value in raw}, call), params
+    return {name: _prepared(slot, value, call) for name, slot, value in raw}, params
+
+
+class Prepared(Mapping[str, Tensor]):
+    """Inputs by name, each in the dtype of computation from its first reading on, wherever that is: a reading without
+    gradient leaves none out of later ones."""
+
+    def __init__(self, raw: Mapping[str, tuple[Slot, Tensor]], call: Call) -> None:
+        self._raw, self._call, self._made = raw, call, dict[str, Tensor]()
+        self._grad = torch.is_grad_enabled()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            with torch.set_grad_enabled(self._grad):
+                self._made[name] = _prepared(*self._raw[name], self._call)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
+class Tokens:
+    """The same as attributes, as the functions of a spec read them."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self._values[name]
 
 
 def _prepared(slot: Slot, value: Tensor, call: Call) -> Tensor:
@@ -1969,6 +2105,20 @@ def start_state(spec: Spec, rules: Rules, call: Call, names: tuple[str, ...]) ->
     return {k: found[k].to(call.of_kind(kinds[k])) for k in names}
 
 
+def in_full_precision(run: Callable[..., tuple[Values, Values]]) -> Callable[..., tuple[Values, Values]]:
+    """A run without autocast: what surrounds a call does not change its arithmetic (a rule from Python may want it)."""
+
+    @wraps(run)
+    def wrapped(spec: Spec, rules: Rules, call: Call, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
+        if hasattr(rules, "extern") or not torch.is_autocast_enabled(call.device.type):
+            return run(spec, rules, call, *args, **kwargs)
+        with torch.autocast(call.device.type, enabled=False):
+            return run(spec, rules, call, *args, **kwargs)
+
+    return wrapped
+
+
+@in_full_precision
 def run_scan(
     spec: Spec, rules: Rules, call: Call, fold: str, x: Values, p: Values, initial: Values | None,
     mask: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None, whole: bool = False,
@@ -1977,8 +2127,8 @@ def run_scan(
 
     x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
     """
-    if hasattr(rules, "layers") and cu_seqlens is None and not whole:
-        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset)
+    if hasattr(rules, "layers") and not whole:
+        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset, cu_seqlens)
         return layered
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
@@ -2024,7 +2174,7 @@ def run_scan(
         )  # fmt: skip
         if whole:
             return {}, counter
-        outputs = output(prefix, before, x)
+        outputs = output(fill_masked(prefix, mask), before and fill_masked(before, mask), x)
         if mask is not None:
             outputs = {k: torch.where(_flag(mask, v), v, 0) for k, v in outputs.items()}
         return outputs, counter
@@ -2043,9 +2193,10 @@ def as_output(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -
     rank = len(slot.dims)
     dims = value.shape[value.dim() - rank :]
     kind = "complex" if value.is_complex() else slot.kind
-    return value.to(call.of_kind(kind, call.dtype)).expand(*leading, *call.lanes, *dims)
+    return value.to(call.of_kind(kind, call.dtype)).expand((*leading, *call.lanes, *dims))
 
 
+@in_full_precision
 def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token for every row: (outputs [B, *lanes, *dims], the state after it); not of a tree."""
     params, n = Fields(p), call.n
@@ -2060,6 +2211,7 @@ def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
+@in_full_precision
 def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token of a tree: (outputs, the counter after it)."""
     params, n, tokens = Fields(p), call.n, Fields(x)
@@ -2080,229 +2232,401 @@ def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
+# --- Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones.
+
+
+class Cut:
+    """Time [B, T, ...] as chunks [B, chunks, L, ...] and back, without a look at what is on the device.
+
+    A dense batch is padded at its end. Of N packed sequences each begins a chunk of its own, so that what a sequence
+    gives does not depend on its neighbours; there are as many chunks as that may need, and some hold no token.
+
+    tokens      [chunks, L] bool: where a token lies; None: everywhere but behind the end of a dense batch
+    first, row  [chunks] bool, int64: a sequence begins here, and which; None for a dense batch
+    """
+
+    def __init__(self, length: int, size: int, cu_seqlens: Tensor | None) -> None:
+        self.length, self.size = length, size
+        self.tokens: Tensor | None = None
+        self.first: Tensor | None = None
+        self.row: Tensor | None = None
+        if cu_seqlens is None:
+            self.count = -(-length // size)
+            return
+        bounds = cu_seqlens.long()
+        sequences = bounds.numel() - 1
+        self.count = length // size + sequences
+        begin, end = bounds[:-1], bounds[1:]
+        self.nonempty = end > begin
+        chunks = (end - begin + size - 1) // size
+        behind = chunks.cumsum(0)
+        ahead = behind - chunks
+        here = torch.arange(self.count, device=bounds.device)
+        self.row = torch.searchsorted(behind, here, right=True).clamp(max=sequences - 1)
+        self.first = here == ahead[self.row]
+        place = torch.arange(size, device=bounds.device)
+        token = (begin[self.row] + (here - ahead[self.row]) * size)[:, None] + place
+        self.tokens = token < end[self.row][:, None]
+        self.source = token.clamp(0, max(length - 1, 0)).flatten()
+        self.last = (behind - 1).clamp(0)
+        time = torch.arange(length, device=bounds.device)
+        of = (torch.searchsorted(bounds, time, right=True) - 1).clamp(0, sequences - 1)
+        self.target = (ahead[of] * size + time - begin[of]).clamp(0, self.count * size - 1)
+
+    def split(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, T, ...] to [B, chunks, L, ...]; `fill` where there is no token."""
+        if self.tokens is not None:
+            x = x.index_select(1, self.source).unflatten(1, (self.count, self.size))
+            return torch.where(self.tokens.reshape(self.tokens.shape + (1,) * (x.dim() - 3)), x, fill)
+        behind = self.count * self.size - self.length
+        if behind:
+            x = torch.cat([x, x.new_full((), fill).expand(x.shape[0], behind, *x.shape[2:])], 1)
+        chunks: Tensor = x.unflatten(1, (self.count, self.size))
+        return chunks
+
+    def join(self, x: Tensor) -> Tensor:
+        """[B, chunks, L, ...] to [B, T, ...]."""
+        x = x.flatten(1, 2)
+        return x[:, : self.length] if self.tokens is None else x.index_select(1, self.target)
+
+    def ends(self, after: Tensor, start: Tensor) -> Tensor:
+        """[N, ...]: of `after` [chunks, ...] the states behind packed sequences' last tokens; an empty one's start."""
+        some = self.nonempty.reshape(-1, *(1 for _ in start.shape[1:]))
+        return torch.where(some, after.index_select(0, self.last), start)
+
+
+# --- Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two.
+
+
+class Step(NamedTuple):
+    """Decays of single tokens, [..., width]; width 1 is one number for all. `log`: it holds their logs."""
+
+    value: Tensor
+    log: bool
+
+
+class Decay(NamedTuple):
+    """Products of the steps of a chunk. levels[l] = (later, earlier), [..., blocks, 2^l, width] each: in blocks of
+    2^(l+1) tokens, from the later half's start up to and with each of its tokens, and from behind each token of the
+    earlier half to that half's end (None: 1). since, until [..., L, width]: the same from the chunk's start, and to its
+    end; whole [..., width]: of all its tokens."""
+
+    levels: tuple[tuple[Tensor, Tensor | None], ...]
+    since: Tensor
+    until: Tensor
+    whole: Tensor
+
+
+def decay_of(step: Step) -> Decay:
+    """Steps [..., L, width], L a power of two."""
+    join = torch.add if step.log else torch.mul
+    whole = step.value  # [..., blocks, width]
+    since = whole.unsqueeze(-2)  # [..., blocks, b, width]
+    until = torch.zeros_like(since) if step.log else torch.ones_like(since)
+    levels: list[tuple[Tensor, Tensor | None]] = []
+    while whole.shape[-2] > 1:
+        early, late = since.unflatten(-3, (-1, 2)).unbind(-3)
+        to_half, to_end = until.unflatten(-3, (-1, 2)).unbind(-3)
+        first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
+        earlier = to_half if levels else None
+        levels.append((late.exp(), earlier if earlier is None else earlier.exp()) if step.log else (late, earlier))
+        since = torch.cat([early, join(late, first[..., None, :])], -2)
+        until = torch.cat([join(to_half, second[..., None, :]), to_end], -2)
+        whole = join(first, second)
+    ends = since.squeeze(-3), until.squeeze(-3), whole.squeeze(-2)
+    return Decay(tuple(levels), *(x.exp() if step.log else x for x in ends))
+
+
+def before_token(since: Tensor) -> Tensor:
+    """Products up to each token [..., L, width], without the token itself."""
+    return torch.cat([torch.ones_like(since[..., :1, :]), since[..., :-1, :]], -2)
+
+
+def pair_products(
+    rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay | None, same: Tensor | None
+) -> list[Tensor]:
+    """M[t a, s c] = Σ_k x_t[a, k] (decay from s to t)[k] z_s[c, k], 0 for s > t, [..., L a, L c], for each (x, shift).
+
+    x [..., L, a, K], z [..., L, c, K]; shift 1: x reads the state before its token, so that s < t and t's own step is
+    left out. same [..., L, L] bool: where a pair counts at all.
+    """
+    if decay is None or decay.since.shape[-1] == 1:
+        found = [_scaled(x, z, decay, shift) for x, shift in rows]
+    else:
+        found = _by_level(rows, z, decay)
+    if same is None:
+        return found
+    spread = same[..., :, None, :, None]
+    return [
+        torch.where(spread, _by_token(m, x, z), 0.0).flatten(-4, -3).flatten(-2)
+        for m, (x, _) in zip(found, rows, strict=True)
+    ]  # fmt: skip
+
+
+def _by_token(m: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    """[..., L a, L c] as [..., L, a, L, c]."""
+    each: Tensor = m.unflatten(-1, z.shape[-3:-1]).unflatten(-3, x.shape[-3:-1])
+    return each
+
+
+def _scaled(x: Tensor, z: Tensor, decay: Decay | None, shift: int) -> Tensor:
+    """One decay for all of the key, or none: a plain product times a matrix."""
+    m = x.flatten(-3, -2) @ z.flatten(-3, -2).mT
+    size, a, c = x.shape[-3], x.shape[-2], z.shape[-2]
+    if decay is None:
+        if a == c == 1:
+            return m.tril(-shift)
+        token = torch.arange(size, device=x.device)
+        ratio = (token[:, None] - shift >= token).to(x.dtype)
+    else:
+        ratio = _ratios(decay)
+        if shift:
+            ratio = torch.cat([torch.zeros_like(ratio[..., :1, :]), ratio[..., :-1, :]], -2)
+    if a == c == 1:
+        return m * ratio
+    whole = _by_token(m, x, z) * ratio[..., :, None, :, None]
+    return whole.flatten(-4, -3).flatten(-2)
+
+
+def _ratios(decay: Decay) -> Tensor:
+    """[..., L, L]: the decay from s to t, of one number a token."""
+    low = [later if earlier is None else later * earlier.mT for later, earlier in decay.levels]
+    return _lower(torch.ones_like(decay.since)[..., None], low)
+
+
+def _by_level(rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay) -> list[Tensor]:
+    """A decay of its own for each entry of the key."""
+    lows: list[list[Tensor]] = [[] for _ in rows]
+    for later, earlier in decay.levels:
+        halves = (-1, 2, later.shape[-2])
+        early, _ = z.unflatten(-3, halves).unbind(-4)  # [..., blocks, b, c, K]
+        early = (early if earlier is None else early * earlier[..., None, :]).flatten(-3, -2)
+        scale = (later, before_token(later) if any(shift for _, shift in rows) else later)
+        for low, (x, shift) in zip(lows, rows, strict=True):
+            _, late = x.unflatten(-3, halves).unbind(-4)
+            low.append((late * scale[shift][..., None, :]).flatten(-3, -2) @ early.mT)
+    owns = [x @ z.mT for x, _ in rows]  # of a token with itself
+    return [
+        _lower(torch.zeros_like(own) if shift else own, low)
+        for own, (_, shift), low in zip(owns, rows, lows, strict=True)
+    ]
+
+
+def _lower(diagonal: Tensor, low: Sequence[Tensor]) -> Tensor:
+    """The block triangle [..., L a, L c] over its diagonal [..., L, a, c]; low[l] [..., blocks, 2^l a, 2^l c]."""
+    m = diagonal
+    for below in low:
+        early, late = m.unflatten(-3, (-1, 2)).unbind(-3)
+        upper = torch.nn.functional.pad(early, (0, early.shape[-1]))
+        m = torch.cat([upper, torch.cat([below, late], -1)], -2)
+    return m.squeeze(-3)
+
+
+def apply_pairs(m: Tensor, c: Tensor, decay: Decay | None, shift: int) -> Tensor:
+    """Σ_s M[t a, s c] (decay from s to t)[v] C_s[c, v], [..., L a, V], with a decay along the values.
+
+    M as `pair_products` gives it, C [..., L, c, V].
+    """
+    if decay is None:
+        return m @ c.flatten(-3, -2)
+    size, count = c.shape[-3], c.shape[-2]
+    own = _on_diagonal(m, size, count) @ c  # [..., L, a, V]
+    total = torch.zeros_like(own) if shift else own
+    for later, earlier in decay.levels:
+        b = later.shape[-2]
+        early, _ = c.unflatten(-3, (-1, 2, b)).unbind(-4)
+        early = (early if earlier is None else early * earlier[..., None, :]).flatten(-3, -2)  # [..., blocks, b c, V]
+        corner = _on_diagonal(m, size // (2 * b), 2 * b * count)  # [..., blocks, 2 b a, 2 b c]
+        low = corner[..., corner.shape[-2] // 2 :, : b * count]
+        late = (low @ early).unflatten(-2, (b, -1)) * (before_token(later) if shift else later)[..., None, :]
+        total = total + torch.stack([torch.zeros_like(late), late], -4).flatten(-5, -3)
+    return total.flatten(-3, -2)
+
+
+def _on_diagonal(m: Tensor, blocks: int, width: int) -> Tensor:
+    """The blocks on the diagonal of a matrix, [..., blocks, rows, width]."""
+    each: Tensor = m.unflatten(-1, (blocks, width)).unflatten(-3, (blocks, -1))
+    return each.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
 # --- Matrix states a chunk of tokens at a time, as batched matrix products.
 
-Rows = tuple[Tensor, ...]  # columns of a factor: [..., L, width] each, the same for all tokens of a chunk's batch
+CHUNK = 64  # tokens
+
+Rows = tuple[Tensor, ...]  # the columns of a factor, [B, T, G, width] each
 
 
 class Factors(NamedTuple):
-    """One layer's tokens, [..., T, width] each: logs of the decay over the key and over the value (width 1: one number;
-    None: no decay), the columns of U, W, B, C, and the queries (q, p), either of which may be None."""
+    """One layer's tokens, [B, T, G, width] each, over G lanes: decays over the key and over the value (None: 1), the
+    columns of U, W, B, C, and the vectors that read the state after a token (q) and before it (p)."""
 
-    log_key: Tensor | None
-    log_value: Tensor | None
+    key: Step | None
+    value: Step | None
     u: Rows
     w: Rows
     b: Rows
     c: Rows
-    queries: tuple[tuple[Tensor | None, Tensor | None], ...]
+    q: Rows
+    p: Rows
+
+    def map(self, change: Callable[[Tensor, float], Any]) -> Factors:
+        """`change` of every tensor and of what stands for no token there."""
+        key, value = (s and Step(change(s.value, 0.0 if s.log else 1.0), s.log) for s in (self.key, self.value))
+        u, w, b, c, q, p = (tuple(change(x, 0.0) for x in rows) for rows in self[2:])
+        return Factors(key, value, u, w, b, c, q, p)
 
 
 def chunk_scan(
-    f: Factors, start: Tensor, valid: Tensor | None = None, reset: Tensor | None = None, size: int | None = None
-) -> tuple[list[Tensor], Tensor]:
-    """(one [..., T, V] for each query, the state after the last token [..., K, V]); start [..., K, V].
+    f: Factors,
+    start: Tensor,
+    valid: Tensor | None = None,
+    reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    size: int | None = None,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(qᵀ S_t for each q, pᵀ S_{t-1} for each p, [B, T, G, V] each; the state after the last token as `start`).
 
-    valid, reset: [..., T] bool, broadcasting: a token that does not count changes nothing, and its rows of the result
-    are 0; before a reset token the state is 0 again. `size`: tokens a chunk.
+    start          [B, G, K, V]; with cu_seqlens [N + 1] of N packed sequences (B is 1) [N, G, K, V]
+    valid, reset   [B, T] bool: a token that does not count changes nothing; before a reset token the state is 0 again
+    size           tokens a chunk, a power of two
+
+    No token changes a bit of what earlier ones give.
     """
-    length = f.b[0].shape[-2]
+    batch, length, lanes, _ = f.c[0].shape
     if length == 0:
-        return [f.c[0] for _ in f.queries], start
-    wide = (f.log_key is not None and f.log_key.shape[-1] > 1) or f.log_value is not None
-    size = size or min(16 if wide else 64, length)
-    count = -(-length // size)
-
-    def cut(x: Tensor) -> Tensor:
-        """[..., T, w] to [..., chunks, L, w], zeros behind the end."""
-        x = torch.nn.functional.pad(x, (0, 0, 0, count * size - length)) if count * size > length else x
-        return x.reshape(*x.shape[:-2], count, size, x.shape[-1])
-
+        return [f.c[0] for _ in f.q], [f.c[0] for _ in f.p], start
+    cut = Cut(length, size or _size(length, cu_seqlens), cu_seqlens)
     if valid is not None:
-        on = valid[..., None]
-        f = _where_valid(f, on)
-    chunks = _Chunk(
-        _closed(f.log_key, cut),
-        _closed(f.log_value, cut),
-        tuple(map(cut, f.u)),
-        tuple(map(cut, f.w)),
-        tuple(map(cut, f.b)),
-        tuple(map(cut, f.c)),
-        None if reset is None else cut(reset[..., None].to(torch.int32)),
-        size,
-    )
-    keep, gain = chunks.transition()
-    states = []
-    state = start
-    for n in range(count):
+        on = valid[..., None, None]
+        f = f.map(lambda x, fill: torch.where(on, x, fill))
+    f = f.map(cut.split)
+    runs = None if reset is None else cut.split(reset, False)
+    item = f.c[0].element_size() * batch * lanes
+    per_chunk = item * cut.size * (cut.size + sum(x.shape[-1] for rows in f[2:] for x in rows))
+    kind = "cpu" if start.device.type == "cpu" else "cuda"
+    some = max(1, min(cut.count, SEGMENT_BYTES[kind] // max(per_chunk, 1)))
+    recompute = per_chunk * cut.count > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
+    carry = start if cut.row is None else torch.zeros_like(start[:1])
+    found: list[list[Tensor]] = []
+    after: list[Tensor] = []
+    for piece, again, first, row in _few_chunks(f, runs, cut, some):
+        args = (piece, again, carry, start, first, row)
+        rows, states, carry = checkpoint(_run, *args, use_reentrant=False) if recompute else _run(*args)
+        found.append(rows)
+        after += states
+    joined = [cut.join(torch.cat(parts, 1)) for parts in zip(*found, strict=True)]
+    final = carry if cut.row is None else cut.ends(torch.cat(after), start)
+    return joined[: len(f.q)], joined[len(f.q) :], final
+
+
+def _size(length: int, cu_seqlens: Tensor | None) -> int:
+    """Tokens a chunk: not many more than a sequence has on average, since its last chunk may be next to empty."""
+    mean = length if cu_seqlens is None else max(1, length // max(1, cu_seqlens.numel() - 1))
+    return min(CHUNK, 1 << (mean - 1).bit_length())
+
+
+def _few_chunks(f: Factors, runs: Tensor | None, cut: Cut, some: int) -> Any:
+    """Some chunks at a time: (factors, resets, first, row)."""
+    split: list[Factors] = []
+    columns: list[list[Any]] = []
+    f.map(lambda x, _: columns.append(list(torch.split(x, some, 1))))
+    for n in range(len(columns[0])):
+        parts = iter([c[n] for c in columns])
+        split.append(f.map(lambda x, _, parts=parts: next(parts)))  # type: ignore[misc]
+    none: Sequence[Any] = [None] * len(split)
+    again = none if runs is None else torch.split(runs, some, 1)
+    first, row = (none if x is None else torch.split(x, some) for x in (cut.first, cut.row))
+    return zip(split, again, first, row, strict=True)
+
+
+def _run(
+    f: Factors, reset: Tensor | None, carry: Tensor, start: Tensor, first: Tensor | None, row: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Some chunks [B, n, L, ...]: (what q and p read, [B, n, L, G, V] each; the states after each chunk where sequences
+    end among them; the last of them). `carry` [B, G, K, V] comes before; with `first` and `row` a sequence begins at
+    some chunks, from a row of `start`."""
+
+    def side(*columns: Tensor) -> Tensor:
+        """[B, n, G, L, columns, width]."""
+        return torch.stack([x.transpose(2, 3) for x in columns], -2)
+
+    key, value = (None if s is None else decay_of(Step(side(s.value).squeeze(-2), s.log)) for s in f[:2])
+    z, c, rank = side(*f.u, *f.b), side(*f.c), len(f.u)
+    same = fresh = None
+    if reset is not None:
+        run = reset.to(torch.int32).cumsum(2)[:, :, None]  # [B, n, 1, L]
+        same, fresh = run[..., :, None] == run[..., None, :], run == 0
+    readers = {k: (side(*rows), shift) for k, rows, shift in (("w", f.w, 1), ("p", f.p, 1), ("q", f.q, 0)) if rows}
+    pairs = dict(zip(readers, pair_products(list(readers.values()), z, key, same), strict=True))
+    hats = _since(readers, key, fresh)  # [B, n, G, L, columns, K]
+    last = None if same is None else same[..., -1, :]
+    ends = _kept(z if key is None else z * key.until[..., None, :], last)  # z with the decays up to the chunk's end
+    keep = torch.ones_like(c[..., -1, 0, :1]) if key is None else key.whole
+    keep = _kept(keep, fresh if fresh is None else fresh[..., -1])
+    gives = c if value is None else c * value.until[..., None, :]
+    work = gain = c
+    if rank:
+        work, gain = _solve(hats.pop("w"), pairs.pop("w"), c, rank)
+        through = torch.diag_embed(keep.expand(*keep.shape[:-1], z.shape[-1]))
+        u, _ = torch.split(ends, [rank, ends.shape[-2] - rank], -2)
+        through = through + u.flatten(-3, -2).mT @ work.flatten(-3, -2)
+        gives = torch.cat([gain, c], -2)
+    else:
+        through = keep[..., :, None] if value is None else keep[..., :, None] * value.whole[..., None, :]
+    adds = ends.flatten(-3, -2).mT @ gives.flatten(-3, -2)
+    before, after, carry = _carry(through, adds, carry, start, first, row, rank > 0)
+    whole = c if not rank else torch.cat([(work.flatten(-3, -2) @ before).unflatten(-2, (-1, rank)) + gain, c], -2)
+    found: dict[str, Sequence[Tensor]] = {}
+    for k, hat in hats.items():
+        o, shift = hat.flatten(-3, -2) @ before, readers[k][1]
+        if value is not None:
+            since = before_token(value.since) if shift else value.since
+            o = (o.unflatten(-2, hat.shape[-3:-1]) * since[..., None, :]).flatten(-3, -2)
+        o = (o + apply_pairs(pairs[k], whole, value, shift)).unflatten(-2, hat.shape[-3:-1])
+        found[k] = [x.transpose(2, 3) for x in o.unbind(-2)]
+    return [*found.get("q", ()), *found.get("p", ())], after, carry
+
+
+def _since(readers: dict[str, tuple[Tensor, int]], key: Decay | None, fresh: Tensor | None) -> dict[str, Tensor]:
+    """Vectors that read, with the decays since the chunk's start; 0 behind a reset."""
+    if key is None:
+        return {k: _kept(x, fresh) for k, (x, _) in readers.items()}
+    since = key.since, before_token(key.since) if any(shift for _, shift in readers.values()) else key.since
+    return {k: _kept(x * since[shift][..., None, :], fresh) for k, (x, shift) in readers.items()}
+
+
+def _kept(x: Tensor, where: Tensor | None) -> Tensor:
+    return x if where is None else torch.where(where.reshape(where.shape + (1,) * (x.dim() - where.dim())), x, 0.0)
+
+
+def _solve(hat: Tensor, pairs: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Y = work S_0 + gain by forward substitution, [..., L, rank, K] and [..., L, rank, V]. Exact on correlated keys,
+    where a product of powers would lose all digits."""
+    size, columns = c.shape[-3:-1]
+    each = pairs.unflatten(-1, (size, rank + columns))
+    own, others = (x.flatten(-2) for x in torch.split(each, [rank, columns], -1))
+    right = torch.cat([hat.flatten(-3, -2), others @ c.flatten(-3, -2)], -1)
+    # I - M: the diagonal is taken as 1, and what is above is not read.
+    both = torch.linalg.solve_triangular(-own, right, upper=False, unitriangular=True).unflatten(-2, (size, rank))
+    work, gain = torch.split(both, [hat.shape[-1], c.shape[-1]], -1)
+    return work, gain
+
+
+def _carry(
+    through: Tensor, adds: Tensor, carry: Tensor, start: Tensor, first: Tensor | None, row: Tensor | None, full: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The states before each chunk [B, n, G, K, V]; those after each where sequences end; the last."""
+    states: list[Tensor] = []
+    after: list[Tensor] = []
+    state = carry
+    for n, (t, a) in enumerate(zip(through.unbind(1), adds.unbind(1), strict=True)):
+        if first is not None and row is not None:
+            state = torch.where(first[n], start.index_select(0, row[n : n + 1]), state)
         states.append(state)
-        state = chunks.carry(state, keep, gain, n)
-    before = torch.stack(states, -3)
-    outputs = []
-    for q, p in f.queries:
-        o = _total([chunks.read(cut(r), before, shift) for shift, r in enumerate((q, p)) if r is not None])
-        o = o.flatten(-3, -2)[..., :length, :]
-        outputs.append(
-            o if valid is None else torch.where(valid[..., None], o, torch.zeros((), dtype=o.dtype, device=o.device))
-        )
-    return outputs, state
-
-
-def _where_valid(f: Factors, on: Tensor) -> Factors:
-    def zero(x: Any) -> Any:
-        return None if x is None else torch.where(on, x, torch.zeros((), dtype=x.dtype, device=x.device))
-
-    u, w, b, c = (tuple(zero(x) for x in part) for part in (f.u, f.w, f.b, f.c))
-    queries = tuple((zero(q), zero(p)) for q, p in f.queries)
-    return Factors(zero(f.log_key), zero(f.log_value), u, w, b, c, queries)
-
-
-def _closed(log: Tensor | None, cut: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Logs from which differences can be taken: a decay of 0 is one that underflows."""
-    return None if log is None else cut(log.clamp(min=-104.0 if log.dtype == torch.float32 else -746.0))
-
-
-class _Chunk:
-    """All chunks of a layer; factors are [..., chunks, L, width]."""
-
-    def __init__(
-        self,
-        log_key: Tensor | None,
-        log_value: Tensor | None,
-        u: Rows,
-        w: Rows,
-        b: Rows,
-        c: Rows,
-        reset: Tensor | None,
-        size: int,
-    ) -> None:
-        self.size, self.b, self.c, self.u, self.rank = size, b, c, u, len(u)
-        # Cumulative logs, with the token (0) and without it (1).
-        self.key = _sums(log_key)
-        self.value = _sums(log_value)
-        token = torch.arange(size, device=b[0].device)
-        self.later = (token[:, None] >= token, token[:, None] > token)
-        self.fresh: Tensor | None = None  # [..., L]: no reset up to here
-        self.same: Tensor | None = None  # [..., L, L]: no reset between
-        if reset is not None:
-            run = reset.cumsum(-2)[..., 0]
-            self.fresh = run == 0
-            self.same = run[..., :, None] == run[..., None, :]
-        self.y: tuple[list[Tensor], list[Tensor]] = ([], [])  # Y = y[0] S_0 + y[1], a column of U each
-        if self.rank:
-            self._solve(w)
-
-    def _solve(self, w: Rows) -> None:
-        """Y by forward substitution, over all columns of all tokens of a chunk."""
-        rank, size = self.rank, self.size
-        rows = torch.cat([torch.cat([self.product(x, u, 1) for u in self.u], -1) for x in w], -2)
-        work = torch.cat([self.hat(x, 1) for x in w], -2)
-        gain = torch.cat(
-            [_total([self.product(x, b, 1) @ c for b, c in zip(self.b, self.c, strict=True)]) for x in w], -2
-        )
-        # Columns of one token do not see each other: ordered by token, the system is strictly lower triangular.
-        order = torch.arange(rank * size, device=rows.device).view(rank, size).T.flatten()
-        unit = torch.eye(rank * size, dtype=rows.dtype, device=rows.device) - rows[..., order, :][..., :, order]
-        both = torch.linalg.solve_triangular(
-            unit, torch.cat([work, gain], -1)[..., order, :], upper=False, unitriangular=True
-        )
-        back = torch.argsort(order)
-        both = both[..., back, :].unflatten(-2, (rank, size))
-        width = work.shape[-1]
-        self.y = ([x[..., :width] for x in both.unbind(-3)], [x[..., width:] for x in both.unbind(-3)])
-
-    def product(self, x: Tensor, z: Tensor, shift: int) -> Tensor:
-        """M_XZ [..., L, L]; shift 1: x reads the state before its token."""
-        mask = self.later[shift] if self.same is None else self.later[shift] & self.same
-        if self.key is None:
-            return torch.where(mask, x @ z.mT, torch.zeros((), dtype=x.dtype, device=x.device))
-        to, since = self.key[shift], self.key[0]
-        if to.shape[-1] == 1:
-            return (x @ z.mT) * _ratio(to - since.mT, mask, x)
-        ratio = _ratio(to[..., :, None, :] - since[..., None, :, :], mask[..., None], x)
-        return torch.einsum("...tk,...tsk,...sk->...ts", x, ratio, z)
-
-    def apply(self, m: Tensor, c: Tensor, shift: int) -> Tensor:
-        """M C, with the decay along the values."""
-        if self.value is None:
-            return m @ c
-        to, since = self.value[shift], self.value[0]
-        ratio = _ratio(to[..., :, None, :] - since[..., None, :, :], self.later[shift][..., None], c)
-        return torch.einsum("...ts,...tsv,...sv->...tv", m, ratio, c)
-
-    def hat(self, x: Tensor, shift: int) -> Tensor:
-        """X with the decays since the chunk's start; 0 behind a reset."""
-        x = x if self.key is None else x * self.key[shift].to(x.dtype).exp()
-        return (
-            x
-            if self.fresh is None
-            else torch.where(self.fresh[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
-        )
-
-    def to_end(self, z: Tensor, logs: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Z with the decays up to the chunk's end."""
-        return z if logs is None else z * (logs[0][..., -1:, :] - logs[0]).to(z.dtype).exp()
-
-    def transition(self) -> tuple[Tensor, Tensor]:
-        """S_L = keep ∘ S_0 + gain: keep is [..., K or 1, V or 1] (elementwise), or [..., K, K] with a transition."""
-        last = None if self.same is None else self.same[..., -1, :, None]
-
-        def ended(z: Tensor) -> Tensor:
-            z = self.to_end(z, self.key)
-            return z if last is None else torch.where(last, z, torch.zeros((), dtype=z.dtype, device=z.device))
-
-        gain = _total([ended(b).mT @ self.to_end(c, self.value) for b, c in zip(self.b, self.c, strict=True)])
-        like = self.b[0]
-        key = torch.ones_like(like[..., -1, :1]) if self.key is None else self.key[0][..., -1, :].to(like.dtype).exp()
-        if self.fresh is not None:
-            key = torch.where(self.fresh[..., -1, None], key, torch.zeros((), dtype=key.dtype, device=key.device))
-        if not self.rank:
-            value = (
-                torch.ones_like(like[..., -1, :1])
-                if self.value is None
-                else self.value[0][..., -1, :].to(like.dtype).exp()
-            )
-            return key[..., :, None] * value[..., None, :], gain
-        through = _total([ended(u).mT @ y for u, y in zip(self.u, self.y[0], strict=True)])
-        gain = gain + _total([ended(u).mT @ y for u, y in zip(self.u, self.y[1], strict=True)])
-        return torch.diag_embed(key.expand(*key.shape[:-1], like.shape[-1])) + through, gain
-
-    def carry(self, state: Tensor, keep: Tensor, gain: Tensor, n: int) -> Tensor:
-        """The state after chunk n."""
-        here = keep[..., n, :, :]
-        return (here @ state if self.rank else here * state) + gain[..., n, :, :]
-
-    def read(self, q: Tensor, before: Tensor, shift: int) -> Tensor:
-        """q_tᵀ S_t (shift 0) or q_tᵀ S_{t-1} (shift 1), [..., chunks, L, V]; before: S_0 of each chunk."""
-        o = self.hat(q, shift) @ before
-        if self.value is not None:
-            o = o * self.value[shift].to(o.dtype).exp()
-        for b, c in zip(self.b, self.c, strict=True):
-            o = o + self.apply(self.product(q, b, shift), c, shift)
-        for u, through, gain in zip(self.u, *self.y, strict=True):
-            o = o + self.product(q, u, shift) @ (through @ before + gain)
-        return o
-
-
-def _sums(log: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    if log is None:
-        return None
-    # In double: behind a strong decay a sum is large, and what counts is its differences to later ones.
-    with_token = log.double().cumsum(-2)
-    return with_token, with_token - log
-
-
-def _ratio(exponent: Tensor, mask: Tensor, like: Tensor) -> Tensor:
-    """exp where the mask is, else 0."""
-    low = torch.full((), -torch.inf, dtype=like.dtype, device=like.device)
-    return torch.where(mask, exponent.to(like.dtype), low).exp()
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+        state = t @ state + a if full else torch.addcmul(a, t, state)
+        if first is not None:
+            after.append(state)
+    return torch.stack(states, 1), after, state
 
 
 # --- Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients.
@@ -2334,10 +2658,12 @@ class ChunkKernels:
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
 
-    def takes(self, key: int, value: int, like: Tensor) -> bool:
+    def takes(self, key: int, value: int, device: torch.device) -> bool:
         """Whether there are kernels for this device and these sizes."""
-        on_device = like.device.type == "cuda" or self.interpreted
-        return on_device and 0 < key <= 256 and value > 0 and like.dtype in _PRECISION
+        return self.runs_on(device) and 0 < key <= 256 and value > 0
+
+    def runs_on(self, device: torch.device) -> bool:
+        return device.type == "cuda" or self.interpreted
 
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
@@ -2352,11 +2678,41 @@ class ChunkKernels:
         return found
 
     def layer(
-        self, call: Any, layer: Any, sizes: list[int], found: dict[str, Tensor], start: Tensor | None,
-        mask: Tensor | None, reset: Tensor | None, cu: Tensor | None = None,
-    ) -> tuple[list[Tensor], Tensor] | None:  # fmt: skip
+        self, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
+        start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+    ) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
         """`matrix_layer` with these kernels."""
-        return matrix_layer(self, call, layer, sizes, found, start, mask, reset, cu)
+        return matrix_layer(self, call, layer, sizes, widths, found, start, mask, reset, cu)
+
+    def step(
+        self, call: Any, layer: Any, outer: list[int], found: dict[str, Tensor], states: list[Tensor],
+        slots: Tensor | None,
+    ) -> list[Tensor] | None:  # fmt: skip
+        """One token, in place: each component's readout [B, 1, G, V] as its state [rows, G, K, V] moves on, in the rows
+        that `slots` [B] names. None: not for the kernel."""
+        f = _LayerFactors(call, layer, tuple(outer), found, None, None)
+        sides = [(n, shift) for n, shift in (("q0", 0), ("p0", 1)) if n in f]
+        if not _simple(layer, f) or layer.columns != 1 or len(layer.reads) != 1 or len(sides) != 1:
+            return None
+        if not all(self.takes(s.shape[2], s.shape[3], s.device) and s.dtype == torch.float32 for s in states):
+            return None
+        name, shift = sides[0]
+        dtype = call.dtype if all(p[0] in layer.shown for p in layer.reads[0].parts) else torch.float32
+        q, b, log = _laid(f.rows(name)), _laid(f.rows("b0")), f.log()
+        outputs = []
+        for j, state in enumerate(states):
+            c = _laid(f.rows(f"c0_{j}" if j else "c0", layer.vectors[j]))
+            batch, _, lanes, key = q.shape
+            value = state.shape[3]
+            y = torch.empty(batch, 1, lanes, value, dtype=dtype, device=q.device)
+            bk, bv = _block(key), min(_block(value), 64)
+            kind = 0 if log is None else log.dim() - 2
+            self.table.step[(batch * lanes * -(-value // bv),)](
+                state, q, b, c, log, y, slots, *state.stride(), *_rows_of(q, b, c, log), lanes, f.scale(name), kind,
+                shift, key, value, bk, bv, num_warps=4 if bk * bv >= 4096 else 1,
+            )  # fmt: skip
+            outputs.append(y)
+        return outputs
 
     # --- launches
 
@@ -2522,62 +2878,107 @@ class ChunkKernels:
 
 
 def matrix_layer(
-    kernels: ChunkKernels, call: Any, layer: Any, sizes: list[int], found: dict[str, Tensor], start: Tensor | None,
-    mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
-) -> tuple[list[Tensor], Tensor] | None:  # fmt: skip
-    """The linear readouts of a layer, [B, T, G, V] each, and its last state [N, G, K, V]; None: not for the kernels.
+    kernels: ChunkKernels, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
+    start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
+    """The linear readouts of a layer, [B, T, G, V] of each component, and the components' last states [N, G, K, V];
+    None: not for the kernels.
 
-    sizes: outer, key and value; found: the layer's factors; start [N, G, K, V]; mask, reset: [B, T] bool. Readouts of S
-    and of prev.S, and columns of the injection, add up: one scan for each.
+    sizes: outer and key; widths: of the components over the value; found: the factors that are not plain; start: [N, G,
+    K, all widths]; mask, reset: [B, T] bool. Readouts of S and of prev.S, and columns of the injection, add up, and
+    components share no column: one scan for each.
     """
-    batch, length = call.leading
-    outer, key, value = sizes[: layer.outer], sizes[layer.outer], 1 if layer.vector else sizes[-1]
-    like = found["b0"]
-    if layer.rank or "log_value" in found or not layer.reads or not length or not kernels.takes(key, value, like):
+    outer, key = tuple(sizes[:-1]), sizes[-1]
+    f = _LayerFactors(call, layer, outer, found, mask, reset)
+    if not _simple(layer, f) or not all(kernels.takes(key, width, call.device) for width in widths):
         return None
-    lanes = prod(call.lanes) * prod(outer)
+    dtypes = [call.dtype if all(p[0] in layer.shown for p in r.parts) else torch.float32 for r in layer.reads]
+    columns = [f.rows(f"b{k}") for k in range(layer.columns)]
+    log = f.log()
+    queries = [
+        [(f.rows(n), s, f.scale(n)) for n, s in ((f"q{r}", 0), (f"p{r}", 1)) if n in f] for r in range(len(dtypes))
+    ]
+    outputs: list[list[Tensor]] = [[] for _ in queries]
+    states = []
+    starts = [None] * len(widths) if start is None else torch.split(start, widths, -1)
+    for j, begin in enumerate(starts):
+        values = [f.rows(f"c{k}_{j}" if j else f"c{k}", layer.vectors[j]) for k in range(layer.columns)]
+        final: Tensor | None = None
+        for r, query in enumerate(queries):
+            total: Tensor | None = None
+            for q, shift, scale in query:
+                q = f.fresh(q) if shift else q
+                ends = []
+                for k, (b, c) in enumerate(zip(columns, values, strict=True)):
+                    y, end = kernels.scan(q, b, c, log, None if k else begin, cu, shift, scale, dtypes[r])
+                    total = y if total is None else total + y
+                    ends.append(end)
+                final = sum(ends[1:], ends[0]) if final is None else final
+            assert total is not None
+            outputs[r].append(total)
+        assert final is not None
+        states.append(final)
+    return outputs, states
 
-    def rows(name: str, width: tuple[int, ...] = (-1,)) -> Tensor:
-        x = found[name]
-        x = x.expand(batch, length, *call.lanes, *outer, *width)
-        return x.reshape(batch, length, lanes, *width)
 
-    def factor(name: str) -> Tensor:
-        if layer.vector and name[0] == "c":
-            return rows(name, ()).unsqueeze(-1).to(dtype)
-        return rows(name).to(dtype)
+def _simple(layer: Any, f: _LayerFactors) -> bool:
+    """Whether the kernels know this kind of layer."""
+    other = any(name in f for name in ("log_value", "decay", "decay_key", "decay_value"))
+    if other or layer.rank or not layer.reads or any(r.extra for r in layer.reads):
+        return False
+    return all(f.call.leading) and f.call.compute == torch.float32
 
-    dtype = call.dtype if call.dtype in _PRECISION else torch.float32
-    log = rows("log", ()) if "log" in found else rows("log_key") if "log_key" in found else None
-    on = None if mask is None else mask[..., None, None]
-    if log is not None and on is not None:
-        log = torch.where(on if log.dim() == 4 else on[..., 0], log, 0.0)
-    if reset is not None:
-        cut = reset[..., None] if log is None or log.dim() == 3 else reset[..., None, None]
-        log = torch.where(cut, -torch.inf, 0.0 if log is None else log)
-        log = log.expand(batch, length, lanes) if log.dim() == 3 else log
-    outputs: list[Tensor] = []
-    final = None
-    columns = [(factor(f"b{k}"), factor(f"c{k}")) for k in range(layer.columns)]
-    for r in range(len(layer.reads)):
-        total = None
-        for name, shift in ((f"q{r}", 0), (f"p{r}", 1)):
-            if name not in found:
-                continue
-            q = factor(name)
-            if shift and reset is not None:
-                q = torch.where(reset[..., None, None], 0.0, q)  # what is before a restart is nothing
-            ends = []
-            for k, (b, c) in enumerate(columns):
-                b = b if on is None else torch.where(on, b, 0.0)
-                y, end = kernels.scan(q, b, c, log, None if k else start, cu, shift, 1.0, call.dtype)
-                total = y if total is None else total + y
-                ends.append(end)
-            final = sum(ends[1:], ends[0]) if final is None else final
-        assert total is not None
-        outputs.append(total)
-    assert final is not None
-    return outputs, final
+
+class _LayerFactors:
+    """A layer's factors as [B, T, G, width]: plain ones in their own dtype, others in that of the outputs."""
+
+    def __init__(
+        self, call: Any, layer: Any, outer: tuple[int, ...], found: dict[str, Tensor], mask: Tensor | None,
+        reset: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.call, self.outer, self.found, self.plain = call, outer, found, layer.plain
+        self.scales = layer.scales(call.n)
+        self.mask, self.reset = mask, reset
+        self.shape = (*call.leading, prod(call.lanes) * prod(outer))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.found or name in self.plain
+
+    def scale(self, name: str) -> float:
+        return float(self.scales.get(name, 1.0))
+
+    def rows(self, name: str, vector: bool = False) -> Tensor:
+        """`vector`: without a width of its own, which is 1 then."""
+        if name in self.plain:
+            x = self.call.inputs[self.plain[name]]
+            x = spread(x, x.dim() - len(self.outer) - (not vector), self.call.lanes)
+        else:
+            x = self.found[name]
+            if name[:3] != "log":
+                x = x.to(self.call.dtype)
+        own = () if vector else x.shape[-1:]
+        x = x.expand(*self.call.leading, *self.call.lanes, *self.outer, *own).reshape(*self.shape, *own)
+        x = x.unsqueeze(-1) if vector and name[:3] != "log" else x
+        return x if self.mask is None or name[:3] == "log" else torch.where(self.mask[..., None, None], x, 0.0)
+
+    def log(self) -> Tensor | None:
+        """[B, T, G] or [B, T, G, K]; 0 at tokens that do not count, -inf before a restart."""
+        log = self.rows("log", True) if "log" in self else self.rows("log_key") if "log_key" in self else None
+        if self.mask is not None and log is not None:
+            log = torch.where(self._over(self.mask, log), log, 0.0)
+        if self.reset is not None:
+            if log is None:
+                log = torch.zeros((), device=self.call.device).expand(self.shape)
+            log = torch.where(self._over(self.reset, log), -torch.inf, log)
+        return log
+
+    def fresh(self, p: Tensor) -> Tensor:
+        """Queries of prev.S, which is nothing at a restart."""
+        return p if self.reset is None else torch.where(self.reset[..., None, None], 0.0, p)
+
+    @staticmethod
+    def _over(flag: Tensor, like: Tensor) -> Tensor:
+        return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
 
 
 class _ChunkScan(torch.autograd.Function):
@@ -2623,6 +3024,11 @@ def _strides(*factors: Tensor | None) -> list[int]:
     return [s for x in factors for s in _places(x)]
 
 
+def _rows_of(*factors: Tensor | None) -> list[int]:
+    """Strides of the batch and the lanes."""
+    return [s for x in factors for s in ((0, 0) if x is None else (x.stride(0), x.stride(2)))]
+
+
 def _matrices(n: Lanes, count: int, like: Tensor) -> Tensor:
     return torch.empty(count, n.lanes, n.key, n.value, dtype=torch.float32, device=like.device)
 
@@ -2641,11 +3047,11 @@ def _multiprocessors(device: torch.device) -> int:
     return _MULTIPROCESSORS[device]
 
 
-# --- A spec layer by layer: matrix states in chunks, what is pointwise by the blocked scan, then the readout.
+# --- A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout.
 
 
 class Scanned(NamedTuple):
-    """A layer of small components: its own lift, combine and advance, of what its elements hold."""
+    """Layers of small components: their own lift, combine and advance, of what their elements hold."""
 
     components: tuple[str, ...]
     lift: Callable[..., Values]
@@ -2653,62 +3059,121 @@ class Scanned(NamedTuple):
     advance: Callable[..., Values]
 
 
-class Chunked(NamedTuple):
-    """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ.
+class Reads(NamedTuple):
+    """What one query reads: (name, of which component, where its axes are among outer, extra, value) for each part.
+    `extra`: how many axes tell apart the vectors of a token."""
 
-    factors(x, s, prev, p, n) gives log (or log_key) and log_value, u0, w0, ..., b0, c0, ... and the queries q0, p0, ...
-    where there are some, [..., *outer, width]; log, and c of a vector component, which has no value dim, [..., *outer].
-    `reads` names the linear parts y in their order; `order`: where outer, key and value stand among the dims.
+    extra: int
+    parts: tuple[tuple[str, int, tuple[int, ...]], ...]
+
+
+class Chunked(NamedTuple):
+    """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ; several components that differ in C alone are one S.
+
+    factors(x, s, prev, p, n) gives log or decay (one number a token), log_key or decay_key, log_value or decay_value,
+    u0, w0, ..., b0, c0, ... (c0_1, ... of the second component) and the queries q0, p0, ... where there are some,
+    [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and c of a vector.
+    orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
+    plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
+    numbers that multiply some of them. shown: linear parts that are outputs as they stand.
     """
 
-    component: str
+    components: tuple[str, ...]
     factors: Callable[..., Values]
     rank: int
     columns: int
-    reads: tuple[str, ...]
-    order: tuple[int, ...]
+    reads: tuple[Reads, ...]
+    orders: tuple[tuple[int, ...], ...]
     outer: int
-    vector: bool
+    vectors: tuple[bool, ...]
+    plain: Mapping[str, str]
+    scales: Callable[..., dict[str, float]]
+    shown: tuple[str, ...]
+
+    @property
+    def vector(self) -> bool:
+        return all(self.vectors)
+
+
+class _Given(NamedTuple):
+    """What a call says beside its tensors."""
+
+    initial: Values | None
+    mask: Tensor | None
+    reset: Tensor | None
+    cu_seqlens: Tensor | None
+    sequences: int
 
 
 def run_layers(
     spec: Spec, rules: Rules, call: Call, x: Values, p: Values, initial: Values | None, mask: Tensor | None,
-    reset: Tensor | None,
+    reset: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Values, Values]:  # fmt: skip
     """As `run_scan`, for a spec whose rules have `layers` and `readout`."""
     x = fill_masked(x, mask)
     params, n, leading = SimpleNamespace(**p), call.n, call.leading
+    rows = leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    given = _Given(initial, mask, reset, cu_seqlens, rows)
     slots = {s.name: s for s in spec.components}
     after: Values = {}
     before: Values = {}
     final: Values = {}
-    tokens = SimpleNamespace(**x)
+    tokens = Tokens(x)
     for layer in rules.layers:
         if isinstance(layer, Scanned):
-            prefix, previous, end = _scanned(spec, rules, call, layer, x, params, initial, mask, reset)
+            prefix, previous, end = _scanned(spec, rules, call, layer, x, params, given)
             after |= fill_masked(prefix, mask)  # what is read of padding may be infinite and must not meet a gradient
             before |= fill_masked(previous, mask)
-            final |= end
-            continue
-        found = layer.factors(tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n)
-        kernels = getattr(rules, "matrices", None)
-        outputs, state = _chunked(spec, call, layer, found, initial, mask, reset, kernels)
-        after |= fill_masked(outputs, mask)
-        final[layer.component] = state
+        else:
+            found = layer.factors(tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n)
+            outputs, end = _chunked(spec, call, layer, found, given, tokens, getattr(rules, "matrices", None))
+            after |= fill_masked(outputs, mask)
+        final |= end
     answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
     outputs = {s.name: as_output(answer[s.name], s, call, leading) for s in spec.outputs}
     if mask is not None:
-        outputs = {
-            k: torch.where(_over(mask, o), o, torch.zeros((), dtype=o.dtype, device=o.device))
-            for k, o in outputs.items()
-        }
-    return outputs, {k: as_state(final[k], slots[k], call, leading[:1]) for k in spec.live}
+        outputs = {k: torch.where(_flag(mask, o), o, torch.zeros_like(o)) for k, o in outputs.items()}
+    return outputs, {k: as_state(final[k], slots[k], call, (rows,)) for k in spec.live}
+
+
+def step_layers(spec: Spec, rules: Rules, call: Call, state: Values, slots: Tensor | None) -> Values | None:
+    """One token by kernel: outputs [B, *lanes, *dims], while `state` moves on in place, in the rows that `slots` names.
+
+    None, and nothing has changed, where there is no kernel for it or a gradient is wanted.
+    """
+    wanted = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (*call.inputs.values(), *call.params.values(), *state.values())
+    )
+    if wanted or spec.taps or len(rules.layers) != 1 or isinstance(rules.layers[0], Scanned):
+        return None
+    layer = rules.layers[0]
+    now = replace(call, inputs={k: x.unsqueeze(1) for k, x in call.inputs.items()}, leading=(*call.leading, 1))
+    x, p = prepared(spec, now, {}, True)
+    tokens, params, none = Tokens(x), SimpleNamespace(**p), SimpleNamespace()
+    slots_of = [next(s for s in spec.components if s.name == name) for name in layer.components]
+    outer = [call.sizes[slots_of[0].dims[k]] for k in layer.orders[0][: layer.outer]]
+    states = []
+    for name, order, vector in zip(layer.components, layer.orders, layer.vectors, strict=True):
+        s = state[name]
+        front = s.dim() - len(order)
+        s = s.permute(*range(front), *(front + k for k in order))
+        s = s.unsqueeze(-1) if vector else s
+        if not state[name].is_contiguous() or list(order[: layer.outer]) != list(range(layer.outer)):
+            return None
+        states.append(s.flatten(1, -3) if s.dim() > 3 else s.unsqueeze(1))
+    found = layer.factors(tokens, none, none, params, call.n)
+    read = rules.matrices.step(now, layer, outer, found, states, slots)
+    if read is None:
+        return None
+    y = _linear_parts(now, layer, [()], [read], outer)
+    answer = rules.readout(SimpleNamespace(**y), none, tokens, params, call.n)
+    return {s.name: as_output(answer[s.name], s, now, now.leading).squeeze(1) for s in spec.outputs}
 
 
 def _scanned(
-    spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, initial: Values | None,
-    mask: Tensor | None, reset: Tensor | None,
-) -> tuple[Values, Values, Values]:  # fmt: skip
+    spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, given: _Given
+) -> tuple[Values, Values, Values]:
+    """The prefixes of every token, those before it, and the final state."""
     slots = {s.name: s for s in spec.components}
     n = call.n
 
@@ -2728,81 +3193,132 @@ def _scanned(
         return {**{f"s.{k}": v for k, v in prefix.items()}, **{f"prev.{k}": v for k, v in (previous or {}).items()}}
 
     empty = start_state(spec, rules, call, layer.components)
-    begin = None if initial is None else {k: initial[k] for k in layer.components}
+    begin = None if given.initial is None else {k: given.initial[k] for k in layer.components}
     found, final = scan_tokens(
-        lift, rule(layer.combine), rule(layer.advance), output, x, empty, begin, valid=mask, reset=reset, previous=True
-    )
-    if not final:
-        final = {k: as_state(v, slots[k], call, call.leading[:1]) for k, v in empty.items()}
+        lift, rule(layer.combine), rule(layer.advance), output, x, empty, begin, valid=given.mask, reset=given.reset,
+        cu_seqlens=given.cu_seqlens, previous=True,
+    )  # fmt: skip
+    final = {k: as_state((final or empty)[k], slots[k], call, (given.sequences,)) for k in empty}
     parts = [{k: found[f"{side}.{k}"] for k in layer.components} for side in ("s", "prev")]
     return parts[0], parts[1], final
 
 
 def _chunked(
-    spec: Spec,
-    call: Call,
-    layer: Chunked,
-    found: Values,
-    initial: Values | None,
-    mask: Tensor | None,
-    reset: Tensor | None,
-    kernels: Any,
-) -> tuple[Values, Tensor]:
-    """The layer's linear readouts by name and its final state [B, *lanes, *dims]."""
-    slot = next(s for s in spec.components if s.name == layer.component)
-    sizes = [call.sizes[slot.dims[k]] for k in layer.order]
-    outer = sizes[: layer.outer]
+    spec: Spec, call: Call, layer: Chunked, found: Values, given: _Given, tokens: Tokens, kernels: Any
+) -> tuple[Values, Values]:
+    """The layer's linear readouts by name, and its final states [N, *lanes, *dims]."""
+    slots = [next(s for s in spec.components if s.name == name) for name in layer.components]
+    dtype = call.of_kind(slots[0].kind)
+    ordered = [[call.sizes[s.dims[k]] for k in order] for s, order in zip(slots, layer.orders, strict=True)]
+    outer, key = ordered[0][: layer.outer], ordered[0][layer.outer]
+    widths = [1 if vector else sizes[-1] for vector, sizes in zip(layer.vectors, ordered, strict=True)]
     batch, length = call.leading
     lanes = prod(call.lanes) * prod(outer)
+    start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
+    if kernels is not None:
+        begin = None if given.initial is None else start
+        flags = given.mask, given.reset, given.cu_seqlens
+        done = kernels.layer(call, layer, [*outer, key], widths, found, begin, *flags)
+        if done is not None:
+            single = [()] * len(layer.reads)
+            return _linear_parts(call, layer, single, done[0], outer), _matrix_states(call, layer, ordered, done[1])
+    scales = layer.scales(call.n)
+    found = {**found, **{k: getattr(tokens, x) * scales.get(k, 1) for k, x in layer.plain.items()}}
+    if len(slots) > 1:
+        found = {**found, **{f"c{k}": _side_by_side(found, f"c{k}", layer.vectors) for k in range(layer.columns)}}
 
-    def rows(name: str) -> Any:
-        """[B, G, T, width]: lanes and outer dims as one axis, before time."""
-        if name not in found:
-            return None
-        value = found[name].to(call.compute)
-        if name == "log" or (layer.vector and name[0] == "c"):
+    def rows(name: str, extra: int = 0) -> Tensor:
+        """[B, T, G, *extra, width]: lanes and outer dims as one axis."""
+        value = found[name].to(dtype)
+        if name in ("log", "decay") or (layer.vector and name[0] == "c"):
             value = value.unsqueeze(-1)
-        value = value.expand(batch, length, *call.lanes, *outer, value.shape[-1])
-        return value.reshape(batch, length, lanes, value.shape[-1]).transpose(1, 2)
+        own = value.shape[value.dim() - 1 - extra :]
+        return value.expand(batch, length, *call.lanes, *outer, *own).reshape(batch, length, lanes, *own)
 
     def columns(letter: str, count: int) -> tuple[Tensor, ...]:
         return tuple(rows(f"{letter}{k}") for k in range(count))
 
-    key, value = sizes[layer.outer], 1 if layer.vector else sizes[-1]
-    if initial is None:
-        start = torch.zeros(batch, lanes, key, value, dtype=call.compute, device=call.device)
-    else:
-        rank = len(slot.dims)
-        given = initial[layer.component]
-        front = list(range(given.dim() - rank))
-        given = given.permute(*front, *(given.dim() - rank + k for k in layer.order))
-        start = given.reshape(batch, lanes, key, value)
-    done = None if kernels is None else kernels.layer(call, layer, sizes, found, start, mask, reset)
-    if done is not None:
-        outputs, state = done
-    else:
-        queries = tuple((rows(f"q{k}"), rows(f"p{k}")) for k in range(len(layer.reads)))
-        factors = Factors(
-            rows("log" if "log" in found else "log_key"), rows("log_value"),
-            columns("u", layer.rank), columns("w", layer.rank), columns("b", layer.columns),
-            columns("c", layer.columns), queries,
-        )  # fmt: skip
-        across, state = chunk_scan(
-            factors, start, None if mask is None else mask[:, None], None if reset is None else reset[:, None]
-        )
-        outputs = [o.transpose(1, 2) for o in across]
-    y = {}
-    for name, o in zip(layer.reads, outputs, strict=True):
-        whole = o.reshape(batch, length, *call.lanes, *outer, value)
-        y[name] = whole[..., 0] if layer.vector else whole
-    state = state.reshape(batch, *call.lanes, *sizes[: len(layer.order)] if not layer.vector else (*outer, key))
-    front = list(range(1 + len(call.lanes)))
-    back = [layer.order.index(k) + len(front) for k in range(len(slot.dims))]
-    return y, state.permute(*front, *back)
+    def queries(letter: str) -> list[list[Tensor]]:
+        """The vectors of each query; none if it does not read there."""
+        return [
+            list(rows(f"{letter}{k}", r.extra).flatten(3, -2).unbind(3) if r.extra else (rows(f"{letter}{k}"),))
+            if f"{letter}{k}" in found
+            else []
+            for k, r in enumerate(layer.reads)
+        ]
+
+    def step(*names: str) -> Step | None:
+        name = next((k for k in names if k in found), None)
+        return None if name is None else Step(rows(name), name.startswith("log"))
+
+    q, p = queries("q"), queries("p")
+    factors = Factors(
+        step("log", "log_key", "decay", "decay_key"), step("log_value", "decay_value"), columns("u", layer.rank),
+        columns("w", layer.rank), columns("b", layer.columns), columns("c", layer.columns),
+        tuple(x for xs in q for x in xs), tuple(x for xs in p for x in xs),
+    )  # fmt: skip
+    after, prior, state = chunk_scan(factors, start, given.mask, given.reset, given.cu_seqlens)
+    from_q, from_p = iter(after), iter(prior)
+    reads, several = [], []
+    for k, (of_q, of_p, r) in enumerate(zip(q, p, layer.reads, strict=True)):
+        sides = [torch.stack([next(it) for _ in vs], 3) for it, vs in ((from_q, of_q), (from_p, of_p)) if vs]
+        total = sides[0] if len(sides) == 1 else sides[0] + sides[1]
+        query = found.get(f"q{k}", found.get(f"p{k}"))
+        assert query is not None
+        several.append(tuple(query.shape[query.dim() - 1 - r.extra : -1]))
+        reads.append(torch.split(total if r.extra else total.squeeze(3), widths, -1))
+    states = torch.split(state, widths, -1)
+    return _linear_parts(call, layer, several, reads, outer), _matrix_states(call, layer, ordered, states)
 
 
-def _over(flag: Tensor, like: Tensor) -> Tensor:
-    return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
+def _side_by_side(found: Values, name: str, vectors: tuple[bool, ...]) -> Tensor:
+    """C of all components as one, [..., widths together]."""
+    parts = [found[name if not j else f"{name}_{j}"] for j in range(len(vectors))]
+    parts = [x.unsqueeze(-1) if vector else x for x, vector in zip(parts, vectors, strict=True)]
+    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in parts))
+    return torch.cat([x.expand(*lead, x.shape[-1]) for x in parts], -1)
+
+
+def _matrix_start(
+    call: Call, layer: Chunked, ordered: list[list[int]], widths: list[int], given: _Given, lanes: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """[N, G, K, V] before the first tokens."""
+    key = ordered[0][layer.outer]
+    if given.initial is None:
+        return torch.zeros(given.sequences, lanes, key, sum(widths), dtype=dtype, device=call.device)
+    parts = []
+    for name, order, width in zip(layer.components, layer.orders, widths, strict=True):
+        x = given.initial[name]
+        front = x.dim() - len(order)
+        x = x.permute(*range(front), *(front + k for k in order))
+        parts.append(x.reshape(given.sequences, lanes, key, width))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(dtype)
+
+
+def _linear_parts(
+    call: Call, layer: Chunked, several: Sequence[tuple[int, ...]], reads: Sequence[Sequence[Tensor]], outer: list[int]
+) -> Values:
+    """The linear parts by name; reads: [B, T, G, (vectors,) V] of each component; several: how many vectors."""
+    y: Values = {}
+    front = 2 + len(call.lanes)
+    for r, extra, each in zip(layer.reads, several, reads, strict=True):
+        for name, component, axes in r.parts:
+            part = each[component]
+            part = part.reshape(*call.leading, *call.lanes, *outer, *extra, part.shape[-1])
+            part = part[..., 0] if layer.vectors[component] else part
+            y[name] = part.permute(*range(front), *(front + a for a in axes))
+    return y
+
+
+def _matrix_states(call: Call, layer: Chunked, ordered: list[list[int]], states: Sequence[Tensor]) -> Values:
+    """[N, G, K, V] as the components' own tensors."""
+    final: Values = {}
+    front = 1 + len(call.lanes)
+    for name, order, sizes, x in zip(layer.components, layer.orders, ordered, states, strict=True):
+        x = x.reshape(x.shape[0], *call.lanes, *sizes)
+        final[name] = x.permute(*range(front), *(front + order.index(k) for k in range(len(order))))
+    return final
 
 
 # --- The scan as an operator of torch: one graph node for torch.compile, with its own backward.
@@ -2863,9 +3379,32 @@ class Operator:
         params = list(call.params.values())
         begin = [] if initial is None else [initial[s.name] for s in self.live]
         save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *params, *begin))
-        results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
+        if torch.compiler.is_compiling():
+            results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
+        else:  # the same without the dispatcher, whose first call imports half of torch
+            given = Given(inputs, params, begin, mask, reset, cu_seqlens)
+            apply: Any = Eager.apply
+            results = apply(self, given, *inputs, *params, *begin) if save else self._launch(given, False)
         outputs = {s.name: x for s, x in zip(self.spec.outputs, results, strict=False)}
         return outputs, {s.name: x for s, x in zip(self.live, results[len(outputs) :], strict=False)}
+
+    def steps(self, call: Call, state: Values | None) -> bool:
+        """Whether the step kernel takes this token: no gradient is wanted, no taps, a state in the kernels' dtype."""
+        if not self._kernels(call) or self.extras or torch.compiler.is_compiling():
+            return False
+        tensors = (*call.inputs.values(), *call.params.values(), *(state or {}).values())
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return False
+        return state is None or all(
+            state[s.name].dtype == call.of_kind(s.kind) and state[s.name].is_contiguous() for s in self.live
+        )
+
+    def step(self, call: Call, state: Values, slots: Tensor | None) -> Any:
+        """One token by the step kernel: `state` [rows, ...] moves on in place, in the rows that `slots` names."""
+        found = self.kernels.step_in_place(
+            [state[s.name] for s in self.live], list(call.inputs.values()), list(call.params.values()), slots
+        )
+        return found[0] if len(found) == 1 else tuple(found)
 
     def _register(self, name: str) -> None:
         forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
@@ -2883,18 +3422,34 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         if self._kernels(self._call(given)):
-            outputs, finals, saved = self.kernels.scan_forward(
-                inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
-            )
-            return [*outputs, *finals, *saved]
+            return self._launch(given, save)
         found, final = self._run(given)
         results = (*found.values(), *(final[s.name] for s in self.live))
         return [x.clone(memory_format=torch.contiguous_format) for x in results]
 
+    def _launch(self, given: Given, save: bool) -> list[Tensor]:
+        inputs, params, initial, mask, reset, cu_seqlens = given
+        outputs, finals, saved = self.kernels.scan_forward(
+            inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
+        )
+        return [*outputs, *finals, *saved]
+
+    def _launch_backward(self, given: Given, grads: list[Tensor], results: list[Tensor]) -> list[Tensor | None]:
+        """Gradients of inputs, params and the initial state in one list, None where there is none."""
+        inputs, params, initial, mask, reset, cu_seqlens = given
+        count = len(self.spec.outputs)
+        found = self.kernels.scan_backward(
+            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
+            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+        )  # fmt: skip
+        parts = zip(found, (inputs, params, initial), strict=True)
+        return [g for part, like in parts for g in (part or [None] * len(like))]
+
     def _run(self, given: Given) -> tuple[Values, Values]:
         call = self._call(given)
         taps = zip(self.extras, given.inputs[len(self.spec.inputs) :], strict=True)
-        x, p = prepared(self.spec, call, {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps})
+        lags = {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps}
+        x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
         begin = {s.name: v for s, v in zip(self.live, given.initial, strict=True)} if given.initial else None
         return run_scan(self.spec, self.rules, call, self.fold, x, p, begin, given.mask, given.reset, given.cu_seqlens)
 
@@ -2911,7 +3466,9 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call):
             slots = {s.name: s for s in self.live}
-            results += [empty(call.leading, slots[k]) for k in self.kernels.saved_components(call.dtype)]
+            flagged = given.mask is not None or given.reset is not None
+            saved = self.kernels.saved_components(call.dtype, flagged)
+            results += [empty(call.leading, slots[k]) for k in saved]
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -2942,23 +3499,12 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         everything = [*inputs, *params, *initial]
-        if self._kernels(self._call(given)):
-            count = len(self.spec.outputs)
-            found = self.kernels.scan_backward(
-                grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-                results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
-            )  # fmt: skip
-            flat = [
-                g
-                for part, like in zip(found, (inputs, params, initial), strict=True)
-                for g in (part or [None] * len(like))
-            ]
-        else:
-            flat = self._transpose(given, grads)
+        kernels = self._kernels(self._call(given))
+        flat = self._launch_backward(given, grads, results) if kernels else self._transpose(given, grads)
         return [
             torch.zeros(x.shape, dtype=x.dtype, device=x.device)
             if g is None
-            else g.clone(memory_format=torch.contiguous_format)
+            else (g if kernels else g.clone(memory_format=torch.contiguous_format))
             for g, x in zip(flat, everything, strict=True)
         ]
 
@@ -2979,6 +3525,30 @@ class Operator:
             results, cotangents = ([pair[side] for pair in reached] for side in (0, 1))
             found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))
         return [next(found) if x.requires_grad else None for x in leaves]
+
+
+class Eager(torch.autograd.Function):
+    """The kernels under autograd, outside of compiled graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, given: Given, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = operator._launch(given, True)
+        ctx.operator, ctx.counts = operator, [len(part) for part in given[:3]]
+        ctx.flags, ctx.results = given[3:], len(operator.spec.outputs) + len(operator.live)
+        ctx.save_for_backward(*tensors, *results)
+        ctx.mark_non_differentiable(*(x for x in results if not _smooth(x)))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        parts: list[list[Tensor]] = []
+        for count in ctx.counts:
+            parts.append(saved[:count])
+            saved = saved[count:]
+        given = Given(parts[0], parts[1], parts[2], *ctx.flags)
+        dense = [g.contiguous() for g in grads[: ctx.results]]
+        return (None, None, *ctx.operator._launch_backward(given, dense, saved))
 
 
 def token_code(mask: Tensor | None, reset: Tensor | None) -> Tensor | None:
@@ -3022,11 +3592,24 @@ class Aggregator:
     Inputs are [B, T, *lanes, *dims] in the spec's order, params [*lanes, *dims] or [*dims]; see `help(agg)`.
     """
 
-    def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None, plain: bool = False) -> None:
-        """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points; `plain`: never a custom op."""
+    def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None) -> None:
+        """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points. With a rule from Python (then
+        `rules.extern` is what makes an aggregator of one, and this one) calls are plain PyTorch, never a custom op."""
         self.spec, self.rules, self.fold_order = spec, rules, fold
-        self.operator = None if plain else Operator(spec, rules, fold, kernels)
+        self.operator = None if hasattr(rules, "extern") else Operator(spec, rules, fold, kernels)
         self.__name__ = spec.name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Aggregator:
+        """Itself, as it holds nothing that trains; with a rule from Python, one with a copy of the rule."""
+        if not hasattr(self.rules, "extern"):
+            return self
+        make, rule = self.rules.extern
+        own = deepcopy(rule, memo)
+        copied: Aggregator = make(own)
+        copied.__class__ = type(self)
+        for name, value in vars(self).items():
+            vars(copied).setdefault(name, own if value is rule else value)
+        return copied
 
     def __repr__(self) -> str:
         named = ", ".join(s.name for s in (*self.spec.inputs, *self.spec.params))
@@ -3069,7 +3652,7 @@ class Aggregator:
         if self.operator is not None and self.operator.wanted(call, return_state or state is not None):
             outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
         else:
-            x, p = prepared(self.spec, call, lags)
+            x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
             outputs, final = run_scan(
                 self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
             )
@@ -3081,7 +3664,16 @@ class Aggregator:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
         call = bind_call(self.spec, args, kwargs, tokens=False)
         before = self._checked(call, state, call.leading[0])
+        if self.operator is not None and self.operator.steps(call, before):
+            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
+            return self.operator.step(call, after, None), after
         lags, tails = tap_token(self.spec, call, before)
+        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
+            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
+            moved = self.rules.stepped(self.spec, self.rules, call, after, None)
+            if moved is not None:
+                outs = tuple(moved[s.name] for s in self.spec.outputs)
+                return outs[0] if len(outs) == 1 else outs, after
         x, p = prepared(self.spec, call, lags)
         if before is None:
             before = self._start(call)
@@ -3096,8 +3688,17 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
+        call = bind_call(self.spec, args, kwargs, tokens=False)
+        self._checked(call, state, check_slots(self.spec, slots, call, state))
         if slots is not None and self.fold_order == "tree":
             return self._push_rows(state, slots, *args, **kwargs)
+        if self.operator is not None and self.operator.steps(call, state):
+            return self.operator.step(call, state, slots)
+        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
+            moved = self.rules.stepped(self.spec, self.rules, call, state, slots)
+            if moved is not None:
+                outs = tuple(moved[s.name] for s in self.spec.outputs)
+                return outs[0] if len(outs) == 1 else outs
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
         out, after = self.step(rows, *args, **kwargs)
         if self.fold_order == "tree":
@@ -3192,7 +3793,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='7a7d58a3968b59ab',
+    digest='5ddc0a06904c0074',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',)),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),
@@ -3205,7 +3806,7 @@ SPEC = Spec(
 )
 
 LAYERS = (
-    Chunked('S', factors_0, rank=0, columns=1, reads=('y_S',), order=(0, 1), outer=0, vector=False),
+    Chunked(('S',), factors_0, rank=0, columns=1, reads=(Reads(0, (('y_S', 0, (0,)),)), ), orders=((0, 1),), outer=0, vectors=(False,), plain={'log_key': 'g', 'b0': 'k', 'c0': 'v', 'q0': 'q'}, scales=lambda n: {'q0': 1 / math.sqrt(n.K)}, shown=('y_S',)),
 )
 
-gla = Aggregator(SPEC, SimpleNamespace(lift=lift, combine=combine, advance=advance, output=output, identity=identity, layered=run_layers, layers=LAYERS, readout=readout, matrices=ChunkKernels(CHUNK_KERNELS)), fold="scan", kernels=KERNELS)
+gla = Aggregator(SPEC, SimpleNamespace(lift=lift, combine=combine, advance=advance, output=output, identity=identity, layered=run_layers, layers=LAYERS, readout=readout, matrices=ChunkKernels(CHUNK_KERNELS), stepped=step_layers), fold="scan", kernels=KERNELS)

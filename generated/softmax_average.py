@@ -37,7 +37,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from itertools import pairwise
 from math import isqrt
 from types import SimpleNamespace
@@ -104,9 +106,10 @@ def identity(n, like):
 
 # --- kernels: a pointwise scan. Tensors lie as [B, T, C], C the lanes (all lane axes and dims, flattened).
 #
-# A program has BC lanes of one sequence (or of one of its S segments of SEG tokens) and walks over tiles [BT, BC]:
-# lift the tokens, let the carry join the first row, one associative scan along time, read out, carry the last row on.
-#   n sequences, row `token` of the packed batch; bos, eos its first token and the one past its last
+# A program has BC lanes of one sequence (or of one of its S segments of SEG tokens) and walks over tiles of W * R tokens,
+# [W, R, BC]: W chunks of R tokens, each in one thread's registers. Lift the tokens, scan each chunk, scan the chunks'
+# products behind what is carried, bring what is before each chunk into it, read out.
+#   bos, eos    a sequence's first token and the one past its last, as rows of the packed batch
 #   C = CV * V  V lanes are loaded at once, and C is known to be a multiple of V
 #   Q, D        lane c of a tensor that has fewer lanes is its (c // Q) * D + c % D
 #   kind        int8 [B, T]: 0 the token is skipped, 1 it joins what is before, 3 nothing counts before it, 2 the same
@@ -227,24 +230,24 @@ def lane_gradient(score, value, prev_m, prev_u, prev_w, grad_m, grad_u, grad_w, 
 
 
 @jit
-def lane_flagged(l_kind, l_m, l_u, l_w, r_kind, r_m, r_u, r_w):
+def lane_flagged(left_kind, l_m, l_u, l_w, right_kind, r_m, r_u, r_w):
     """lane_combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
     c_m, c_u, c_w = lane_combine(l_m, l_u, l_w, r_m, r_u, r_w)
-    both = (l_kind != 0) & (r_kind == 1)
-    c_m = tl.where(r_kind == 0, l_m, tl.where(both, c_m, r_m))
-    c_u = tl.where(r_kind == 0, l_u, tl.where(both, c_u, r_u))
-    c_w = tl.where(r_kind == 0, l_w, tl.where(both, c_w, r_w))
-    return l_kind | r_kind, c_m, c_u, c_w
+    both = (left_kind != 0) & (right_kind == 1)
+    c_m = tl.where(right_kind == 0, l_m, tl.where(both, c_m, r_m))
+    c_u = tl.where(right_kind == 0, l_u, tl.where(both, c_u, r_u))
+    c_w = tl.where(right_kind == 0, l_w, tl.where(both, c_w, r_w))
+    return left_kind | right_kind, c_m, c_u, c_w
 
 
 @jit
-def lane_cut(l_cut, l_J_m_m, l_J_m_u, l_J_m_w, l_J_u_u, l_J_w_w, l_adj_m, l_adj_u, l_adj_w, r_cut, r_J_m_m, r_J_m_u, r_J_m_w, r_J_u_u, r_J_w_w, r_adj_m, r_adj_u, r_adj_w):
+def lane_cut(left_cut, l_J_m_m, l_J_m_u, l_J_m_w, l_J_u_u, l_J_w_w, l_adj_m, l_adj_u, l_adj_w, right_cut, r_J_m_m, r_J_m_u, r_J_m_w, r_J_u_u, r_J_w_w, r_adj_m, r_adj_u, r_adj_w):
     """lane_compose, where `cut` says that nothing reaches the state from later tokens."""
     c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w = lane_compose(l_J_m_m, l_J_m_u, l_J_m_w, l_J_u_u, l_J_w_w, l_adj_m, l_adj_u, l_adj_w, r_J_m_m, r_J_m_u, r_J_m_w, r_J_u_u, r_J_w_w, r_adj_m, r_adj_u, r_adj_w)
-    c_adj_m = tl.where(r_cut != 0, r_adj_m, c_adj_m)
-    c_adj_u = tl.where(r_cut != 0, r_adj_u, c_adj_u)
-    c_adj_w = tl.where(r_cut != 0, r_adj_w, c_adj_w)
-    return l_cut | r_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w
+    c_adj_m = tl.where(right_cut != 0, r_adj_m, c_adj_m)
+    c_adj_u = tl.where(right_cut != 0, r_adj_u, c_adj_u)
+    c_adj_w = tl.where(right_cut != 0, r_adj_w, c_adj_w)
+    return left_cut | right_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w
 
 
 @jit
@@ -299,68 +302,96 @@ def forward_kernel(
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
     JOINED: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """Prefixes s_* of the lifted tokens e_*, and the outputs y_*; h_* [1, BC] is what was before the tile."""
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, i_n, i_s, T, SEG)
+    i_n = i_n.to(tl.int64)
+    BT: tl.constexpr = W * R
     o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
     m_c = o_c < C
-    t = tl.arange(0, BT)[:, None]  # [BT, 1]
-    o = t * C + o_c  # [BT, BC]
-    i_n = i_n.to(tl.int64)
-    C_score, c_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
-    oc_score = t * C_score + c_score
-    C_value, c_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
-    oc_value = t * C_value + c_value
+    w = tl.arange(0, W)[:, None]  # [W, 1]
+    r = tl.arange(0, R)[None, :, None]
+    t = (w[:, :, None] * R + r)  # [W, R, 1]
+    o = t * C + o_c[:, None, :]  # [W, R, BC]
+    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
+    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
+    oc_score = t * C_score + k_score[:, None, :]
+    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
+    oc_value = t * C_value + k_value[:, None, :]
     h_m = tl.full([1, BC], float("-inf"), tl.float32)
     if p_carry_m is not None:
         h_m = tl.load(p_carry_m + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
     elif p_initial_m is not None:
         h_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    tl.store(p_final_m + i_n * C + o_c, h_m, mask=m_c & (bos == eos) & (i_s == 0))
     h_u = tl.full([1, BC], 0.0, tl.float32)
     if p_carry_u is not None:
         h_u = tl.load(p_carry_u + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
     elif p_initial_u is not None:
         h_u = tl.load(p_initial_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    tl.store(p_final_u + i_n * C + o_c, h_u, mask=m_c & (bos == eos) & (i_s == 0))
     h_w = tl.full([1, BC], 0.0, tl.float32)
     if p_carry_w is not None:
         h_w = tl.load(p_carry_w + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
     elif p_initial_w is not None:
         h_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    tl.store(p_final_w + i_n * C + o_c, h_w, mask=m_c & (bos == eos) & (i_s == 0))
     for i_t in tl.range(0, length, BT, num_stages=NS):
         row = begin + i_t
-        m = (i_t + t < length) & m_c
+        m = (i_t + t < length) & m_c[:, None, :]
         b_score = tl.load(p_score + row * C_score + oc_score, mask=m, other=0).to(tl.float32)
         b_value = tl.load(p_value + row * C_value + oc_value, mask=m, other=0).to(tl.float32)
         e_m, e_w = lane_lift(b_score, b_value)
-        e_u = tl.full([BT, BC], 1, tl.float32)
+        e_u = tl.full([W, R, BC], 1, tl.float32)
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [BT, 1]
+            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
             e_m = tl.where(kind == 2, float("-inf"), e_m)
             e_u = tl.where(kind == 2, 0.0, e_u)
             e_w = tl.where(kind == 2, 0.0, e_w)
-        r_m = tl.sum(tl.where(t == 0, e_m, 0.0), 0, keep_dims=True)  # the first row alone
-        r_u = tl.sum(tl.where(t == 0, e_u, 0.0), 0, keep_dims=True)  # the first row alone
-        r_w = tl.sum(tl.where(t == 0, e_w, 0.0), 0, keep_dims=True)  # the first row alone
-        f_m, f_u, f_w = lane_advance(h_m, h_u, h_w, r_m, r_u, r_w)
+            kind = tl.broadcast_to(kind, [W, R, BC])
         if p_kind is not None:
-            f_m = tl.where(kind == 0, h_m, tl.where(kind == 1, f_m, e_m))
-            e_m = tl.where(t == 0, f_m, e_m)
-            f_u = tl.where(kind == 0, h_u, tl.where(kind == 1, f_u, e_u))
-            e_u = tl.where(t == 0, f_u, e_u)
-            f_w = tl.where(kind == 0, h_w, tl.where(kind == 1, f_w, e_w))
-            e_w = tl.where(t == 0, f_w, e_w)
-            k = tl.broadcast_to(tl.where(t == 0, 3, kind), [BT, BC])
-            k, s_m, s_u, s_w = tl.associative_scan((k, e_m, e_u, e_w), 0, lane_flagged)
+            inner_kind, g_m, g_u, g_w = tl.associative_scan((kind, e_m, e_u, e_w), 1, lane_flagged)
+            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
         else:
-            m_join = (t == 0) & ((i_t > 0) | (i_s > 0) | JOINED)
-            e_m = tl.where(m_join, f_m, e_m)
-            e_u = tl.where(m_join, f_u, e_u)
-            e_w = tl.where(m_join, f_w, e_w)
-            (s_m, s_u, s_w,) = tl.associative_scan((e_m, e_u, e_w,), 0, lane_combine)
+            (g_m, g_u, g_w,) = tl.associative_scan((e_m, e_u, e_w,), 1, lane_combine)
+        c_m = tl.sum(tl.where(r == R - 1, g_m, 0.0), 1)  # [W, BC]
+        c_u = tl.sum(tl.where(r == R - 1, g_u, 0.0), 1)  # [W, BC]
+        c_w = tl.sum(tl.where(r == R - 1, g_w, 0.0), 1)  # [W, BC]
+        f_m, f_u, f_w = lane_advance(h_m, h_u, h_w, c_m, c_u, c_w)
+        if p_kind is not None:
+            f_m = tl.where(outer_kind == 0, h_m, tl.where(outer_kind == 1, f_m, c_m))
+            c_m = tl.where(w == 0, f_m, c_m)
+            f_u = tl.where(outer_kind == 0, h_u, tl.where(outer_kind == 1, f_u, c_u))
+            c_u = tl.where(w == 0, f_u, c_u)
+            f_w = tl.where(outer_kind == 0, h_w, tl.where(outer_kind == 1, f_w, c_w))
+            c_w = tl.where(w == 0, f_w, c_w)
+            outer_kind = tl.where(w == 0, 3, outer_kind)
+            outer_kind, c_m, c_u, c_w = tl.associative_scan((outer_kind, c_m, c_u, c_w), 0, lane_flagged)
+        else:
+            joined = (i_t > 0) | (i_s > 0) | JOINED
+            c_m = tl.where((w == 0) & joined, f_m, c_m)
+            c_u = tl.where((w == 0) & joined, f_u, c_u)
+            c_w = tl.where((w == 0) & joined, f_w, c_w)
+            (c_m, c_u, c_w,) = tl.associative_scan((c_m, c_u, c_w,), 0, lane_combine)
+        q_m = tl.where(w == 0, h_m, tl.gather(c_m, above, 0))[:, None, :]  # before each chunk
+        h_m = tl.sum(tl.where(w == W - 1, c_m, 0.0), 0, keep_dims=True)
+        q_u = tl.where(w == 0, h_u, tl.gather(c_u, above, 0))[:, None, :]  # before each chunk
+        h_u = tl.sum(tl.where(w == W - 1, c_u, 0.0), 0, keep_dims=True)
+        q_w = tl.where(w == 0, h_w, tl.gather(c_w, above, 0))[:, None, :]  # before each chunk
+        h_w = tl.sum(tl.where(w == W - 1, c_w, 0.0), 0, keep_dims=True)
+        s_m, s_u, s_w = lane_advance(q_m, q_u, q_w, g_m, g_u, g_w)
+        if p_kind is not None:
+            s_m = tl.where(inner_kind == 0, q_m, tl.where(inner_kind == 1, s_m, g_m))
+            s_u = tl.where(inner_kind == 0, q_u, tl.where(inner_kind == 1, s_u, g_u))
+            s_w = tl.where(inner_kind == 0, q_w, tl.where(inner_kind == 1, s_w, g_w))
+        else:
+            s_m = tl.where((w > 0)[:, :, None] | joined, s_m, g_m)
+            s_u = tl.where((w > 0)[:, :, None] | joined, s_u, g_u)
+            s_w = tl.where((w > 0)[:, :, None] | joined, s_w, g_w)
         y_y = lane_readout(s_u, s_w)
         if p_kind is not None:
             y_y = tl.where((kind & 1) != 0, y_y, 0)
@@ -371,14 +402,11 @@ def forward_kernel(
             tl.store(p_saved_u + row * C + o, s_u, mask=m)
         if p_saved_w is not None:
             tl.store(p_saved_w + row * C + o, s_w, mask=m)
-        last = tl.minimum(length - i_t, BT) - 1
-        h_m = tl.sum(tl.where(t == last, s_m, 0.0), 0, keep_dims=True)
-        h_u = tl.sum(tl.where(t == last, s_u, 0.0), 0, keep_dims=True)
-        h_w = tl.sum(tl.where(t == last, s_w, 0.0), 0, keep_dims=True)
-    m_end = m_c & (begin + SEG >= eos) & ((begin < eos) | (i_s == 0))
-    tl.store(p_final_m + i_n * C + o_c, h_m, mask=m_end)
-    tl.store(p_final_u + i_n * C + o_c, h_u, mask=m_end)
-    tl.store(p_final_w + i_n * C + o_c, h_w, mask=m_end)
+        if row + BT >= eos:  # the sequence ends in this tile
+            m_end = (row + t == eos - 1) & m_c[:, None, :]
+            tl.store(p_final_m + i_n * C + t * 0 + o_c[:, None, :], s_m, mask=m_end)
+            tl.store(p_final_u + i_n * C + t * 0 + o_c[:, None, :], s_u, mask=m_end)
+            tl.store(p_final_w + i_n * C + t * 0 + o_c[:, None, :], s_w, mask=m_end)
 
 
 @jit(do_not_specialize=["T", "CV", "S", "SEG"])
@@ -387,69 +415,80 @@ def fold_kernel(
     p_kind, p_cu, T, CV, S, SEG,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
-    """The product of each segment's elements, [N, S, C] a component; with kinds, its kind."""
+    """The product of each whole segment's elements, [N, S, C] a component; with kinds, its kind. What a sequence's last
+    segment folds to is not read."""
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, i_n, i_s, T, SEG)
+    i_n = i_n.to(tl.int64)
+    BT: tl.constexpr = W * R
     o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
     m_c = o_c < C
-    t = tl.arange(0, BT)[:, None]  # [BT, 1]
-    o = t * C + o_c  # [BT, BC]
-    i_n = i_n.to(tl.int64)
-    C_score, c_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
-    oc_score = t * C_score + c_score
-    C_value, c_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
-    oc_value = t * C_value + c_value
+    w = tl.arange(0, W)[:, None]  # [W, 1]
+    r = tl.arange(0, R)[None, :, None]
+    t = (w[:, :, None] * R + r)  # [W, R, 1]
+    o = t * C + o_c[:, None, :]  # [W, R, BC]
+    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
+    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
+    oc_score = t * C_score + k_score[:, None, :]
+    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
+    oc_value = t * C_value + k_value[:, None, :]
     h_m = tl.zeros([1, BC], tl.float32)
     h_u = tl.zeros([1, BC], tl.float32)
     h_w = tl.zeros([1, BC], tl.float32)
-    h_kind = tl.zeros([1, BC], tl.int32)
+    before_kind = tl.zeros([1, BC], tl.int32)
     for i_t in tl.range(0, length, BT, num_stages=NS):
         row = begin + i_t
-        m = (i_t + t < length) & m_c
+        m = (i_t + t < length) & m_c[:, None, :]
         b_score = tl.load(p_score + row * C_score + oc_score, mask=m, other=0).to(tl.float32)
         b_value = tl.load(p_value + row * C_value + oc_value, mask=m, other=0).to(tl.float32)
         e_m, e_w = lane_lift(b_score, b_value)
-        e_u = tl.full([BT, BC], 1, tl.float32)
+        e_u = tl.full([W, R, BC], 1, tl.float32)
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [BT, 1]
+            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
             e_m = tl.where(kind == 2, float("-inf"), e_m)
             e_u = tl.where(kind == 2, 0.0, e_u)
             e_w = tl.where(kind == 2, 0.0, e_w)
+            kind = tl.broadcast_to(kind, [W, R, BC])
         if p_kind is not None:
-            k = tl.broadcast_to(kind, [BT, BC])
-            k_join, f_m, f_u, f_w = lane_flagged(h_kind, h_m, h_u, h_w, k, e_m, e_u, e_w)
-            k = tl.where(t == 0, k_join, k)
-            e_m = tl.where(t == 0, f_m, e_m)
-            e_u = tl.where(t == 0, f_u, e_u)
-            e_w = tl.where(t == 0, f_w, e_w)
-            k, s_m, s_u, s_w = tl.associative_scan((k, e_m, e_u, e_w), 0, lane_flagged)
-            h_kind = tl.sum(tl.where(t == BT - 1, k, 0), 0, keep_dims=True)
+            inner_kind, g_m, g_u, g_w = tl.associative_scan((kind, e_m, e_u, e_w), 1, lane_flagged)
+            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
         else:
-            f_m, f_u, f_w = lane_combine(h_m, h_u, h_w, e_m, e_u, e_w)
-            e_m = tl.where((t == 0) & (i_t > 0), f_m, e_m)
-            e_u = tl.where((t == 0) & (i_t > 0), f_u, e_u)
-            e_w = tl.where((t == 0) & (i_t > 0), f_w, e_w)
-            (s_m, s_u, s_w,) = tl.associative_scan((e_m, e_u, e_w,), 0, lane_combine)
-        last = tl.minimum(length - i_t, BT) - 1
-        h_m = tl.sum(tl.where(t == last, s_m, 0.0), 0, keep_dims=True)
-        h_u = tl.sum(tl.where(t == last, s_u, 0.0), 0, keep_dims=True)
-        h_w = tl.sum(tl.where(t == last, s_w, 0.0), 0, keep_dims=True)
+            (g_m, g_u, g_w,) = tl.associative_scan((e_m, e_u, e_w,), 1, lane_combine)
+        c_m = tl.sum(tl.where(r == R - 1, g_m, 0.0), 1)  # [W, BC]
+        c_u = tl.sum(tl.where(r == R - 1, g_u, 0.0), 1)  # [W, BC]
+        c_w = tl.sum(tl.where(r == R - 1, g_w, 0.0), 1)  # [W, BC]
+        if p_kind is not None:
+            joined_kind, f_m, f_u, f_w = lane_flagged(before_kind, h_m, h_u, h_w, outer_kind, c_m, c_u, c_w)
+            outer_kind = tl.where(w == 0, joined_kind, outer_kind)
+        else:
+            f_m, f_u, f_w = lane_combine(h_m, h_u, h_w, c_m, c_u, c_w)
+        c_m = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_m, c_m)
+        c_u = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_u, c_u)
+        c_w = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_w, c_w)
+        if p_kind is not None:
+            outer_kind, c_m, c_u, c_w = tl.associative_scan((outer_kind, c_m, c_u, c_w), 0, lane_flagged)
+            before_kind = tl.sum(tl.where(w == W - 1, outer_kind, 0), 0, keep_dims=True)
+        else:
+            (c_m, c_u, c_w,) = tl.associative_scan((c_m, c_u, c_w,), 0, lane_combine)
+        h_m = tl.sum(tl.where(w == W - 1, c_m, 0.0), 0, keep_dims=True)
+        h_u = tl.sum(tl.where(w == W - 1, c_u, 0.0), 0, keep_dims=True)
+        h_w = tl.sum(tl.where(w == W - 1, c_w, 0.0), 0, keep_dims=True)
     tl.store(p_fold_m + (i_n * S + i_s) * C + o_c, h_m, mask=m_c)
     tl.store(p_fold_u + (i_n * S + i_s) * C + o_c, h_u, mask=m_c)
     tl.store(p_fold_w + (i_n * S + i_s) * C + o_c, h_w, mask=m_c)
     if p_kind is not None:
-        tl.store(p_fold_kind + (i_n * S + i_s) * C + o_c, h_kind, mask=m_c)
+        tl.store(p_fold_kind + (i_n * S + i_s) * C + o_c, before_kind, mask=m_c)
 
 
 @jit(do_not_specialize=["T", "CV", "S", "SEG"])
 def carry_kernel(
     p_fold_m, p_fold_u, p_fold_w, p_initial_m, p_initial_u, p_initial_w, p_carry_m, p_carry_u, p_carry_w,
     p_kind, p_cu, T, CV, S, SEG,
-    JOINED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    JOINED: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """What is before each segment, [N, S + 1, C] a live component, from the segments' products."""
     C = CV * V
@@ -458,53 +497,75 @@ def carry_kernel(
     bos, eos, begin, length = tile_span(p_cu, i_n, i_n * 0, T, SEG)
     segments = tl.cdiv(eos - bos, SEG).to(tl.int32)
     i_n = i_n.to(tl.int64)
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]
-    t = tl.arange(0, BT)[:, None]
-    o = t * C + o_c
+    BT: tl.constexpr = W * R
+    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    m_c = o_c < C
+    w = tl.arange(0, W)[:, None]  # [W, 1]
+    r = tl.arange(0, R)[None, :, None]
+    t = (w[:, :, None] * R + r)  # [W, R, 1]
+    o = t * C + o_c[:, None, :]  # [W, R, BC]
+    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
     h_m = tl.full([1, BC], float("-inf"), tl.float32)
     if p_initial_m is not None:
-        h_m = tl.load(p_initial_m + i_n * C + o_c, mask=o_c < C, other=0).to(tl.float32)
-    tl.store(p_carry_m + i_n * (S + 1) * C + o_c, h_m, mask=o_c < C)
+        h_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    tl.store(p_carry_m + i_n * (S + 1) * C + o_c, h_m, mask=m_c)
     h_u = tl.full([1, BC], 0.0, tl.float32)
     if p_initial_u is not None:
-        h_u = tl.load(p_initial_u + i_n * C + o_c, mask=o_c < C, other=0).to(tl.float32)
-    tl.store(p_carry_u + i_n * (S + 1) * C + o_c, h_u, mask=o_c < C)
+        h_u = tl.load(p_initial_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    tl.store(p_carry_u + i_n * (S + 1) * C + o_c, h_u, mask=m_c)
     h_w = tl.full([1, BC], 0.0, tl.float32)
     if p_initial_w is not None:
-        h_w = tl.load(p_initial_w + i_n * C + o_c, mask=o_c < C, other=0).to(tl.float32)
-    tl.store(p_carry_w + i_n * (S + 1) * C + o_c, h_w, mask=o_c < C)
+        h_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    tl.store(p_carry_w + i_n * (S + 1) * C + o_c, h_w, mask=m_c)
     for i_t in tl.range(0, segments, BT, num_stages=NS):
-        m = (i_t + t < segments) & (o_c < C)
+        m = (i_t + t < segments) & m_c[:, None, :]
         e_m = tl.load(p_fold_m + (i_n * S + i_t) * C + o, mask=m, other=0)
         e_u = tl.load(p_fold_u + (i_n * S + i_t) * C + o, mask=m, other=0)
         e_w = tl.load(p_fold_w + (i_n * S + i_t) * C + o, mask=m, other=0)
         if p_kind is not None:
             kind = tl.load(p_kind + (i_n * S + i_t) * C + o, mask=m, other=0).to(tl.int32)
-        r_m = tl.sum(tl.where(t == 0, e_m, 0.0), 0, keep_dims=True)  # the first row alone
-        r_u = tl.sum(tl.where(t == 0, e_u, 0.0), 0, keep_dims=True)  # the first row alone
-        r_w = tl.sum(tl.where(t == 0, e_w, 0.0), 0, keep_dims=True)  # the first row alone
-        f_m, f_u, f_w = lane_advance(h_m, h_u, h_w, r_m, r_u, r_w)
         if p_kind is not None:
-            f_m = tl.where(kind == 0, h_m, tl.where(kind == 1, f_m, e_m))
-            e_m = tl.where(t == 0, f_m, e_m)
-            f_u = tl.where(kind == 0, h_u, tl.where(kind == 1, f_u, e_u))
-            e_u = tl.where(t == 0, f_u, e_u)
-            f_w = tl.where(kind == 0, h_w, tl.where(kind == 1, f_w, e_w))
-            e_w = tl.where(t == 0, f_w, e_w)
-            k = tl.broadcast_to(tl.where(t == 0, 3, kind), [BT, BC])
-            k, s_m, s_u, s_w = tl.associative_scan((k, e_m, e_u, e_w), 0, lane_flagged)
+            inner_kind, g_m, g_u, g_w = tl.associative_scan((kind, e_m, e_u, e_w), 1, lane_flagged)
+            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
         else:
-            m_join = (t == 0) & ((i_t > 0) | JOINED)
-            e_m = tl.where(m_join, f_m, e_m)
-            e_u = tl.where(m_join, f_u, e_u)
-            e_w = tl.where(m_join, f_w, e_w)
-            (s_m, s_u, s_w,) = tl.associative_scan((e_m, e_u, e_w,), 0, lane_combine)
+            (g_m, g_u, g_w,) = tl.associative_scan((e_m, e_u, e_w,), 1, lane_combine)
+        c_m = tl.sum(tl.where(r == R - 1, g_m, 0.0), 1)  # [W, BC]
+        c_u = tl.sum(tl.where(r == R - 1, g_u, 0.0), 1)  # [W, BC]
+        c_w = tl.sum(tl.where(r == R - 1, g_w, 0.0), 1)  # [W, BC]
+        f_m, f_u, f_w = lane_advance(h_m, h_u, h_w, c_m, c_u, c_w)
+        if p_kind is not None:
+            f_m = tl.where(outer_kind == 0, h_m, tl.where(outer_kind == 1, f_m, c_m))
+            c_m = tl.where(w == 0, f_m, c_m)
+            f_u = tl.where(outer_kind == 0, h_u, tl.where(outer_kind == 1, f_u, c_u))
+            c_u = tl.where(w == 0, f_u, c_u)
+            f_w = tl.where(outer_kind == 0, h_w, tl.where(outer_kind == 1, f_w, c_w))
+            c_w = tl.where(w == 0, f_w, c_w)
+            outer_kind = tl.where(w == 0, 3, outer_kind)
+            outer_kind, c_m, c_u, c_w = tl.associative_scan((outer_kind, c_m, c_u, c_w), 0, lane_flagged)
+        else:
+            joined = (i_t > 0) | JOINED
+            c_m = tl.where((w == 0) & joined, f_m, c_m)
+            c_u = tl.where((w == 0) & joined, f_u, c_u)
+            c_w = tl.where((w == 0) & joined, f_w, c_w)
+            (c_m, c_u, c_w,) = tl.associative_scan((c_m, c_u, c_w,), 0, lane_combine)
+        q_m = tl.where(w == 0, h_m, tl.gather(c_m, above, 0))[:, None, :]  # before each chunk
+        h_m = tl.sum(tl.where(w == W - 1, c_m, 0.0), 0, keep_dims=True)
+        q_u = tl.where(w == 0, h_u, tl.gather(c_u, above, 0))[:, None, :]  # before each chunk
+        h_u = tl.sum(tl.where(w == W - 1, c_u, 0.0), 0, keep_dims=True)
+        q_w = tl.where(w == 0, h_w, tl.gather(c_w, above, 0))[:, None, :]  # before each chunk
+        h_w = tl.sum(tl.where(w == W - 1, c_w, 0.0), 0, keep_dims=True)
+        s_m, s_u, s_w = lane_advance(q_m, q_u, q_w, g_m, g_u, g_w)
+        if p_kind is not None:
+            s_m = tl.where(inner_kind == 0, q_m, tl.where(inner_kind == 1, s_m, g_m))
+            s_u = tl.where(inner_kind == 0, q_u, tl.where(inner_kind == 1, s_u, g_u))
+            s_w = tl.where(inner_kind == 0, q_w, tl.where(inner_kind == 1, s_w, g_w))
+        else:
+            s_m = tl.where((w > 0)[:, :, None] | joined, s_m, g_m)
+            s_u = tl.where((w > 0)[:, :, None] | joined, s_u, g_u)
+            s_w = tl.where((w > 0)[:, :, None] | joined, s_w, g_w)
         tl.store(p_carry_m + (i_n * (S + 1) + i_t + 1) * C + o, s_m, mask=m)
-        h_m = tl.sum(tl.where(t == BT - 1, s_m, 0.0), 0, keep_dims=True)
         tl.store(p_carry_u + (i_n * (S + 1) + i_t + 1) * C + o, s_u, mask=m)
-        h_u = tl.sum(tl.where(t == BT - 1, s_u, 0.0), 0, keep_dims=True)
         tl.store(p_carry_w + (i_n * (S + 1) + i_t + 1) * C + o, s_w, mask=m)
-        h_w = tl.sum(tl.where(t == BT - 1, s_w, 0.0), 0, keep_dims=True)
 
 
 @jit(do_not_specialize=["T", "CV", "S", "SEG"])
@@ -516,7 +577,7 @@ def backward_kernel(
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
     JOINED: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """From the last tile to the first: l_*, the whole cotangent of the state after each token, by a scan of a_* (the
     next token's Jacobian, and what enters at this one); then the gradients. h_* [1, BC] is l_* below the tile."""
@@ -524,15 +585,19 @@ def backward_kernel(
     NC = tl.cdiv(C, BC)
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, i_n, i_s, T, SEG)
+    i_n = i_n.to(tl.int64)
+    BT: tl.constexpr = W * R
     o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
     m_c = o_c < C
-    t = BT - 1 - tl.arange(0, BT)[:, None]  # [BT, 1]
-    o = t * C + o_c  # [BT, BC]
-    i_n = i_n.to(tl.int64)
-    C_score, c_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
-    oc_score = t * C_score + c_score
-    C_value, c_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
-    oc_value = t * C_value + c_value
+    w = tl.arange(0, W)[:, None]  # [W, 1]
+    r = tl.arange(0, R)[None, :, None]
+    t = BT - 1 - (w[:, :, None] * R + r)  # [W, R, 1]
+    o = t * C + o_c[:, None, :]  # [W, R, BC]
+    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
+    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
+    oc_score = t * C_score + k_score[:, None, :]
+    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
+    oc_value = t * C_value + k_value[:, None, :]
     if p_carry_m is not None:
         h_adj_m = tl.load(p_carry_m + (i_n * S + i_s) * C + o_c, mask=m_c, other=0)
     else:
@@ -545,21 +610,21 @@ def backward_kernel(
         h_adj_w = tl.load(p_carry_w + (i_n * S + i_s) * C + o_c, mask=m_c, other=0)
     else:
         h_adj_w = tl.load(p_d_final_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    q_m = tl.full([1, BC], float("-inf"), tl.float32)
+    z_m = tl.full([1, BC], float("-inf"), tl.float32)
     if p_initial_m is not None:
-        q_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    q_u = tl.full([1, BC], 0.0, tl.float32)
+        z_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    z_u = tl.full([1, BC], 0.0, tl.float32)
     if p_initial_u is not None:
-        q_u = tl.load(p_initial_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    q_w = tl.full([1, BC], 0.0, tl.float32)
+        z_u = tl.load(p_initial_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    z_w = tl.full([1, BC], 0.0, tl.float32)
     if p_initial_w is not None:
-        q_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+        z_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     tiles = tl.cdiv(length, BT)
     rest, first_row = (eos - begin).to(tl.int32), (bos - begin).to(tl.int32)
     for j in tl.range(0, tiles, num_stages=NS):
         i_t = (tiles - 1 - j) * BT
         row = begin + i_t
-        m = (i_t + t < length) & m_c
+        m = (i_t + t < length) & m_c[:, None, :]
         m_after = m & (i_t + t + 1 < rest)  # another token follows
         b_score = tl.load(p_score + row * C_score + oc_score, mask=m, other=0).to(tl.float32)
         b_value = tl.load(p_value + row * C_value + oc_value, mask=m, other=0).to(tl.float32)
@@ -569,19 +634,20 @@ def backward_kernel(
         s_m = tl.load(p_saved_m + row * C + o, mask=m, other=0).to(tl.float32)
         v_m = tl.load(p_saved_m + (row - 1) * C + o, mask=m & (i_t + t > first_row), other=float("-inf")).to(tl.float32)
         if p_initial_m is not None:
-            v_m = tl.where(i_t + t > first_row, v_m, q_m)
+            v_m = tl.where(i_t + t > first_row, v_m, z_m[:, None, :])
         s_u = tl.load(p_saved_u + row * C + o, mask=m, other=0).to(tl.float32)
         v_u = tl.load(p_saved_u + (row - 1) * C + o, mask=m & (i_t + t > first_row), other=0.0).to(tl.float32)
         if p_initial_u is not None:
-            v_u = tl.where(i_t + t > first_row, v_u, q_u)
+            v_u = tl.where(i_t + t > first_row, v_u, z_u[:, None, :])
         s_w = tl.load(p_saved_w + row * C + o, mask=m, other=0).to(tl.float32)
         v_w = tl.load(p_saved_w + (row - 1) * C + o, mask=m & (i_t + t > first_row), other=0.0).to(tl.float32)
         if p_initial_w is not None:
-            v_w = tl.where(i_t + t > first_row, v_w, q_w)
+            v_w = tl.where(i_t + t > first_row, v_w, z_w[:, None, :])
         m_here = m
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [BT, 1]
+            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
             below = tl.load(p_kind + row + 1 + t, mask=(i_t + t < length) & (i_t + t + 1 < rest), other=0).to(tl.int32)
+            cut = tl.broadcast_to((below >= 2).to(tl.int32), [W, R, BC])
             m_here, m_after = m & ((kind & 1) != 0), m & (below == 1)
             v_m = tl.where(kind >= 2, float("-inf"), v_m)
             v_u = tl.where(kind >= 2, 0.0, v_u)
@@ -593,25 +659,44 @@ def backward_kernel(
         a_J_m_w = tl.where(m_after, w_J_m_w, 0.0)
         a_J_u_u = tl.where(m_after, w_J_u_u, 1.0)
         a_J_w_w = tl.where(m_after, w_J_w_w, 1.0)
-        a_adj_m = tl.zeros([BT, BC], tl.float32)
+        a_adj_m = tl.zeros([W, R, BC], tl.float32)
         a_adj_u = tl.where(m_here, u_adj_u, 0.0)
         a_adj_w = tl.where(m_here, u_adj_w, 0.0)
-        f_adj_m, f_adj_u, f_adj_w = lane_pull(h_adj_m, h_adj_u, h_adj_w, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w)
         if p_kind is not None:
-            cut = (below >= 2).to(tl.int32)
-            a_adj_m = tl.where((t == BT - 1) & (cut == 0), f_adj_m, a_adj_m)
-            a_adj_u = tl.where((t == BT - 1) & (cut == 0), f_adj_u, a_adj_u)
-            a_adj_w = tl.where((t == BT - 1) & (cut == 0), f_adj_w, a_adj_w)
-            cut = tl.broadcast_to(cut, [BT, BC])
-            cut, l_J_m_m, l_J_m_u, l_J_m_w, l_J_u_u, l_J_w_w, l_adj_m, l_adj_u, l_adj_w = tl.associative_scan((cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w), 0, lane_cut)
+            inner_cut, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w = tl.associative_scan((cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w), 1, lane_cut)
+            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
         else:
-            a_adj_m = tl.where(t == BT - 1, f_adj_m, a_adj_m)
-            a_adj_u = tl.where(t == BT - 1, f_adj_u, a_adj_u)
-            a_adj_w = tl.where(t == BT - 1, f_adj_w, a_adj_w)
-            (l_J_m_m, l_J_m_u, l_J_m_w, l_J_u_u, l_J_w_w, l_adj_m, l_adj_u, l_adj_w,) = tl.associative_scan((a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w,), 0, lane_compose)
-        h_adj_m = tl.sum(tl.where(t == 0, l_adj_m, 0.0), 0, keep_dims=True)
-        h_adj_u = tl.sum(tl.where(t == 0, l_adj_u, 0.0), 0, keep_dims=True)
-        h_adj_w = tl.sum(tl.where(t == 0, l_adj_w, 0.0), 0, keep_dims=True)
+            (g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w,) = tl.associative_scan((a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w,), 1, lane_compose)
+        c_J_m_m = tl.sum(tl.where(r == R - 1, g_J_m_m, 0.0), 1)  # [W, BC]
+        c_J_m_u = tl.sum(tl.where(r == R - 1, g_J_m_u, 0.0), 1)  # [W, BC]
+        c_J_m_w = tl.sum(tl.where(r == R - 1, g_J_m_w, 0.0), 1)  # [W, BC]
+        c_J_u_u = tl.sum(tl.where(r == R - 1, g_J_u_u, 0.0), 1)  # [W, BC]
+        c_J_w_w = tl.sum(tl.where(r == R - 1, g_J_w_w, 0.0), 1)  # [W, BC]
+        c_adj_m = tl.sum(tl.where(r == R - 1, g_adj_m, 0.0), 1)  # [W, BC]
+        c_adj_u = tl.sum(tl.where(r == R - 1, g_adj_u, 0.0), 1)  # [W, BC]
+        c_adj_w = tl.sum(tl.where(r == R - 1, g_adj_w, 0.0), 1)  # [W, BC]
+        f_adj_m, f_adj_u, f_adj_w = lane_pull(h_adj_m, h_adj_u, h_adj_w, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
+        if p_kind is not None:
+            c_adj_m = tl.where((w == 0) & (outer_cut == 0), f_adj_m, c_adj_m)
+            c_adj_u = tl.where((w == 0) & (outer_cut == 0), f_adj_u, c_adj_u)
+            c_adj_w = tl.where((w == 0) & (outer_cut == 0), f_adj_w, c_adj_w)
+            outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w = tl.associative_scan((outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w), 0, lane_cut)
+        else:
+            c_adj_m = tl.where(w == 0, f_adj_m, c_adj_m)
+            c_adj_u = tl.where(w == 0, f_adj_u, c_adj_u)
+            c_adj_w = tl.where(w == 0, f_adj_w, c_adj_w)
+            (c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,) = tl.associative_scan((c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,), 0, lane_compose)
+        q_adj_m = tl.where(w == 0, h_adj_m, tl.gather(c_adj_m, above, 0))[:, None, :]  # below each chunk
+        h_adj_m = tl.sum(tl.where(w == W - 1, c_adj_m, 0.0), 0, keep_dims=True)
+        q_adj_u = tl.where(w == 0, h_adj_u, tl.gather(c_adj_u, above, 0))[:, None, :]  # below each chunk
+        h_adj_u = tl.sum(tl.where(w == W - 1, c_adj_u, 0.0), 0, keep_dims=True)
+        q_adj_w = tl.where(w == 0, h_adj_w, tl.gather(c_adj_w, above, 0))[:, None, :]  # below each chunk
+        h_adj_w = tl.sum(tl.where(w == W - 1, c_adj_w, 0.0), 0, keep_dims=True)
+        l_adj_m, l_adj_u, l_adj_w = lane_pull(q_adj_m, q_adj_u, q_adj_w, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w)
+        if p_kind is not None:
+            l_adj_m = tl.where(inner_cut == 0, l_adj_m, g_adj_m)
+            l_adj_u = tl.where(inner_cut == 0, l_adj_u, g_adj_u)
+            l_adj_w = tl.where(inner_cut == 0, l_adj_w, g_adj_w)
         first = i_t + t == first_row
         if JOINED:
             first = i_t + t < 0
@@ -626,24 +711,24 @@ def backward_kernel(
         tl.store(p_d_value + row * C + o, g_value, mask=m)
     if p_d_initial_m is not None:
         m_after = m_c & (length > 0) & (i_s == 0)
-        nb_score = tl.load(p_score + begin * C_score + c_score, mask=m_after, other=0).to(tl.float32)
-        nb_value = tl.load(p_value + begin * C_value + c_value, mask=m_after, other=0).to(tl.float32)
-        s_m = q_m
-        s_u = q_u
-        s_w = q_w
+        nb_score = tl.load(p_score + begin * C_score + k_score, mask=m_after, other=0).to(tl.float32)
+        nb_value = tl.load(p_value + begin * C_value + k_value, mask=m_after, other=0).to(tl.float32)
+        s_m = z_m
+        s_u = z_u
+        s_w = z_w
         if p_kind is not None:
             below = tl.load(p_kind + begin, mask=length > 0, other=0).to(tl.int32)
             m_after = m_after & (below == 1)
         w_J_m_m, w_J_m_u, w_J_m_w, w_J_u_u, w_J_w_w = lane_transition(nb_score, nb_value, s_m, s_u, s_w)
-        a_J_m_m = tl.where(m_after, w_J_m_m, 1.0)
-        a_J_m_u = tl.where(m_after, w_J_m_u, 0.0)
-        a_J_m_w = tl.where(m_after, w_J_m_w, 0.0)
-        a_J_u_u = tl.where(m_after, w_J_u_u, 1.0)
-        a_J_w_w = tl.where(m_after, w_J_w_w, 1.0)
-        a_adj_m = tl.zeros([1, BC], tl.float32)
-        a_adj_u = tl.zeros([1, BC], tl.float32)
-        a_adj_w = tl.zeros([1, BC], tl.float32)
-        f_adj_m, f_adj_u, f_adj_w = lane_pull(h_adj_m, h_adj_u, h_adj_w, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w)
+        c_J_m_m = tl.where(m_after, w_J_m_m, 1.0)
+        c_J_m_u = tl.where(m_after, w_J_m_u, 0.0)
+        c_J_m_w = tl.where(m_after, w_J_m_w, 0.0)
+        c_J_u_u = tl.where(m_after, w_J_u_u, 1.0)
+        c_J_w_w = tl.where(m_after, w_J_w_w, 1.0)
+        c_adj_m = tl.zeros([1, BC], tl.float32)
+        c_adj_u = tl.zeros([1, BC], tl.float32)
+        c_adj_w = tl.zeros([1, BC], tl.float32)
+        f_adj_m, f_adj_u, f_adj_w = lane_pull(h_adj_m, h_adj_u, h_adj_w, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
         if p_kind is not None:
             f_adj_m = tl.where(below >= 2, 0.0, f_adj_m)
         tl.store(p_d_initial_m + i_n * C + o_c, f_adj_m, mask=m_c & (i_s == 0))
@@ -663,31 +748,35 @@ def backward_fold_kernel(
     p_kind, p_cu, T, CV, S, SEG,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """How the cotangents before each segment come from those after it, [N, S, C] an entry."""
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, i_n, i_s, T, SEG)
+    i_n = i_n.to(tl.int64)
+    BT: tl.constexpr = W * R
     o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
     m_c = o_c < C
-    t = BT - 1 - tl.arange(0, BT)[:, None]  # [BT, 1]
-    o = t * C + o_c  # [BT, BC]
-    i_n = i_n.to(tl.int64)
-    C_score, c_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
-    oc_score = t * C_score + c_score
-    C_value, c_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
-    oc_value = t * C_value + c_value
-    q_m = tl.full([1, BC], float("-inf"), tl.float32)
+    w = tl.arange(0, W)[:, None]  # [W, 1]
+    r = tl.arange(0, R)[None, :, None]
+    t = BT - 1 - (w[:, :, None] * R + r)  # [W, R, 1]
+    o = t * C + o_c[:, None, :]  # [W, R, BC]
+    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
+    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
+    oc_score = t * C_score + k_score[:, None, :]
+    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
+    oc_value = t * C_value + k_value[:, None, :]
+    z_m = tl.full([1, BC], float("-inf"), tl.float32)
     if p_initial_m is not None:
-        q_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    q_u = tl.full([1, BC], 0.0, tl.float32)
+        z_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    z_u = tl.full([1, BC], 0.0, tl.float32)
     if p_initial_u is not None:
-        q_u = tl.load(p_initial_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    q_w = tl.full([1, BC], 0.0, tl.float32)
+        z_u = tl.load(p_initial_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    z_w = tl.full([1, BC], 0.0, tl.float32)
     if p_initial_w is not None:
-        q_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+        z_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     h_J_m_m = tl.full([1, BC], 1.0, tl.float32)
     h_J_m_u = tl.full([1, BC], 0.0, tl.float32)
     h_J_m_w = tl.full([1, BC], 0.0, tl.float32)
@@ -696,13 +785,13 @@ def backward_fold_kernel(
     h_adj_m = tl.full([1, BC], 0.0, tl.float32)
     h_adj_u = tl.full([1, BC], 0.0, tl.float32)
     h_adj_w = tl.full([1, BC], 0.0, tl.float32)
-    h_cut = tl.zeros([1, BC], tl.int32)
+    before_cut = tl.zeros([1, BC], tl.int32)
     tiles = tl.cdiv(length, BT)
     rest, first_row = (eos - begin).to(tl.int32), (bos - begin).to(tl.int32)
     for j in tl.range(0, tiles, num_stages=NS):
         i_t = (tiles - 1 - j) * BT
         row = begin + i_t
-        m = (i_t + t < length) & m_c
+        m = (i_t + t < length) & m_c[:, None, :]
         m_after = m & (i_t + t + 1 < rest)  # another token follows
         b_d_y = tl.load(p_d_out_y + row * C + o, mask=m, other=0).to(tl.float32)
         nb_score = tl.load(p_score + (row + 1) * C_score + oc_score, mask=m_after, other=0).to(tl.float32)
@@ -712,8 +801,9 @@ def backward_fold_kernel(
         s_w = tl.load(p_saved_w + row * C + o, mask=m, other=0).to(tl.float32)
         m_here = m
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [BT, 1]
+            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
             below = tl.load(p_kind + row + 1 + t, mask=(i_t + t < length) & (i_t + t + 1 < rest), other=0).to(tl.int32)
+            cut = tl.broadcast_to((below >= 2).to(tl.int32), [W, R, BC])
             m_here, m_after = m & ((kind & 1) != 0), m & (below == 1)
         u_adj_u, u_adj_w = lane_direct(s_u, s_w, b_d_y)
         w_J_m_m, w_J_m_u, w_J_m_w, w_J_u_u, w_J_w_w = lane_transition(nb_score, nb_value, s_m, s_u, s_w)
@@ -722,36 +812,48 @@ def backward_fold_kernel(
         a_J_m_w = tl.where(m_after, w_J_m_w, 0.0)
         a_J_u_u = tl.where(m_after, w_J_u_u, 1.0)
         a_J_w_w = tl.where(m_after, w_J_w_w, 1.0)
-        a_adj_m = tl.zeros([BT, BC], tl.float32)
+        a_adj_m = tl.zeros([W, R, BC], tl.float32)
         a_adj_u = tl.where(m_here, u_adj_u, 0.0)
         a_adj_w = tl.where(m_here, u_adj_w, 0.0)
         if p_kind is not None:
-            cut = tl.broadcast_to((below >= 2).to(tl.int32), [BT, BC])
-            cut_join, f_J_m_m, f_J_m_u, f_J_m_w, f_J_u_u, f_J_w_w, f_adj_m, f_adj_u, f_adj_w = lane_cut(h_cut, h_J_m_m, h_J_m_u, h_J_m_w, h_J_u_u, h_J_w_w, h_adj_m, h_adj_u, h_adj_w, cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w)
-            cut = tl.where(t == BT - 1, cut_join, cut)
+            inner_cut, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w = tl.associative_scan((cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w), 1, lane_cut)
+            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
         else:
-            f_J_m_m, f_J_m_u, f_J_m_w, f_J_u_u, f_J_w_w, f_adj_m, f_adj_u, f_adj_w = lane_compose(h_J_m_m, h_J_m_u, h_J_m_w, h_J_u_u, h_J_w_w, h_adj_m, h_adj_u, h_adj_w, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w)
-        a_J_m_m = tl.where(t == BT - 1, f_J_m_m, a_J_m_m)
-        a_J_m_u = tl.where(t == BT - 1, f_J_m_u, a_J_m_u)
-        a_J_m_w = tl.where(t == BT - 1, f_J_m_w, a_J_m_w)
-        a_J_u_u = tl.where(t == BT - 1, f_J_u_u, a_J_u_u)
-        a_J_w_w = tl.where(t == BT - 1, f_J_w_w, a_J_w_w)
-        a_adj_m = tl.where(t == BT - 1, f_adj_m, a_adj_m)
-        a_adj_u = tl.where(t == BT - 1, f_adj_u, a_adj_u)
-        a_adj_w = tl.where(t == BT - 1, f_adj_w, a_adj_w)
+            (g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w,) = tl.associative_scan((a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w,), 1, lane_compose)
+        c_J_m_m = tl.sum(tl.where(r == R - 1, g_J_m_m, 0.0), 1)  # [W, BC]
+        c_J_m_u = tl.sum(tl.where(r == R - 1, g_J_m_u, 0.0), 1)  # [W, BC]
+        c_J_m_w = tl.sum(tl.where(r == R - 1, g_J_m_w, 0.0), 1)  # [W, BC]
+        c_J_u_u = tl.sum(tl.where(r == R - 1, g_J_u_u, 0.0), 1)  # [W, BC]
+        c_J_w_w = tl.sum(tl.where(r == R - 1, g_J_w_w, 0.0), 1)  # [W, BC]
+        c_adj_m = tl.sum(tl.where(r == R - 1, g_adj_m, 0.0), 1)  # [W, BC]
+        c_adj_u = tl.sum(tl.where(r == R - 1, g_adj_u, 0.0), 1)  # [W, BC]
+        c_adj_w = tl.sum(tl.where(r == R - 1, g_adj_w, 0.0), 1)  # [W, BC]
         if p_kind is not None:
-            cut, l_J_m_m, l_J_m_u, l_J_m_w, l_J_u_u, l_J_w_w, l_adj_m, l_adj_u, l_adj_w = tl.associative_scan((cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w), 0, lane_cut)
-            h_cut = tl.sum(tl.where(t == 0, cut, 0), 0, keep_dims=True)
+            joined_cut, f_J_m_m, f_J_m_u, f_J_m_w, f_J_u_u, f_J_w_w, f_adj_m, f_adj_u, f_adj_w = lane_cut(before_cut, h_J_m_m, h_J_m_u, h_J_m_w, h_J_u_u, h_J_w_w, h_adj_m, h_adj_u, h_adj_w, outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
+            outer_cut = tl.where(w == 0, joined_cut, outer_cut)
         else:
-            (l_J_m_m, l_J_m_u, l_J_m_w, l_J_u_u, l_J_w_w, l_adj_m, l_adj_u, l_adj_w,) = tl.associative_scan((a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w,), 0, lane_compose)
-        h_J_m_m = tl.sum(tl.where(t == 0, l_J_m_m, 0.0), 0, keep_dims=True)
-        h_J_m_u = tl.sum(tl.where(t == 0, l_J_m_u, 0.0), 0, keep_dims=True)
-        h_J_m_w = tl.sum(tl.where(t == 0, l_J_m_w, 0.0), 0, keep_dims=True)
-        h_J_u_u = tl.sum(tl.where(t == 0, l_J_u_u, 0.0), 0, keep_dims=True)
-        h_J_w_w = tl.sum(tl.where(t == 0, l_J_w_w, 0.0), 0, keep_dims=True)
-        h_adj_m = tl.sum(tl.where(t == 0, l_adj_m, 0.0), 0, keep_dims=True)
-        h_adj_u = tl.sum(tl.where(t == 0, l_adj_u, 0.0), 0, keep_dims=True)
-        h_adj_w = tl.sum(tl.where(t == 0, l_adj_w, 0.0), 0, keep_dims=True)
+            f_J_m_m, f_J_m_u, f_J_m_w, f_J_u_u, f_J_w_w, f_adj_m, f_adj_u, f_adj_w = lane_compose(h_J_m_m, h_J_m_u, h_J_m_w, h_J_u_u, h_J_w_w, h_adj_m, h_adj_u, h_adj_w, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
+        c_J_m_m = tl.where(w == 0, f_J_m_m, c_J_m_m)
+        c_J_m_u = tl.where(w == 0, f_J_m_u, c_J_m_u)
+        c_J_m_w = tl.where(w == 0, f_J_m_w, c_J_m_w)
+        c_J_u_u = tl.where(w == 0, f_J_u_u, c_J_u_u)
+        c_J_w_w = tl.where(w == 0, f_J_w_w, c_J_w_w)
+        c_adj_m = tl.where(w == 0, f_adj_m, c_adj_m)
+        c_adj_u = tl.where(w == 0, f_adj_u, c_adj_u)
+        c_adj_w = tl.where(w == 0, f_adj_w, c_adj_w)
+        if p_kind is not None:
+            outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w = tl.associative_scan((outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w), 0, lane_cut)
+            before_cut = tl.sum(tl.where(w == W - 1, outer_cut, 0), 0, keep_dims=True)
+        else:
+            (c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,) = tl.associative_scan((c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,), 0, lane_compose)
+        h_J_m_m = tl.sum(tl.where(w == W - 1, c_J_m_m, 0.0), 0, keep_dims=True)
+        h_J_m_u = tl.sum(tl.where(w == W - 1, c_J_m_u, 0.0), 0, keep_dims=True)
+        h_J_m_w = tl.sum(tl.where(w == W - 1, c_J_m_w, 0.0), 0, keep_dims=True)
+        h_J_u_u = tl.sum(tl.where(w == W - 1, c_J_u_u, 0.0), 0, keep_dims=True)
+        h_J_w_w = tl.sum(tl.where(w == W - 1, c_J_w_w, 0.0), 0, keep_dims=True)
+        h_adj_m = tl.sum(tl.where(w == W - 1, c_adj_m, 0.0), 0, keep_dims=True)
+        h_adj_u = tl.sum(tl.where(w == W - 1, c_adj_u, 0.0), 0, keep_dims=True)
+        h_adj_w = tl.sum(tl.where(w == W - 1, c_adj_w, 0.0), 0, keep_dims=True)
     tl.store(p_fold_J_m_m + (i_n * S + i_s) * C + o_c, h_J_m_m, mask=m_c)
     tl.store(p_fold_J_m_u + (i_n * S + i_s) * C + o_c, h_J_m_u, mask=m_c)
     tl.store(p_fold_J_m_w + (i_n * S + i_s) * C + o_c, h_J_m_w, mask=m_c)
@@ -761,7 +863,7 @@ def backward_fold_kernel(
     tl.store(p_fold_adj_u + (i_n * S + i_s) * C + o_c, h_adj_u, mask=m_c)
     tl.store(p_fold_adj_w + (i_n * S + i_s) * C + o_c, h_adj_w, mask=m_c)
     if p_kind is not None:
-        tl.store(p_fold_cut + (i_n * S + i_s) * C + o_c, h_cut, mask=m_c)
+        tl.store(p_fold_cut + (i_n * S + i_s) * C + o_c, before_cut, mask=m_c)
 
 
 @jit(do_not_specialize=["T", "CV", "S", "SEG"])
@@ -769,7 +871,7 @@ def backward_carry_kernel(
     p_fold_J_m_m, p_fold_J_m_u, p_fold_J_m_w, p_fold_J_u_u, p_fold_J_w_w, p_fold_adj_m, p_fold_adj_u,
     p_fold_adj_w, p_d_final_m, p_d_final_u, p_d_final_w, p_carry_m, p_carry_u, p_carry_w,
     p_cut, p_cu, T, CV, S, SEG,
-    BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """The cotangents after each segment, [N, S, C] a live component."""
     C = CV * V
@@ -778,19 +880,24 @@ def backward_carry_kernel(
     bos, eos, begin, length = tile_span(p_cu, i_n, i_n * 0, T, SEG)
     segments = tl.cdiv(eos - bos, SEG).to(tl.int32)
     i_n = i_n.to(tl.int64)
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]
-    t = BT - 1 - tl.arange(0, BT)[:, None]
-    o = t * C + o_c
-    h_adj_m = tl.load(p_d_final_m + i_n * C + o_c, mask=o_c < C, other=0).to(tl.float32)
-    tl.store(p_carry_m + (i_n * S + tl.maximum(segments - 1, 0)) * C + o_c, h_adj_m, mask=o_c < C)
-    h_adj_u = tl.load(p_d_final_u + i_n * C + o_c, mask=o_c < C, other=0).to(tl.float32)
-    tl.store(p_carry_u + (i_n * S + tl.maximum(segments - 1, 0)) * C + o_c, h_adj_u, mask=o_c < C)
-    h_adj_w = tl.load(p_d_final_w + i_n * C + o_c, mask=o_c < C, other=0).to(tl.float32)
-    tl.store(p_carry_w + (i_n * S + tl.maximum(segments - 1, 0)) * C + o_c, h_adj_w, mask=o_c < C)
+    BT: tl.constexpr = W * R
+    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    m_c = o_c < C
+    w = tl.arange(0, W)[:, None]  # [W, 1]
+    r = tl.arange(0, R)[None, :, None]
+    t = BT - 1 - (w[:, :, None] * R + r)  # [W, R, 1]
+    o = t * C + o_c[:, None, :]  # [W, R, BC]
+    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
+    h_adj_m = tl.load(p_d_final_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    tl.store(p_carry_m + (i_n * S + tl.maximum(segments - 1, 0)) * C + o_c, h_adj_m, mask=m_c)
+    h_adj_u = tl.load(p_d_final_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    tl.store(p_carry_u + (i_n * S + tl.maximum(segments - 1, 0)) * C + o_c, h_adj_u, mask=m_c)
+    h_adj_w = tl.load(p_d_final_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    tl.store(p_carry_w + (i_n * S + tl.maximum(segments - 1, 0)) * C + o_c, h_adj_w, mask=m_c)
     tiles = tl.cdiv(segments, BT)
     for j in tl.range(0, tiles, num_stages=NS):
         i_t = (tiles - 1 - j) * BT
-        m = (i_t + t < segments) & (o_c < C)
+        m = (i_t + t < segments) & m_c[:, None, :]
         a_J_m_m = tl.load(p_fold_J_m_m + (i_n * S + i_t) * C + o, mask=m, other=1.0)
         a_J_m_u = tl.load(p_fold_J_m_u + (i_n * S + i_t) * C + o, mask=m, other=0.0)
         a_J_m_w = tl.load(p_fold_J_m_w + (i_n * S + i_t) * C + o, mask=m, other=0.0)
@@ -799,24 +906,46 @@ def backward_carry_kernel(
         a_adj_m = tl.load(p_fold_adj_m + (i_n * S + i_t) * C + o, mask=m, other=0.0)
         a_adj_u = tl.load(p_fold_adj_u + (i_n * S + i_t) * C + o, mask=m, other=0.0)
         a_adj_w = tl.load(p_fold_adj_w + (i_n * S + i_t) * C + o, mask=m, other=0.0)
-        f_adj_m, f_adj_u, f_adj_w = lane_pull(h_adj_m, h_adj_u, h_adj_w, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w)
         if p_cut is not None:
             cut = tl.load(p_cut + (i_n * S + i_t) * C + o, mask=m, other=0).to(tl.int32)
-            a_adj_m = tl.where((t == BT - 1) & (cut == 0), f_adj_m, a_adj_m)
-            a_adj_u = tl.where((t == BT - 1) & (cut == 0), f_adj_u, a_adj_u)
-            a_adj_w = tl.where((t == BT - 1) & (cut == 0), f_adj_w, a_adj_w)
-            cut, l_J_m_m, l_J_m_u, l_J_m_w, l_J_u_u, l_J_w_w, l_adj_m, l_adj_u, l_adj_w = tl.associative_scan((cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w), 0, lane_cut)
+        if p_cut is not None:
+            inner_cut, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w = tl.associative_scan((cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w), 1, lane_cut)
+            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
         else:
-            a_adj_m = tl.where(t == BT - 1, f_adj_m, a_adj_m)
-            a_adj_u = tl.where(t == BT - 1, f_adj_u, a_adj_u)
-            a_adj_w = tl.where(t == BT - 1, f_adj_w, a_adj_w)
-            (l_J_m_m, l_J_m_u, l_J_m_w, l_J_u_u, l_J_w_w, l_adj_m, l_adj_u, l_adj_w,) = tl.associative_scan((a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w,), 0, lane_compose)
+            (g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w,) = tl.associative_scan((a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w,), 1, lane_compose)
+        c_J_m_m = tl.sum(tl.where(r == R - 1, g_J_m_m, 0.0), 1)  # [W, BC]
+        c_J_m_u = tl.sum(tl.where(r == R - 1, g_J_m_u, 0.0), 1)  # [W, BC]
+        c_J_m_w = tl.sum(tl.where(r == R - 1, g_J_m_w, 0.0), 1)  # [W, BC]
+        c_J_u_u = tl.sum(tl.where(r == R - 1, g_J_u_u, 0.0), 1)  # [W, BC]
+        c_J_w_w = tl.sum(tl.where(r == R - 1, g_J_w_w, 0.0), 1)  # [W, BC]
+        c_adj_m = tl.sum(tl.where(r == R - 1, g_adj_m, 0.0), 1)  # [W, BC]
+        c_adj_u = tl.sum(tl.where(r == R - 1, g_adj_u, 0.0), 1)  # [W, BC]
+        c_adj_w = tl.sum(tl.where(r == R - 1, g_adj_w, 0.0), 1)  # [W, BC]
+        f_adj_m, f_adj_u, f_adj_w = lane_pull(h_adj_m, h_adj_u, h_adj_w, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
+        if p_cut is not None:
+            c_adj_m = tl.where((w == 0) & (outer_cut == 0), f_adj_m, c_adj_m)
+            c_adj_u = tl.where((w == 0) & (outer_cut == 0), f_adj_u, c_adj_u)
+            c_adj_w = tl.where((w == 0) & (outer_cut == 0), f_adj_w, c_adj_w)
+            outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w = tl.associative_scan((outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w), 0, lane_cut)
+        else:
+            c_adj_m = tl.where(w == 0, f_adj_m, c_adj_m)
+            c_adj_u = tl.where(w == 0, f_adj_u, c_adj_u)
+            c_adj_w = tl.where(w == 0, f_adj_w, c_adj_w)
+            (c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,) = tl.associative_scan((c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,), 0, lane_compose)
+        q_adj_m = tl.where(w == 0, h_adj_m, tl.gather(c_adj_m, above, 0))[:, None, :]  # below each chunk
+        h_adj_m = tl.sum(tl.where(w == W - 1, c_adj_m, 0.0), 0, keep_dims=True)
+        q_adj_u = tl.where(w == 0, h_adj_u, tl.gather(c_adj_u, above, 0))[:, None, :]  # below each chunk
+        h_adj_u = tl.sum(tl.where(w == W - 1, c_adj_u, 0.0), 0, keep_dims=True)
+        q_adj_w = tl.where(w == 0, h_adj_w, tl.gather(c_adj_w, above, 0))[:, None, :]  # below each chunk
+        h_adj_w = tl.sum(tl.where(w == W - 1, c_adj_w, 0.0), 0, keep_dims=True)
+        l_adj_m, l_adj_u, l_adj_w = lane_pull(q_adj_m, q_adj_u, q_adj_w, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w)
+        if p_cut is not None:
+            l_adj_m = tl.where(inner_cut == 0, l_adj_m, g_adj_m)
+            l_adj_u = tl.where(inner_cut == 0, l_adj_u, g_adj_u)
+            l_adj_w = tl.where(inner_cut == 0, l_adj_w, g_adj_w)
         tl.store(p_carry_m + (i_n * S + i_t - 1) * C + o, l_adj_m, mask=m & (i_t + t > 0))
-        h_adj_m = tl.sum(tl.where(t == 0, l_adj_m, 0.0), 0, keep_dims=True)
         tl.store(p_carry_u + (i_n * S + i_t - 1) * C + o, l_adj_u, mask=m & (i_t + t > 0))
-        h_adj_u = tl.sum(tl.where(t == 0, l_adj_u, 0.0), 0, keep_dims=True)
         tl.store(p_carry_w + (i_n * S + i_t - 1) * C + o, l_adj_w, mask=m & (i_t + t > 0))
-        h_adj_w = tl.sum(tl.where(t == 0, l_adj_w, 0.0), 0, keep_dims=True)
 
 
 @jit(do_not_specialize=["CV"])
@@ -836,10 +965,10 @@ def step_kernel(
         slot = tl.load(p_slots + row).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
     m_c = o_c < C
-    C_score, c_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
-    C_value, c_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
-    b_score = tl.load(p_score + row * C_score + c_score, mask=m_c, other=0).to(tl.float32)
-    b_value = tl.load(p_value + row * C_value + c_value, mask=m_c, other=0).to(tl.float32)
+    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
+    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
+    b_score = tl.load(p_score + row * C_score + k_score, mask=m_c, other=0).to(tl.float32)
+    b_value = tl.load(p_value + row * C_value + k_value, mask=m_c, other=0).to(tl.float32)
     v_m = tl.load(p_state_m + slot * C + o_c, mask=m_c, other=0).to(tl.float32)
     v_u = tl.load(p_state_u + slot * C + o_c, mask=m_c, other=0).to(tl.float32)
     v_w = tl.load(p_state_w + slot * C + o_c, mask=m_c, other=0).to(tl.float32)
@@ -996,10 +1125,10 @@ class PointwiseKernels:
     ) -> SimpleNamespace:
         """Tile, grid, and the split of time: programs enough to keep every multiprocessor loading."""
         wide = any(x.element_size() >= 4 and lanes.maps[at] == (1, 1) for at, x in enumerate(inputs))
-        tokens, width, warps, stages, vector = self.table.tiles[direction][4 if wide else 2]
+        each_rows, chunks, width, warps, stages, vector = self.table.tiles[direction][4 if wide else 2]
         while width > 1 and width >= 2 * lanes.count:
-            width, tokens = width // 2, min(2 * tokens, 128)
-        vector = math.gcd(vector, lanes.count)
+            width, chunks = width // 2, min(2 * chunks, 64)
+        tokens, vector = each_rows * chunks, math.gcd(vector, lanes.count)
         programs = rows * -(-lanes.count // width)
         processors = self.processors or _processors(inputs[0].device)
         segments, each = 1, length
@@ -1009,7 +1138,7 @@ class PointwiseKernels:
                 each = -(-length // (segments * tokens)) * tokens
             segments = -(-length // each) if each else 1
         return SimpleNamespace(
-            tile=(tokens, width, vector, stages), warps=warps, programs=programs, segments=segments,
+            tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
             grid=(programs * segments,), numbers=(length, lanes.count // vector, segments, each),
         )  # fmt: skip
 
@@ -1027,7 +1156,7 @@ class PointwiseKernels:
     ) -> list[Tensor | None]:  # fmt: skip
         """What is before each segment, [N, S + 1, C] a live scalar."""
         table, device = self.table, inputs[0].device
-        rows = span.programs // -(-lanes.count // span.tile[1])
+        rows = span.programs // -(-lanes.count // span.tile[2])
         folds = [_empty((rows, span.segments, lanes.count), k, torch.float32, device) for k in table.element_scalars]
         carry = [_empty((rows, span.segments + 1, lanes.count), k, torch.float32, device) for k in table.live_scalars]
         fold_kinds = None
@@ -1049,7 +1178,7 @@ class PointwiseKernels:
     ) -> list[Tensor | None]:  # fmt: skip
         """The cotangents after each segment, [N, S, C] a live scalar."""
         table, device = self.table, inputs[0].device
-        rows = span.programs // -(-lanes.count // span.tile[1])
+        rows = span.programs // -(-lanes.count // span.tile[2])
         shape = (rows, span.segments, lanes.count)
         folds = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(table.entries)]
         carry = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(table.smooth_scalars)]
@@ -1227,7 +1356,7 @@ KERNELS = PointwiseKernels(
         smooth_scalars=3,
         reused=(),
         counts=False,
-        tiles={"forward": {4: (32, 32, 2, 3, 4), 2: (16, 32, 1, 3, 2)}, "backward": {4: (16, 64, 4, 3, 4), 2: (16, 32, 1, 3, 2)}},
+        tiles={"forward": {4: (4, 8, 64, 4, 3, 4), 2: (4, 8, 64, 2, 3, 8)}, "backward": {4: (2, 4, 64, 2, 3, 4), 2: (2, 4, 64, 2, 3, 4)}},
     )
 )
 
@@ -1476,6 +1605,8 @@ def _rows(empty: Values, initial: Values | None, initial_exists: Tensor | None, 
 def _donor(tensors: Values, valid: Tensor) -> Values:
     """The first token that counts, without gradient and leading axes; ones (zeros for integers) if none does."""
     flat, length = valid.reshape(-1), valid.shape[1]
+    if flat.numel() == 0:
+        return {k: torch.ones(x.shape[2:], dtype=x.dtype, device=x.device) for k, x in tensors.items()}
     first, some = flat.to(torch.int8).argmax().reshape(1), flat.any()
     found = {k: x.detach()[first // length, first % length][0] for k, x in tensors.items()}
     return {k: torch.where(some, x, torch.full_like(x, x.is_floating_point())) for k, x in found.items()}
@@ -1996,7 +2127,7 @@ def tree_tokens(
     count = len(bounds) - 1
     given = counter_start(count) if counter is None else counter
     positions: list[int] = [0] * count if counter is None else given["position"].tolist()
-    if valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1:
+    if not batch or (valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1):
         prefix, after = tree_scan(combine, leaves, counter, recompute=recompute)
         first = counter_prefix(counter, leaves, empty) if previous and counter is not None else empty
         shifted = {k: torch.cat([_first(first[k], x), x], 1)[:, :length] for k, x in prefix.items()}
@@ -2155,8 +2286,34 @@ def complex_of(real: torch.dtype) -> torch.dtype:
     return _COMPLEX.get(real, torch.complex64)
 
 
+_SEEN: dict[Any, Call] = {}  # calls that passed the checks, by digest, tokens, then shape, dtype, device of each
+_MOST = 1024
+_NONE = torch.empty(0)
+_PLAIN = (Tensor, torch.nn.Parameter)  # what traces has shapes that are no keys
+
+
 def bind_call(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bool) -> Call:
     """Checks names, ranks, sizes, dtypes and devices. `tokens`: inputs have a T axis. Raises ArgumentError."""
+    if kwargs:
+        rest = [s.name for s in (*spec.inputs, *spec.params)][len(args) :]
+        if kwargs.keys() == set(rest):
+            args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
+    if kwargs or torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in args):
+        return _bind(spec, args, kwargs, tokens)
+    key = (spec.digest, tokens, *((x.shape, x.dtype, x.device) for x in args))
+    like = _SEEN.get(key)
+    if like is None:
+        if len(_SEEN) >= _MOST:
+            _SEEN.clear()
+        like = _bind(spec, args, kwargs, tokens)
+        _SEEN[key] = replace(like, inputs=dict.fromkeys(like.inputs, _NONE), params=dict.fromkeys(like.params, _NONE))
+    count = len(spec.inputs)
+    inputs = dict(zip(like.inputs, args, strict=False))
+    params = dict(zip(like.params, args[count:], strict=False))
+    return Call(inputs, params, like.sizes, like.leading, like.lanes, like.dtype, like.compute, like.device)
+
+
+def _bind(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bool) -> Call:
     given = _by_name(spec, args, kwargs)
     inputs, params = ({s.name: given[s.name] for s in part} for part in (spec.inputs, spec.params))
     lead = 2 if tokens else 1
@@ -2322,6 +2479,21 @@ def check_cu_seqlens(spec: Spec, cu_seqlens: Any, call: Call) -> Tensor | None:
     return cu_seqlens
 
 
+def check_slots(spec: Spec, slots: Any, call: Call, state: Any) -> int:
+    """How many rows a state has that `step_` changes; `slots` [B]: the rows, different ones (not checked: a sync)."""
+    if not isinstance(state, Mapping):
+        raise ArgumentError(f"PSM605: {spec.name}: step_ changes a state: pass what init_state or a call returned.")
+    if slots is None:
+        return call.leading[0]
+    if not isinstance(slots, Tensor) or slots.dtype != torch.int64 or tuple(slots.shape) != call.leading:
+        given = f"{slots.dtype}, {list(slots.shape)}" if isinstance(slots, Tensor) else type(slots).__name__
+        raise ArgumentError(
+            f"PSM605: {spec.name}: 'slots' must be an int64 tensor [B] = {list(call.leading)}, not {given}."
+        )
+    rows = [x for x in state.values() if isinstance(x, Tensor) and x.dim()]
+    return rows[0].shape[0] if rows else 0
+
+
 def check_state(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tensor] | None:
     """An initial state: exactly the live components and the tails, [rows, *lanes, *dims], in the state's dtypes."""
     if state is None:
@@ -2473,8 +2645,9 @@ def places(call: Call, cu_seqlens: Tensor | None, reset: Tensor | None) -> Place
         end = begin + length
         at = token
     else:
-        row = (torch.searchsorted(cu_seqlens, token.contiguous(), right=True) - 1).clamp(0, cu_seqlens.numel() - 2)
-        begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        bounds = cu_seqlens.long()
+        row = (torch.searchsorted(bounds, token.contiguous(), right=True) - 1).clamp(0, bounds.shape[0] - 2)
+        begin, end = bounds[:-1], bounds[1:]
         at = token - begin[row]
     if reset is None:
         return Places(row, at, at, begin, end, torch.zeros(batch, length, dtype=torch.bool, device=device))
@@ -2537,16 +2710,52 @@ def as_state(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) ->
     """A component in full, [*leading, *lanes, *dims], in its dtype: rules return what they read of the leading axes."""
     rank = len(slot.dims)
     dims = value.shape[value.dim() - rank :]
-    return value.to(call.of_kind(slot.kind)).expand(*leading, *call.lanes, *dims)
+    return value.to(call.of_kind(slot.kind)).expand((*leading, *call.lanes, *dims))
 
 
-def prepared(spec: Spec, call: Call, lags: Values) -> tuple[Values, Values]:
-    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`."""
-    x = {s.name: _prepared(s, call.inputs[s.name], call) for s in spec.inputs}
-    for slot in spec.inputs:
-        for lag in range(1, spec.taps.get(slot.name, 0) + 1):
-            x[f"{slot.name}_lag{lag}"] = _prepared(slot, lags[f"{slot.name}_lag{lag}"], call)
-    return x, {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+def prepared(spec: Spec, call: Call, lags: Values, lazily: bool = False) -> tuple[Any, Values]:
+    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`.
+
+    `lazily`: an input is converted when it is first read.
+    """
+    raw = [(s.name, s, call.inputs[s.name]) for s in spec.inputs]
+    for s in spec.inputs:
+        raw += [(f"{s.name}_lag{k}", s, lags[f"{s.name}_lag{k}"]) for k in range(1, spec.taps.get(s.name, 0) + 1)]
+    params = {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+    if lazily:
+        return Prepared({name: (slot, value) for name, slot, value in raw}, call), params
+    return {name: _prepared(slot, value, call) for name, slot, value in raw}, params
+
+
+class Prepared(Mapping[str, Tensor]):
+    """Inputs by name, each in the dtype of computation from its first reading on, wherever that is: a reading without
+    gradient leaves none out of later ones."""
+
+    def __init__(self, raw: Mapping[str, tuple[Slot, Tensor]], call: Call) -> None:
+        self._raw, self._call, self._made = raw, call, dict[str, Tensor]()
+        self._grad = torch.is_grad_enabled()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            with torch.set_grad_enabled(self._grad):
+                self._made[name] = _prepared(*self._raw[name], self._call)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
+class Tokens:
+    """The same as attributes, as the functions of a spec read them."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self._values[name]
 
 
 def _prepared(slot: Slot, value: Tensor, call: Call) -> Tensor:
@@ -2561,6 +2770,20 @@ def start_state(spec: Spec, rules: Rules, call: Call, names: tuple[str, ...]) ->
     return {k: found[k].to(call.of_kind(kinds[k])) for k in names}
 
 
+def in_full_precision(run: Callable[..., tuple[Values, Values]]) -> Callable[..., tuple[Values, Values]]:
+    """A run without autocast: what surrounds a call does not change its arithmetic (a rule from Python may want it)."""
+
+    @wraps(run)
+    def wrapped(spec: Spec, rules: Rules, call: Call, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
+        if hasattr(rules, "extern") or not torch.is_autocast_enabled(call.device.type):
+            return run(spec, rules, call, *args, **kwargs)
+        with torch.autocast(call.device.type, enabled=False):
+            return run(spec, rules, call, *args, **kwargs)
+
+    return wrapped
+
+
+@in_full_precision
 def run_scan(
     spec: Spec, rules: Rules, call: Call, fold: str, x: Values, p: Values, initial: Values | None,
     mask: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None, whole: bool = False,
@@ -2569,8 +2792,8 @@ def run_scan(
 
     x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
     """
-    if hasattr(rules, "layers") and cu_seqlens is None and not whole:
-        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset)
+    if hasattr(rules, "layers") and not whole:
+        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset, cu_seqlens)
         return layered
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
@@ -2616,7 +2839,7 @@ def run_scan(
         )  # fmt: skip
         if whole:
             return {}, counter
-        outputs = output(prefix, before, x)
+        outputs = output(fill_masked(prefix, mask), before and fill_masked(before, mask), x)
         if mask is not None:
             outputs = {k: torch.where(_flag(mask, v), v, 0) for k, v in outputs.items()}
         return outputs, counter
@@ -2635,9 +2858,10 @@ def as_output(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -
     rank = len(slot.dims)
     dims = value.shape[value.dim() - rank :]
     kind = "complex" if value.is_complex() else slot.kind
-    return value.to(call.of_kind(kind, call.dtype)).expand(*leading, *call.lanes, *dims)
+    return value.to(call.of_kind(kind, call.dtype)).expand((*leading, *call.lanes, *dims))
 
 
+@in_full_precision
 def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token for every row: (outputs [B, *lanes, *dims], the state after it); not of a tree."""
     params, n = Fields(p), call.n
@@ -2652,6 +2876,7 @@ def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
+@in_full_precision
 def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token of a tree: (outputs, the counter after it)."""
     params, n, tokens = Fields(p), call.n, Fields(x)
@@ -2730,9 +2955,32 @@ class Operator:
         params = list(call.params.values())
         begin = [] if initial is None else [initial[s.name] for s in self.live]
         save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *params, *begin))
-        results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
+        if torch.compiler.is_compiling():
+            results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
+        else:  # the same without the dispatcher, whose first call imports half of torch
+            given = Given(inputs, params, begin, mask, reset, cu_seqlens)
+            apply: Any = Eager.apply
+            results = apply(self, given, *inputs, *params, *begin) if save else self._launch(given, False)
         outputs = {s.name: x for s, x in zip(self.spec.outputs, results, strict=False)}
         return outputs, {s.name: x for s, x in zip(self.live, results[len(outputs) :], strict=False)}
+
+    def steps(self, call: Call, state: Values | None) -> bool:
+        """Whether the step kernel takes this token: no gradient is wanted, no taps, a state in the kernels' dtype."""
+        if not self._kernels(call) or self.extras or torch.compiler.is_compiling():
+            return False
+        tensors = (*call.inputs.values(), *call.params.values(), *(state or {}).values())
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return False
+        return state is None or all(
+            state[s.name].dtype == call.of_kind(s.kind) and state[s.name].is_contiguous() for s in self.live
+        )
+
+    def step(self, call: Call, state: Values, slots: Tensor | None) -> Any:
+        """One token by the step kernel: `state` [rows, ...] moves on in place, in the rows that `slots` names."""
+        found = self.kernels.step_in_place(
+            [state[s.name] for s in self.live], list(call.inputs.values()), list(call.params.values()), slots
+        )
+        return found[0] if len(found) == 1 else tuple(found)
 
     def _register(self, name: str) -> None:
         forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
@@ -2750,18 +2998,34 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         if self._kernels(self._call(given)):
-            outputs, finals, saved = self.kernels.scan_forward(
-                inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
-            )
-            return [*outputs, *finals, *saved]
+            return self._launch(given, save)
         found, final = self._run(given)
         results = (*found.values(), *(final[s.name] for s in self.live))
         return [x.clone(memory_format=torch.contiguous_format) for x in results]
 
+    def _launch(self, given: Given, save: bool) -> list[Tensor]:
+        inputs, params, initial, mask, reset, cu_seqlens = given
+        outputs, finals, saved = self.kernels.scan_forward(
+            inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
+        )
+        return [*outputs, *finals, *saved]
+
+    def _launch_backward(self, given: Given, grads: list[Tensor], results: list[Tensor]) -> list[Tensor | None]:
+        """Gradients of inputs, params and the initial state in one list, None where there is none."""
+        inputs, params, initial, mask, reset, cu_seqlens = given
+        count = len(self.spec.outputs)
+        found = self.kernels.scan_backward(
+            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
+            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+        )  # fmt: skip
+        parts = zip(found, (inputs, params, initial), strict=True)
+        return [g for part, like in parts for g in (part or [None] * len(like))]
+
     def _run(self, given: Given) -> tuple[Values, Values]:
         call = self._call(given)
         taps = zip(self.extras, given.inputs[len(self.spec.inputs) :], strict=True)
-        x, p = prepared(self.spec, call, {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps})
+        lags = {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps}
+        x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
         begin = {s.name: v for s, v in zip(self.live, given.initial, strict=True)} if given.initial else None
         return run_scan(self.spec, self.rules, call, self.fold, x, p, begin, given.mask, given.reset, given.cu_seqlens)
 
@@ -2778,7 +3042,9 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call):
             slots = {s.name: s for s in self.live}
-            results += [empty(call.leading, slots[k]) for k in self.kernels.saved_components(call.dtype)]
+            flagged = given.mask is not None or given.reset is not None
+            saved = self.kernels.saved_components(call.dtype, flagged)
+            results += [empty(call.leading, slots[k]) for k in saved]
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -2809,23 +3075,12 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         everything = [*inputs, *params, *initial]
-        if self._kernels(self._call(given)):
-            count = len(self.spec.outputs)
-            found = self.kernels.scan_backward(
-                grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-                results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
-            )  # fmt: skip
-            flat = [
-                g
-                for part, like in zip(found, (inputs, params, initial), strict=True)
-                for g in (part or [None] * len(like))
-            ]
-        else:
-            flat = self._transpose(given, grads)
+        kernels = self._kernels(self._call(given))
+        flat = self._launch_backward(given, grads, results) if kernels else self._transpose(given, grads)
         return [
             torch.zeros(x.shape, dtype=x.dtype, device=x.device)
             if g is None
-            else g.clone(memory_format=torch.contiguous_format)
+            else (g if kernels else g.clone(memory_format=torch.contiguous_format))
             for g, x in zip(flat, everything, strict=True)
         ]
 
@@ -2846,6 +3101,30 @@ class Operator:
             results, cotangents = ([pair[side] for pair in reached] for side in (0, 1))
             found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))
         return [next(found) if x.requires_grad else None for x in leaves]
+
+
+class Eager(torch.autograd.Function):
+    """The kernels under autograd, outside of compiled graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, given: Given, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = operator._launch(given, True)
+        ctx.operator, ctx.counts = operator, [len(part) for part in given[:3]]
+        ctx.flags, ctx.results = given[3:], len(operator.spec.outputs) + len(operator.live)
+        ctx.save_for_backward(*tensors, *results)
+        ctx.mark_non_differentiable(*(x for x in results if not _smooth(x)))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        parts: list[list[Tensor]] = []
+        for count in ctx.counts:
+            parts.append(saved[:count])
+            saved = saved[count:]
+        given = Given(parts[0], parts[1], parts[2], *ctx.flags)
+        dense = [g.contiguous() for g in grads[: ctx.results]]
+        return (None, None, *ctx.operator._launch_backward(given, dense, saved))
 
 
 def token_code(mask: Tensor | None, reset: Tensor | None) -> Tensor | None:
@@ -2889,11 +3168,24 @@ class Aggregator:
     Inputs are [B, T, *lanes, *dims] in the spec's order, params [*lanes, *dims] or [*dims]; see `help(agg)`.
     """
 
-    def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None, plain: bool = False) -> None:
-        """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points; `plain`: never a custom op."""
+    def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None) -> None:
+        """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points. With a rule from Python (then
+        `rules.extern` is what makes an aggregator of one, and this one) calls are plain PyTorch, never a custom op."""
         self.spec, self.rules, self.fold_order = spec, rules, fold
-        self.operator = None if plain else Operator(spec, rules, fold, kernels)
+        self.operator = None if hasattr(rules, "extern") else Operator(spec, rules, fold, kernels)
         self.__name__ = spec.name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Aggregator:
+        """Itself, as it holds nothing that trains; with a rule from Python, one with a copy of the rule."""
+        if not hasattr(self.rules, "extern"):
+            return self
+        make, rule = self.rules.extern
+        own = deepcopy(rule, memo)
+        copied: Aggregator = make(own)
+        copied.__class__ = type(self)
+        for name, value in vars(self).items():
+            vars(copied).setdefault(name, own if value is rule else value)
+        return copied
 
     def __repr__(self) -> str:
         named = ", ".join(s.name for s in (*self.spec.inputs, *self.spec.params))
@@ -2936,7 +3228,7 @@ class Aggregator:
         if self.operator is not None and self.operator.wanted(call, return_state or state is not None):
             outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
         else:
-            x, p = prepared(self.spec, call, lags)
+            x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
             outputs, final = run_scan(
                 self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
             )
@@ -2948,7 +3240,16 @@ class Aggregator:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
         call = bind_call(self.spec, args, kwargs, tokens=False)
         before = self._checked(call, state, call.leading[0])
+        if self.operator is not None and self.operator.steps(call, before):
+            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
+            return self.operator.step(call, after, None), after
         lags, tails = tap_token(self.spec, call, before)
+        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
+            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
+            moved = self.rules.stepped(self.spec, self.rules, call, after, None)
+            if moved is not None:
+                outs = tuple(moved[s.name] for s in self.spec.outputs)
+                return outs[0] if len(outs) == 1 else outs, after
         x, p = prepared(self.spec, call, lags)
         if before is None:
             before = self._start(call)
@@ -2963,8 +3264,17 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
+        call = bind_call(self.spec, args, kwargs, tokens=False)
+        self._checked(call, state, check_slots(self.spec, slots, call, state))
         if slots is not None and self.fold_order == "tree":
             return self._push_rows(state, slots, *args, **kwargs)
+        if self.operator is not None and self.operator.steps(call, state):
+            return self.operator.step(call, state, slots)
+        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
+            moved = self.rules.stepped(self.spec, self.rules, call, state, slots)
+            if moved is not None:
+                outs = tuple(moved[s.name] for s in self.spec.outputs)
+                return outs[0] if len(outs) == 1 else outs
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
         out, after = self.step(rows, *args, **kwargs)
         if self.fold_order == "tree":
@@ -3059,7 +3369,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='softmax_average',
-    digest='8ac112c692528b12',
+    digest='1c222dc9bb304da0',
     inputs=(Slot('score'), Slot('value'),),
     params=(),
     components=(Slot('m'), Slot('u'), Slot('w'),),

@@ -35,7 +35,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from itertools import pairwise
 from math import isqrt
 from types import SimpleNamespace
@@ -323,6 +325,8 @@ def _rows(empty: Values, initial: Values | None, initial_exists: Tensor | None, 
 def _donor(tensors: Values, valid: Tensor) -> Values:
     """The first token that counts, without gradient and leading axes; ones (zeros for integers) if none does."""
     flat, length = valid.reshape(-1), valid.shape[1]
+    if flat.numel() == 0:
+        return {k: torch.ones(x.shape[2:], dtype=x.dtype, device=x.device) for k, x in tensors.items()}
     first, some = flat.to(torch.int8).argmax().reshape(1), flat.any()
     found = {k: x.detach()[first // length, first % length][0] for k, x in tensors.items()}
     return {k: torch.where(some, x, torch.full_like(x, x.is_floating_point())) for k, x in found.items()}
@@ -843,7 +847,7 @@ def tree_tokens(
     count = len(bounds) - 1
     given = counter_start(count) if counter is None else counter
     positions: list[int] = [0] * count if counter is None else given["position"].tolist()
-    if valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1:
+    if not batch or (valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1):
         prefix, after = tree_scan(combine, leaves, counter, recompute=recompute)
         first = counter_prefix(counter, leaves, empty) if previous and counter is not None else empty
         shifted = {k: torch.cat([_first(first[k], x), x], 1)[:, :length] for k, x in prefix.items()}
@@ -1002,8 +1006,34 @@ def complex_of(real: torch.dtype) -> torch.dtype:
     return _COMPLEX.get(real, torch.complex64)
 
 
+_SEEN: dict[Any, Call] = {}  # calls that passed the checks, by digest, tokens, then shape, dtype, device of each
+_MOST = 1024
+_NONE = torch.empty(0)
+_PLAIN = (Tensor, torch.nn.Parameter)  # what traces has shapes that are no keys
+
+
 def bind_call(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bool) -> Call:
     """Checks names, ranks, sizes, dtypes and devices. `tokens`: inputs have a T axis. Raises ArgumentError."""
+    if kwargs:
+        rest = [s.name for s in (*spec.inputs, *spec.params)][len(args) :]
+        if kwargs.keys() == set(rest):
+            args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
+    if kwargs or torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in args):
+        return _bind(spec, args, kwargs, tokens)
+    key = (spec.digest, tokens, *((x.shape, x.dtype, x.device) for x in args))
+    like = _SEEN.get(key)
+    if like is None:
+        if len(_SEEN) >= _MOST:
+            _SEEN.clear()
+        like = _bind(spec, args, kwargs, tokens)
+        _SEEN[key] = replace(like, inputs=dict.fromkeys(like.inputs, _NONE), params=dict.fromkeys(like.params, _NONE))
+    count = len(spec.inputs)
+    inputs = dict(zip(like.inputs, args, strict=False))
+    params = dict(zip(like.params, args[count:], strict=False))
+    return Call(inputs, params, like.sizes, like.leading, like.lanes, like.dtype, like.compute, like.device)
+
+
+def _bind(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bool) -> Call:
     given = _by_name(spec, args, kwargs)
     inputs, params = ({s.name: given[s.name] for s in part} for part in (spec.inputs, spec.params))
     lead = 2 if tokens else 1
@@ -1169,6 +1199,21 @@ def check_cu_seqlens(spec: Spec, cu_seqlens: Any, call: Call) -> Tensor | None:
     return cu_seqlens
 
 
+def check_slots(spec: Spec, slots: Any, call: Call, state: Any) -> int:
+    """How many rows a state has that `step_` changes; `slots` [B]: the rows, different ones (not checked: a sync)."""
+    if not isinstance(state, Mapping):
+        raise ArgumentError(f"PSM605: {spec.name}: step_ changes a state: pass what init_state or a call returned.")
+    if slots is None:
+        return call.leading[0]
+    if not isinstance(slots, Tensor) or slots.dtype != torch.int64 or tuple(slots.shape) != call.leading:
+        given = f"{slots.dtype}, {list(slots.shape)}" if isinstance(slots, Tensor) else type(slots).__name__
+        raise ArgumentError(
+            f"PSM605: {spec.name}: 'slots' must be an int64 tensor [B] = {list(call.leading)}, not {given}."
+        )
+    rows = [x for x in state.values() if isinstance(x, Tensor) and x.dim()]
+    return rows[0].shape[0] if rows else 0
+
+
 def check_state(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tensor] | None:
     """An initial state: exactly the live components and the tails, [rows, *lanes, *dims], in the state's dtypes."""
     if state is None:
@@ -1320,8 +1365,9 @@ def places(call: Call, cu_seqlens: Tensor | None, reset: Tensor | None) -> Place
         end = begin + length
         at = token
     else:
-        row = (torch.searchsorted(cu_seqlens, token.contiguous(), right=True) - 1).clamp(0, cu_seqlens.numel() - 2)
-        begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        bounds = cu_seqlens.long()
+        row = (torch.searchsorted(bounds, token.contiguous(), right=True) - 1).clamp(0, bounds.shape[0] - 2)
+        begin, end = bounds[:-1], bounds[1:]
         at = token - begin[row]
     if reset is None:
         return Places(row, at, at, begin, end, torch.zeros(batch, length, dtype=torch.bool, device=device))
@@ -1384,16 +1430,52 @@ def as_state(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) ->
     """A component in full, [*leading, *lanes, *dims], in its dtype: rules return what they read of the leading axes."""
     rank = len(slot.dims)
     dims = value.shape[value.dim() - rank :]
-    return value.to(call.of_kind(slot.kind)).expand(*leading, *call.lanes, *dims)
+    return value.to(call.of_kind(slot.kind)).expand((*leading, *call.lanes, *dims))
 
 
-def prepared(spec: Spec, call: Call, lags: Values) -> tuple[Values, Values]:
-    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`."""
-    x = {s.name: _prepared(s, call.inputs[s.name], call) for s in spec.inputs}
-    for slot in spec.inputs:
-        for lag in range(1, spec.taps.get(slot.name, 0) + 1):
-            x[f"{slot.name}_lag{lag}"] = _prepared(slot, lags[f"{slot.name}_lag{lag}"], call)
-    return x, {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+def prepared(spec: Spec, call: Call, lags: Values, lazily: bool = False) -> tuple[Any, Values]:
+    """Inputs and params in the dtypes of computation, grouped lanes made whole; `lags`: the taps, `name_lagK`.
+
+    `lazily`: an input is converted when it is first read.
+    """
+    raw = [(s.name, s, call.inputs[s.name]) for s in spec.inputs]
+    for s in spec.inputs:
+        raw += [(f"{s.name}_lag{k}", s, lags[f"{s.name}_lag{k}"]) for k in range(1, spec.taps.get(s.name, 0) + 1)]
+    params = {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
+    if lazily:
+        return Prepared({name: (slot, value) for name, slot, value in raw}, call), params
+    return {name: _prepared(slot, value, call) for name, slot, value in raw}, params
+
+
+class Prepared(Mapping[str, Tensor]):
+    """Inputs by name, each in the dtype of computation from its first reading on, wherever that is: a reading without
+    gradient leaves none out of later ones."""
+
+    def __init__(self, raw: Mapping[str, tuple[Slot, Tensor]], call: Call) -> None:
+        self._raw, self._call, self._made = raw, call, dict[str, Tensor]()
+        self._grad = torch.is_grad_enabled()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            with torch.set_grad_enabled(self._grad):
+                self._made[name] = _prepared(*self._raw[name], self._call)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
+class Tokens:
+    """The same as attributes, as the functions of a spec read them."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self._values[name]
 
 
 def _prepared(slot: Slot, value: Tensor, call: Call) -> Tensor:
@@ -1408,6 +1490,20 @@ def start_state(spec: Spec, rules: Rules, call: Call, names: tuple[str, ...]) ->
     return {k: found[k].to(call.of_kind(kinds[k])) for k in names}
 
 
+def in_full_precision(run: Callable[..., tuple[Values, Values]]) -> Callable[..., tuple[Values, Values]]:
+    """A run without autocast: what surrounds a call does not change its arithmetic (a rule from Python may want it)."""
+
+    @wraps(run)
+    def wrapped(spec: Spec, rules: Rules, call: Call, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
+        if hasattr(rules, "extern") or not torch.is_autocast_enabled(call.device.type):
+            return run(spec, rules, call, *args, **kwargs)
+        with torch.autocast(call.device.type, enabled=False):
+            return run(spec, rules, call, *args, **kwargs)
+
+    return wrapped
+
+
+@in_full_precision
 def run_scan(
     spec: Spec, rules: Rules, call: Call, fold: str, x: Values, p: Values, initial: Values | None,
     mask: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None, whole: bool = False,
@@ -1416,8 +1512,8 @@ def run_scan(
 
     x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
     """
-    if hasattr(rules, "layers") and cu_seqlens is None and not whole:
-        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset)
+    if hasattr(rules, "layers") and not whole:
+        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset, cu_seqlens)
         return layered
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
@@ -1463,7 +1559,7 @@ def run_scan(
         )  # fmt: skip
         if whole:
             return {}, counter
-        outputs = output(prefix, before, x)
+        outputs = output(fill_masked(prefix, mask), before and fill_masked(before, mask), x)
         if mask is not None:
             outputs = {k: torch.where(_flag(mask, v), v, 0) for k, v in outputs.items()}
         return outputs, counter
@@ -1482,9 +1578,10 @@ def as_output(value: Tensor, slot: Slot, call: Call, leading: tuple[int, ...]) -
     rank = len(slot.dims)
     dims = value.shape[value.dim() - rank :]
     kind = "complex" if value.is_complex() else slot.kind
-    return value.to(call.of_kind(kind, call.dtype)).expand(*leading, *call.lanes, *dims)
+    return value.to(call.of_kind(kind, call.dtype)).expand((*leading, *call.lanes, *dims))
 
 
+@in_full_precision
 def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token for every row: (outputs [B, *lanes, *dims], the state after it); not of a tree."""
     params, n = Fields(p), call.n
@@ -1499,6 +1596,7 @@ def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
+@in_full_precision
 def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token of a tree: (outputs, the counter after it)."""
     params, n, tokens = Fields(p), call.n, Fields(x)
@@ -1577,9 +1675,32 @@ class Operator:
         params = list(call.params.values())
         begin = [] if initial is None else [initial[s.name] for s in self.live]
         save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *params, *begin))
-        results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
+        if torch.compiler.is_compiling():
+            results = self.op(inputs, params, begin, mask, reset, cu_seqlens, save)
+        else:  # the same without the dispatcher, whose first call imports half of torch
+            given = Given(inputs, params, begin, mask, reset, cu_seqlens)
+            apply: Any = Eager.apply
+            results = apply(self, given, *inputs, *params, *begin) if save else self._launch(given, False)
         outputs = {s.name: x for s, x in zip(self.spec.outputs, results, strict=False)}
         return outputs, {s.name: x for s, x in zip(self.live, results[len(outputs) :], strict=False)}
+
+    def steps(self, call: Call, state: Values | None) -> bool:
+        """Whether the step kernel takes this token: no gradient is wanted, no taps, a state in the kernels' dtype."""
+        if not self._kernels(call) or self.extras or torch.compiler.is_compiling():
+            return False
+        tensors = (*call.inputs.values(), *call.params.values(), *(state or {}).values())
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return False
+        return state is None or all(
+            state[s.name].dtype == call.of_kind(s.kind) and state[s.name].is_contiguous() for s in self.live
+        )
+
+    def step(self, call: Call, state: Values, slots: Tensor | None) -> Any:
+        """One token by the step kernel: `state` [rows, ...] moves on in place, in the rows that `slots` names."""
+        found = self.kernels.step_in_place(
+            [state[s.name] for s in self.live], list(call.inputs.values()), list(call.params.values()), slots
+        )
+        return found[0] if len(found) == 1 else tuple(found)
 
     def _register(self, name: str) -> None:
         forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
@@ -1597,18 +1718,34 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         if self._kernels(self._call(given)):
-            outputs, finals, saved = self.kernels.scan_forward(
-                inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
-            )
-            return [*outputs, *finals, *saved]
+            return self._launch(given, save)
         found, final = self._run(given)
         results = (*found.values(), *(final[s.name] for s in self.live))
         return [x.clone(memory_format=torch.contiguous_format) for x in results]
 
+    def _launch(self, given: Given, save: bool) -> list[Tensor]:
+        inputs, params, initial, mask, reset, cu_seqlens = given
+        outputs, finals, saved = self.kernels.scan_forward(
+            inputs, params, initial or None, token_code(mask, reset), cu_seqlens, save
+        )
+        return [*outputs, *finals, *saved]
+
+    def _launch_backward(self, given: Given, grads: list[Tensor], results: list[Tensor]) -> list[Tensor | None]:
+        """Gradients of inputs, params and the initial state in one list, None where there is none."""
+        inputs, params, initial, mask, reset, cu_seqlens = given
+        count = len(self.spec.outputs)
+        found = self.kernels.scan_backward(
+            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
+            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+        )  # fmt: skip
+        parts = zip(found, (inputs, params, initial), strict=True)
+        return [g for part, like in parts for g in (part or [None] * len(like))]
+
     def _run(self, given: Given) -> tuple[Values, Values]:
         call = self._call(given)
         taps = zip(self.extras, given.inputs[len(self.spec.inputs) :], strict=True)
-        x, p = prepared(self.spec, call, {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps})
+        lags = {f"{slot.name}_lag{lag}": value for (slot, lag), value in taps}
+        x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
         begin = {s.name: v for s, v in zip(self.live, given.initial, strict=True)} if given.initial else None
         return run_scan(self.spec, self.rules, call, self.fold, x, p, begin, given.mask, given.reset, given.cu_seqlens)
 
@@ -1625,7 +1762,9 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call):
             slots = {s.name: s for s in self.live}
-            results += [empty(call.leading, slots[k]) for k in self.kernels.saved_components(call.dtype)]
+            flagged = given.mask is not None or given.reset is not None
+            saved = self.kernels.saved_components(call.dtype, flagged)
+            results += [empty(call.leading, slots[k]) for k in saved]
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -1656,23 +1795,12 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         everything = [*inputs, *params, *initial]
-        if self._kernels(self._call(given)):
-            count = len(self.spec.outputs)
-            found = self.kernels.scan_backward(
-                grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-                results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
-            )  # fmt: skip
-            flat = [
-                g
-                for part, like in zip(found, (inputs, params, initial), strict=True)
-                for g in (part or [None] * len(like))
-            ]
-        else:
-            flat = self._transpose(given, grads)
+        kernels = self._kernels(self._call(given))
+        flat = self._launch_backward(given, grads, results) if kernels else self._transpose(given, grads)
         return [
             torch.zeros(x.shape, dtype=x.dtype, device=x.device)
             if g is None
-            else g.clone(memory_format=torch.contiguous_format)
+            else (g if kernels else g.clone(memory_format=torch.contiguous_format))
             for g, x in zip(flat, everything, strict=True)
         ]
 
@@ -1693,6 +1821,30 @@ class Operator:
             results, cotangents = ([pair[side] for pair in reached] for side in (0, 1))
             found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))
         return [next(found) if x.requires_grad else None for x in leaves]
+
+
+class Eager(torch.autograd.Function):
+    """The kernels under autograd, outside of compiled graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, given: Given, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = operator._launch(given, True)
+        ctx.operator, ctx.counts = operator, [len(part) for part in given[:3]]
+        ctx.flags, ctx.results = given[3:], len(operator.spec.outputs) + len(operator.live)
+        ctx.save_for_backward(*tensors, *results)
+        ctx.mark_non_differentiable(*(x for x in results if not _smooth(x)))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        parts: list[list[Tensor]] = []
+        for count in ctx.counts:
+            parts.append(saved[:count])
+            saved = saved[count:]
+        given = Given(parts[0], parts[1], parts[2], *ctx.flags)
+        dense = [g.contiguous() for g in grads[: ctx.results]]
+        return (None, None, *ctx.operator._launch_backward(given, dense, saved))
 
 
 def token_code(mask: Tensor | None, reset: Tensor | None) -> Tensor | None:
@@ -1736,11 +1888,24 @@ class Aggregator:
     Inputs are [B, T, *lanes, *dims] in the spec's order, params [*lanes, *dims] or [*dims]; see `help(agg)`.
     """
 
-    def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None, plain: bool = False) -> None:
-        """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points; `plain`: never a custom op."""
+    def __init__(self, spec: Spec, rules: Rules, *, fold: str, kernels: Any = None) -> None:
+        """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points. With a rule from Python (then
+        `rules.extern` is what makes an aggregator of one, and this one) calls are plain PyTorch, never a custom op."""
         self.spec, self.rules, self.fold_order = spec, rules, fold
-        self.operator = None if plain else Operator(spec, rules, fold, kernels)
+        self.operator = None if hasattr(rules, "extern") else Operator(spec, rules, fold, kernels)
         self.__name__ = spec.name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Aggregator:
+        """Itself, as it holds nothing that trains; with a rule from Python, one with a copy of the rule."""
+        if not hasattr(self.rules, "extern"):
+            return self
+        make, rule = self.rules.extern
+        own = deepcopy(rule, memo)
+        copied: Aggregator = make(own)
+        copied.__class__ = type(self)
+        for name, value in vars(self).items():
+            vars(copied).setdefault(name, own if value is rule else value)
+        return copied
 
     def __repr__(self) -> str:
         named = ", ".join(s.name for s in (*self.spec.inputs, *self.spec.params))
@@ -1783,7 +1948,7 @@ class Aggregator:
         if self.operator is not None and self.operator.wanted(call, return_state or state is not None):
             outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
         else:
-            x, p = prepared(self.spec, call, lags)
+            x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
             outputs, final = run_scan(
                 self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
             )
@@ -1795,7 +1960,16 @@ class Aggregator:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
         call = bind_call(self.spec, args, kwargs, tokens=False)
         before = self._checked(call, state, call.leading[0])
+        if self.operator is not None and self.operator.steps(call, before):
+            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
+            return self.operator.step(call, after, None), after
         lags, tails = tap_token(self.spec, call, before)
+        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
+            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
+            moved = self.rules.stepped(self.spec, self.rules, call, after, None)
+            if moved is not None:
+                outs = tuple(moved[s.name] for s in self.spec.outputs)
+                return outs[0] if len(outs) == 1 else outs, after
         x, p = prepared(self.spec, call, lags)
         if before is None:
             before = self._start(call)
@@ -1810,8 +1984,17 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
+        call = bind_call(self.spec, args, kwargs, tokens=False)
+        self._checked(call, state, check_slots(self.spec, slots, call, state))
         if slots is not None and self.fold_order == "tree":
             return self._push_rows(state, slots, *args, **kwargs)
+        if self.operator is not None and self.operator.steps(call, state):
+            return self.operator.step(call, state, slots)
+        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
+            moved = self.rules.stepped(self.spec, self.rules, call, state, slots)
+            if moved is not None:
+                outs = tuple(moved[s.name] for s in self.spec.outputs)
+                return outs[0] if len(outs) == 1 else outs
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
         out, after = self.step(rows, *args, **kwargs)
         if self.fold_order == "tree":
@@ -1906,7 +2089,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='viterbi',
-    digest='b74a6e0bd04ed387',
+    digest='66e89ae7e6986ad3',
     inputs=(Slot('emission', ('N',)),),
     params=(Slot('transition', ('N', 'N')),),
     components=(Slot('M', ('N', 'N')),),

@@ -103,7 +103,7 @@ def lane(agg: Aggregator, live: Sequence[str]) -> Lane:
         parts=parts,
         live=whole,
         element=element,
-        starts={c.name: number(c.start.value) for c in real.state},
+        starts={c.name: number(c.start.value).removesuffix(".0" if c.kind == "int" else "") for c in real.state},
         counts=any(c.initial is not None for c in real.state),
         lift=print_function("lane_lift", restrict(real.leaf, element), tokens, kinds),
         combine=print_function("lane_combine", restrict(real.combine, element), [*left, *right], kinds, whole=True),
