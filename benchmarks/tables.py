@@ -3,7 +3,8 @@
     python benchmarks/tables.py [--check]
 
 A file is {"commit", "device", "versions", "command", "rows": [...]}. Rows with "ms" have "spec", "shape", "dtype",
-"pass" ("fwd", "fwd+bwd", "step"), "floor_ms", "floor" (what bounds it: "bytes", "flops", "exp"), "peers": {name: ms},
+"pass" ("fwd", "bwd", "fwd+bwd", "step"), "tile" (block sizes), "floor_ms", "floor" (what bounds it: "bytes", "flops",
+"exp"), "peers": {name: ms},
 "peer_error": {name: text}, "peak_mib"; keys that do not apply are left out. Any other rows are shown as they are, a
 column a key.
 """
@@ -65,14 +66,15 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def timed(rows: Sequence[Row]) -> list[str]:
     """psmc beside its peers and the floor, a row a measurement."""
     peers = list(dict.fromkeys(p for r in rows for p in (*r.get("peers", {}), *r.get("peer_error", {}))))
-    headings = ["spec", "shape", "dtype", "pass", "psmc ms", "of the floor", *(f"{p} ms" for p in peers), "peak MiB"]
+    headings = ["spec", "shape", "dtype", "pass", "tile", "psmc ms", "of the floor"]
+    headings += [*(f"{p} ms" for p in peers), "peak MiB"]
     body = []
     for row in rows:
         ms, floor = row.get("ms"), row.get("floor_ms")
         share = f"{floor / ms:.2f} ({row.get('floor', 'bytes')})" if ms and floor else ""
         errors = row.get("peer_error", {})
         theirs = [cell(row.get("peers", {}).get(p)) or ("fails" if p in errors else "") for p in peers]
-        named = [cell(row.get(k)) for k in ("spec", "shape", "dtype", "pass")]
+        named = [cell(row.get(k)) for k in ("spec", "shape", "dtype", "pass", "tile")]
         body.append([*named, cell(ms) or "fails", share, *theirs, cell(row.get("peak_mib"))])
     return table(headings, body)
 

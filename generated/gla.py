@@ -2629,9 +2629,7 @@ def _carry(
     return torch.stack(states, 1), after, state
 
 
-# --- Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients.
-
-_PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
+# --- How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share.
 
 
 class Lanes(NamedTuple):
@@ -2648,6 +2646,48 @@ class Lanes(NamedTuple):
     cu: Tensor | None
     first: Tensor | None
     owner: Tensor | None
+
+
+def _laid(x: Tensor) -> Tensor:
+    """A factor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous."""
+    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if even and (x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
+
+
+def _places(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(1), x.stride(2))
+
+
+def _strides(*factors: Tensor | None) -> list[int]:
+    return [s for x in factors for s in _places(x)]
+
+
+def _rows_of(*factors: Tensor | None) -> list[int]:
+    """Strides of the batch and the lanes."""
+    return [s for x in factors for s in ((0, 0) if x is None else (x.stride(0), x.stride(2)))]
+
+
+def _matrices(n: Lanes, count: int, like: Tensor) -> Tensor:
+    return torch.empty(count, n.lanes, n.key, n.value, dtype=torch.float32, device=like.device)
+
+
+def _block(n: int) -> int:
+    """The least power of two that is not below n, and 16 at least."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+_MULTIPROCESSORS: dict[torch.device, int] = {}
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device not in _MULTIPROCESSORS:
+        _MULTIPROCESSORS[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _MULTIPROCESSORS[device]
+
+
+# --- Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients.
+
+_PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 
 
 class ChunkKernels:
@@ -3008,43 +3048,6 @@ class _ChunkScan(torch.autograd.Function):
         )
         dlog = None if dlog is None else dlog.to(log.dtype)
         return None, dq, db, dc, dlog, d_start if ctx.needs_input_grad[5] else None, *[None] * 4
-
-
-def _laid(x: Tensor) -> Tensor:
-    """A factor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous."""
-    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if even and (x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
-
-
-def _places(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(1), x.stride(2))
-
-
-def _strides(*factors: Tensor | None) -> list[int]:
-    return [s for x in factors for s in _places(x)]
-
-
-def _rows_of(*factors: Tensor | None) -> list[int]:
-    """Strides of the batch and the lanes."""
-    return [s for x in factors for s in ((0, 0) if x is None else (x.stride(0), x.stride(2)))]
-
-
-def _matrices(n: Lanes, count: int, like: Tensor) -> Tensor:
-    return torch.empty(count, n.lanes, n.key, n.value, dtype=torch.float32, device=like.device)
-
-
-def _block(n: int) -> int:
-    """The least power of two that is not below n, and 16 at least."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-_MULTIPROCESSORS: dict[torch.device, int] = {}
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device not in _MULTIPROCESSORS:
-        _MULTIPROCESSORS[device] = torch.cuda.get_device_properties(device).multi_processor_count
-    return _MULTIPROCESSORS[device]
 
 
 # --- A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout.
@@ -3793,7 +3796,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='5ddc0a06904c0074',
+    digest='118524f2f7ea9654',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',)),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

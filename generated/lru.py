@@ -1270,7 +1270,7 @@ KERNELS = PointwiseKernels(
         smooth_scalars=2,
         reused=((0, 0, True),),
         counts=False,
-        tiles={"forward": {4: (4, 8, 64, 4, 3, 4), 2: (4, 8, 64, 2, 3, 8)}, "backward": {4: (4, 4, 64, 2, 3, 4), 2: (4, 4, 64, 2, 3, 4)}},
+        tiles={"forward": {4: (4, 8, 64, 4, 3, 4), 2: (2, 16, 64, 4, 3, 8)}, "backward": {4: (4, 4, 64, 2, 3, 4), 2: (4, 4, 64, 2, 3, 4)}},
     )
 )
 
@@ -3283,7 +3283,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='lru',
-    digest='1d6d22e1e42528dc',
+    digest='0034df747f120e53',
     inputs=(Slot('u', (), 'complex'),),
     params=(Slot('nu'), Slot('theta'), Slot('gamma'),),
     components=(Slot('a', (), 'complex'), Slot('h', (), 'complex'),),

@@ -1060,7 +1060,7 @@ KERNELS = PointwiseKernels(
         smooth_scalars=1,
         reused=((0, 0, True),),
         counts=False,
-        tiles={"forward": {4: (4, 8, 64, 4, 3, 4), 2: (8, 8, 64, 2, 3, 8)}, "backward": {4: (8, 4, 64, 2, 3, 4), 2: (8, 4, 64, 2, 3, 4)}},
+        tiles={"forward": {4: (4, 8, 64, 2, 3, 4), 2: (4, 16, 64, 4, 3, 8)}, "backward": {4: (4, 8, 64, 2, 3, 4), 2: (4, 8, 64, 2, 3, 8)}},
     )
 )
 
@@ -3073,7 +3073,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='mingru',
-    digest='ba2459975694a71c',
+    digest='df94d1c6d3475429',
     inputs=(Slot('z'), Slot('x'),),
     params=(),
     components=(Slot('a'), Slot('h'),),

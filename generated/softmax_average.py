@@ -1356,7 +1356,7 @@ KERNELS = PointwiseKernels(
         smooth_scalars=3,
         reused=(),
         counts=False,
-        tiles={"forward": {4: (4, 8, 64, 4, 3, 4), 2: (4, 8, 64, 2, 3, 8)}, "backward": {4: (2, 4, 64, 2, 3, 4), 2: (2, 4, 64, 2, 3, 4)}},
+        tiles={"forward": {4: (4, 8, 64, 4, 3, 4), 2: (2, 16, 64, 4, 3, 8)}, "backward": {4: (2, 4, 64, 2, 3, 4), 2: (2, 4, 64, 2, 3, 4)}},
     )
 )
 
@@ -3369,7 +3369,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='softmax_average',
-    digest='1c222dc9bb304da0',
+    digest='b82442f2b02c04e1',
     inputs=(Slot('score'), Slot('value'),),
     params=(),
     components=(Slot('m'), Slot('u'), Slot('w'),),

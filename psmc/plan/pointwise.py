@@ -1,8 +1,9 @@
 """The pointwise plan: one program a block of lanes, one pass over time, everything fused.
 
-Anchors, measured on an H200 for h = a h + b at B8 T8192 C2048 as a share of the speed of a copy, over least bytes:
-fp32 forward 4 x 8 tokens x 64 lanes, 4 warps, 16-byte loads 0.98; backward 8 x 4 x 64, 2 warps 0.93; bf16 forward
-8 x 8 x 64, 2 warps 0.80; backward 8 x 4 x 64, 2 warps, 8-byte loads 0.88. Tiles that spill cost ten times as much.
+Anchors, measured on an H200 for h = a h + b at B8 T8192 C2048 as a share of the speed of a copy, over least bytes (rows
+a chunk x chunks x lanes, warps, lanes a load): fp32 forward and backward 4 x 8 x 64, 2, 4: 0.98 and 0.93; bf16 forward
+4 x 16 x 64, 4, 8: 0.80; backward 4 x 8 x 64, 2, 8: 0.88. A chunk lies in one thread. Tiles that spill cost up to ten
+times as much. `benchmarks/pointwise_tiles.py` measures them again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from psmc.plan.base import Plan
 from psmc.structure.live import relevant
 from psmc.structure.report import Structure
 
-_REGISTERS = (320, 180)  # values of a thread, forward and backward; more make it spill
+_REGISTERS = (320, 180)  # values of a thread, fp32 forward, and backward or 2-byte; more make it spill
 _MAX_SCAN = 12  # scalars that one scan carries
 
 
@@ -127,12 +128,24 @@ def plan(agg: Aggregator, structure: Structure) -> PointwisePlan:
 
 def _tile(values: int, size: int, backward: bool) -> Tile:
     """The measured tile, with as many rows a chunk as a thread's registers hold."""
-    rows, chunks, lanes, warps, vector = {
-        (4, False): (4, 8, 64, 4, 4),
-        (4, True): (8, 4, 64, 2, 4),
-        (2, False): (8, 8, 64, 2, 8),
-        (2, True): (8, 4, 64, 2, 4),
-    }[size, backward]
-    while rows * vector * values > _REGISTERS[backward] and rows > 2:
+    rows, chunks, lanes, warps, vector = (_LIGHT if values <= _FEW else _HEAVY)[size, backward]
+    limit = _REGISTERS[backward or size == 2]
+    while rows * vector * values > limit and rows > 2:
         rows //= 2
     return Tile(rows, chunks, lanes, warps, 3, vector)
+
+
+# (bytes of a real, backward) -> rows a chunk, chunks, lanes, warps, lanes a load
+_FEW = 5  # values a token, up to which a thread may hold two chunks
+_LIGHT = {
+    (4, False): (4, 8, 64, 2, 4),
+    (4, True): (4, 8, 64, 2, 4),
+    (2, False): (4, 16, 64, 4, 8),
+    (2, True): (4, 8, 64, 2, 8),
+}
+_HEAVY = {
+    (4, False): (4, 8, 64, 4, 4),
+    (4, True): (8, 4, 64, 2, 4),
+    (2, False): (4, 16, 64, 4, 8),
+    (2, True): (8, 4, 64, 2, 4),
+}
