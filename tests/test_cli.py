@@ -167,7 +167,7 @@ def test_check_json_names_the_files_that_do_not_parse(psmc, tmp_path: Path) -> N
 def test_check_does_not_wait_longer_than_its_budget(psmc) -> None:
     begun = time.perf_counter()
     ran = psmc("check", EXAMPLES / "mlstm.psm", "--budget", "0.001")
-    assert ran.code == 1 and "PSM303" in ran.err and time.perf_counter() - begun < 5
+    assert ran.code == 1 and "PSM303" in ran.err and time.perf_counter() - begun < 30
 
 
 def test_check_of_a_file_with_several(psmc, tmp_path: Path) -> None:
