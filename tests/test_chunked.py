@@ -14,6 +14,7 @@ from contract.cut import in_parts, in_steps, whole
 from contract.data import Batch, Case, make
 from contract.examples import declared, domain, example, scratch_cache
 from contract.matrices import REFUSED, TAKEN, text
+from torch._subclasses import FakeTensorMode
 
 from psmc.api import realise
 from psmc.pipeline import pick, read_text
@@ -81,9 +82,9 @@ def test_example_is_the_oracle(name: str, case: Case):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_is_right_and_says_why(name: str):
     reasons = {
-        "decay_apart": "no component is a matrix state",
+        "decay_apart": "S: its decay does not come apart into one over the key times one over the value",
         "starts_elsewhere": "the state starts elsewhere than at the identity",
-        "columns_apart": "S: a decay along the value under a transition of low rank",
+        "columns_apart": "S: its decay along the value, under a transition of low rank, would take a solve",
         "squares": "output 'o' reads S other than through vectors over the key",
         "one_reads_the_other": "R: it reads the matrix state S",
     }
@@ -288,3 +289,14 @@ def test_a_wrong_product_is_seen(monkeypatch: pytest.MonkeyPatch):
     found: Result = compiled(both, make(declared(both), Case(33, lanes=(2,)), live=both.spec.live))
     wanted = oracle(both, make(declared(both), Case(33, lanes=(2,)), live=both.spec.live))
     assert error(found.outputs["o"], wanted.outputs["o"]) > 1e-3
+
+
+def test_shapes_alone_decide():
+    """Packed or not, nothing waits for what a tensor holds: fake tensors hold nothing."""
+    module = spec("rank_two_decay").module
+    with FakeTensorMode():
+        x, y, step = torch.empty(1, 100, 2, 4), torch.empty(1, 100, 2, 3), torch.empty(1, 100, 2, 4)
+        factors = module.Factors(module.Step(step, True), None, (x, x), (x, x), (x,), (y,), (x,), (x,))
+        flags = torch.empty(2, 1, 100, dtype=torch.bool).unbind(0)
+        q, p, last = module.chunk_scan(factors, torch.empty(5, 2, 4, 3), *flags, torch.empty(6, dtype=torch.int32))
+    assert [x.shape for x in (*q, *p, last)] == [(1, 100, 2, 3)] * 2 + [(5, 2, 4, 3)]

@@ -9,9 +9,9 @@ from psmc.codegen.torch_code import Signature, Source, print_block
 from psmc.codegen.torch_expr import ExprPrinter
 from psmc.codegen.torch_value import Like
 from psmc.derive.simplify import ONE, ZERO
-from psmc.ir import Aggregator, Assign, Block, Expr, Index, Op, Ref, Sub
+from psmc.ir import Aggregator, Assign, Block, Expr, Index, Op, Reduce, Ref, Space, Sub
 from psmc.ir.query import restrict
-from psmc.ir.rewrite import rename, replace_refs, walk
+from psmc.ir.rewrite import instantiate, rename, replace_refs, walk
 from psmc.plan.chunked import extra_indices, split_layers
 from psmc.structure.report import Affine, Layer, Linear, Structure
 
@@ -177,13 +177,30 @@ def _entry(
 
 
 def _readout(agg: Aggregator, structure: Structure) -> Source:
-    """The outputs over the linear parts, which stand in the namespace of prefixes."""
-    parts = {part.name for readout in structure.readout for part in readout.linear}
+    """The outputs over the linear parts, which stand in the namespace of prefixes; of small components, in full."""
+    small, _ = split_layers(structure)
+    affines = {layer.affine.component: layer.affine for layer in small if layer.affine is not None}
+    parts = {part.name: part for readout in structure.readout for part in readout.linear}
 
     def rule(ref: Ref) -> Expr | None:
-        if ref.space == "let" and ref.name in parts:
-            return Ref("state", ref.name, ref.subs, ref.value_kind)
-        return None
+        part = parts.get(ref.name) if ref.space == "let" else None
+        if part is None:
+            return None
+        if part.component in affines:
+            return instantiate(_in_full(agg, part, affines[part.component]), ref.subs)
+        return Ref("state", ref.name, ref.subs, ref.value_kind)
 
     results = tuple(replace(r.epilogue, value=replace_refs(r.epilogue.value, rule)) for r in structure.readout)
     return print_block(agg, Block(results=results), Signature("readout", "s, prev, x, p, n", _inputs(agg)))
+
+
+def _in_full(agg: Aggregator, part: Linear, affine: Affine) -> Assign:
+    """A linear part as sums over the prefixes themselves."""
+    indices, kind = affine.decay.value.indices, agg.component(part.component).kind
+    sides: list[tuple[Assign | None, Space]] = [(part.query, "state"), (part.previous, "prev")]
+    sums = [
+        Reduce("sum", affine.key, Op("mul", (q.value, Ref(space, part.component, indices, kind))))
+        for q, space in sides
+        if q is not None
+    ]
+    return Assign(part.name, part.indices, sums[0] if len(sums) == 1 else Op("add", tuple(sums)))

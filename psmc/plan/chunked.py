@@ -7,12 +7,18 @@ from psmc.ir.rewrite import refs
 from psmc.plan.base import Plan
 from psmc.structure.report import Affine, Layer, Linear, Structure
 
+_INSEPARABLE = "its decay does not come apart into one over the key times one over the value"
+_UNLIKE = "its decay along the value, under a transition of low rank, would take a solve for each column"
+
 
 def licensed(agg: Aggregator, structure: Structure) -> str | None:
     """None if the plan applies, else the reason why not."""
     matrices = [layer for layer in structure.layers if _is_matrix(layer)]
     if not matrices:
-        return "no component is a matrix state that each token changes affinely, its columns alike"
+        near = next((layer.affine for layer in structure.layers if layer.affine is not None), None)
+        if near is None:
+            return "no component is a matrix state that each token changes affinely"
+        return f"{near.component}: {_INSEPARABLE if near.decay.parts is None else _UNLIKE}"
     if any(c.initial is not None for c in agg.state):
         return "the state starts elsewhere than at the identity"
     owners = {name for layer in matrices for name in layer.components}
@@ -53,13 +59,11 @@ def _is_matrix(layer: Layer) -> bool:
 
 
 def _matrix(agg: Aggregator, affine: Affine | None, owners: set[str]) -> str | None:
-    assert affine is not None
+    assert affine is not None and affine.decay.parts is not None  # a matrix's columns are alike
     if agg.component(affine.component).kind not in ("real", "complex"):
         return f"it holds {agg.component(affine.component).kind} numbers"
-    if affine.decay.parts is None:
-        return "its decay is not one over the key times one over the value"
     if affine.rank and affine.decay.kind in ("V", "KV"):
-        return "a decay along the value under a transition of low rank: each column would need a solve of its own"
+        return _UNLIKE
     if not affine.injection.rank:
         return "nothing enters it"
     vectors = (*affine.transition.left, *affine.transition.right, *affine.injection.left, *affine.injection.right)

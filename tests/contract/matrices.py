@@ -132,6 +132,15 @@ TAKEN = {
       state z[K] = 0
       recurrence { z[i] = z[i] - 0.5 * u[i] * (sum[m] w[m] * z[m]) + k[i] }
       output o = sum[i] q[i] * z[i]""",
+    "beside_a_general_one": """
+      dim K, V
+      input q[K], k[K], v[V], a[K], b[V], g[K] in (-inf, 0]
+      state S[K, V] = 0, R[K, V] = 0
+      recurrence {
+        S[i, j] = exp(g[i]) * S[i, j] + k[i] * v[j]
+        R[i, j] = sigmoid(a[i] + b[j]) * R[i, j] + k[i] * v[j]
+      }
+      output o[j] = sum[i] q[i] * S[i, j] + sum[i] k[i] * prev.R[i, j], r[j] = tanh(sum[i] q[i] * R[i, j])""",
     "no_output_of_one": """
       dim K, V
       input q[K], k[K], v[V]
