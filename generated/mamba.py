@@ -2091,7 +2091,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='mamba',
-    digest='e93e1e705f985d0d',
+    digest='0c9c86ff45c7e893',
     inputs=(Slot('x', ('D',)), Slot('dt', ('D',)), Slot('B', ('N',)), Slot('C', ('N',)),),
     params=(Slot('A', ('D', 'N')),),
     components=(Slot('a', ('D', 'N')), Slot('h', ('D', 'N')),),

@@ -2089,7 +2089,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='viterbi',
-    digest='66e89ae7e6986ad3',
+    digest='dd42db03c3234092',
     inputs=(Slot('emission', ('N',)),),
     params=(Slot('transition', ('N', 'N')),),
     components=(Slot('M', ('N', 'N')),),
