@@ -59,9 +59,9 @@ class PointwiseKernels:
             carry: list[Tensor | None] = [None] * len(table.live_scalars)
             if span.segments > 1:
                 carry = self._carries(span, lanes, inputs, params, begin, kinds, cu, joined)
-            tensors = [*outputs, *begin, *finals, *(saved.get(name) for name, _ in table.live)]
+            tensors = [*outputs, *(saved.get(name) for name, _ in table.live), *begin, *finals]
             table.forward_kernel[span.grid](
-                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, *span.tile,
+                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, span.even, *span.tile,
                 num_warps=span.warps,
             )  # fmt: skip
         return outputs, finals, [saved[name] for name in names]
@@ -166,6 +166,7 @@ class PointwiseKernels:
         return SimpleNamespace(
             tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
             grid=(programs * segments,), numbers=(length, lanes.count // vector, segments, each),
+            even=lanes.count % width == 0,
         )  # fmt: skip
 
     def _kinds(self, code: Tensor | None, cu: Tensor | None, rows: int, length: int, joined: bool) -> Tensor | None:
