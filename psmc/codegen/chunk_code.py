@@ -30,7 +30,7 @@ def print_layers(agg: Aggregator, structure: Structure) -> tuple[list[Source], s
         parts = [p for r in structure.readout for p in r.linear if p.component in components]
         queries = _queries(stack, parts)
         rows = _factors(stack, tuple(queries))
-        if not any(r.name.endswith("_key") for r in rows):
+        if not stack[0].rank and not any(r.name.endswith("_key") for r in rows):
             rows = [part for r in rows for part in _apart(agg, r)]
         plain = {r.name: found for r in rows if (found := _plain(agg, r)) is not None}
         block = Block(results=tuple(r for r in rows if r.name not in plain))
