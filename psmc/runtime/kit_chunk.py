@@ -80,7 +80,8 @@ def chunk_scan(
     per_chunk = item * cut.size * (cut.size + sum(x.shape[-1] for rows in f[2:] for x in rows))
     kind = "cpu" if start.device.type == "cpu" else "cuda"
     some = max(1, min(cut.count, SEGMENT_BYTES[kind] // max(per_chunk, 1)))
-    recompute = per_chunk * cut.count > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
+    kept = 4 * per_chunk * cut.count  # about that many tensors of each size are kept for backward
+    recompute = kept > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
     carry = start if cut.row is None else torch.zeros_like(start[:1])
     found: list[list[Tensor]] = []
     after: list[Tensor] = []
