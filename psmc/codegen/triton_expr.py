@@ -123,7 +123,8 @@ def number(expr: Expr) -> str:
 def helper_texts(functions: Iterable[LaneFunction]) -> list[str]:
     """The small functions that these call, each before its callers."""
     used = {name for f in functions for name in f.helpers}
-    ordered = dict.fromkeys(["lane_exp", "lane_larger", "lane_smaller", "lane_sigmoid", "lane_expm1", "lane_log1p", *HELPERS])
+    basic = ("lane_exp", "lane_larger", "lane_smaller", "lane_sigmoid", "lane_turn", "lane_expm1", "lane_log1p")
+    ordered = dict.fromkeys([*basic, *HELPERS])
     sized = sorted(n for n in used if n not in HELPERS)
     makers = {"lane_exp_sum": exp_sum, "lane_power": whole_power}
     made = [makers[kind](int(size)) for kind, size in (n.rsplit("_", 1) for n in sized)]

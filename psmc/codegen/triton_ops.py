@@ -53,8 +53,8 @@ SCALAR_OPS: dict[str, Row] = {
     "log1p": _helper("lane_log1p"),
     "sqrt": _call("sqrt"),
     "rsqrt": _call("rsqrt"),
-    "sin": _call("sin"),
-    "cos": _call("cos"),
+    "sin": _helper("lane_sin", needs="lane_turn"),
+    "cos": _helper("lane_cos", needs="lane_turn"),
     "tanh": _helper("lane_tanh", needs="lane_exp lane_expm1"),
     "sigmoid": _helper("lane_sigmoid", needs="lane_exp"),
     "logsigmoid": _helper("lane_logsigmoid", needs="lane_exp lane_log1p"),
@@ -90,6 +90,28 @@ def lane_sigmoid(x):
     """1 / (1 + exp(-x)): the square of a reciprocal root is cheaper than a quotient."""
     root = tl.rsqrt(1 + lane_exp(-x))
     return root * root
+''',
+    "lane_turn": '''\
+def lane_turn(x, shift):
+    """sin(x + shift pi / 2): the angle is brought to [-pi/4, pi/4] in three exact parts, then a polynomial (Cephes).
+    Angles beyond 1e7 have lost their phase in fp32 anyway."""
+    turns = tl.floor(x * 0.6366197723675814 + 0.5)
+    a = x - turns * 1.5703125 - turns * 4.837512969970703125e-4 - turns * 7.549789948768648e-8
+    z = a * a
+    sine = a + a * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    cosine = 1 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    quarter = turns.to(tl.int32) + shift
+    value = tl.where((quarter & 1) == 0, sine, cosine)
+    value = tl.where((quarter & 2) == 0, value, -value)
+    return tl.where(value > 1, 1.0, tl.where(value < -1, -1.0, value))
+''',
+    "lane_sin": '''\
+def lane_sin(x):
+    return lane_turn(x, 0)
+''',
+    "lane_cos": '''\
+def lane_cos(x):
+    return lane_turn(x, 1)
 ''',
     "lane_sign": '''\
 def lane_sign(x):

@@ -25,6 +25,7 @@ class PointwiseKernels:
         self.table = table
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
+        self.segment_tiles = 16  # a segment has at least as many
         self._lanes: dict[Any, LaneShape] = {}
 
     def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
@@ -159,7 +160,7 @@ class PointwiseKernels:
         processors = self.processors or _processors(inputs[0].device)
         segments, each = 1, length
         if programs < 2 * processors:
-            segments = min(-(-4 * processors // programs), length // (16 * tokens))
+            segments = min(-(-4 * processors // programs), length // (self.segment_tiles * tokens))
             if segments > 3:
                 each = -(-length // (segments * tokens)) * tokens
             segments = -(-length // each) if each else 1
