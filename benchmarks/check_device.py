@@ -58,7 +58,7 @@ FULL = (
 )
 LONG = ("float32", Case(4099, batch=1, lanes=(2,), initial=True, reset=True, seed=5))  # split over time
 LONG_SPECS = ("linear_recurrence", "logsumexp", "welford", "affine2x2", "lru", "gla", "gated_deltanet")
-PATIENCE = 240  # seconds a spec may take
+PATIENCE = 1200 if os.environ.get("TRITON_INTERPRET") else 240  # seconds a spec may take
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,8 @@ def line(rows: list[dict[str, Any]], seconds: float) -> str:
             cells.append(f"{max(values):8.1e}" if values else " " * 8)
     values = [r["error"]["output"] for r in rows if r["pass"] == "step"]
     cells.append(f"{max(values):8.1e}" if values else " " * 8)
-    cells += [f"{seconds:5.0f}s", "PASS" if all(r["ok"] for r in rows) else "FAIL"]
+    passed = "PASS, as far off as a plain fold in fp32" if any("conditioned" in r for r in rows) else "PASS"
+    cells += [f"{seconds:5.0f}s", passed if all(r["ok"] for r in rows) else "FAIL"]
     failures = [f"\n    {r.get('failure') or (r['pass'], r.get('options', r['shape']), r.get('worst', r['error']))}"
                 for r in rows if not r["ok"]]  # fmt: skip
     return "  ".join(cells) + "".join(failures[:4])

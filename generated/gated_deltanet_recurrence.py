@@ -1701,12 +1701,11 @@ class Step(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """Products of the steps of a chunk. levels[l] = (later, earlier), [..., blocks, 2^l, width] each: in blocks of
-    2^(l+1) tokens, from the later half's start up to and with each of its tokens, and from behind each token of the
-    earlier half to that half's end (None: 1). since, until [..., L, width]: the same from the chunk's start, and to its
-    end; whole [..., width]: of all its tokens."""
+    """Products of the steps of a chunk. halves [levels, ..., L, width]: in blocks of 2^(l+1) tokens, from the later
+    half's start up to and with each of its tokens, and from behind each token of the earlier half to that half's end.
+    since, until [..., L, width]: from the chunk's start, and to its end; whole [..., width]: of all its tokens."""
 
-    levels: tuple[tuple[Tensor, Tensor | None], ...]
+    halves: Tensor
     since: Tensor
     until: Tensor
     whole: Tensor
@@ -1714,22 +1713,7 @@ class Decay(NamedTuple):
 
 def decay_of(step: Step) -> Decay:
     """Steps [..., L, width], L a power of two."""
-    join = torch.add if step.log else torch.mul
-    whole = step.value  # [..., blocks, width]
-    since = whole.unsqueeze(-2)  # [..., blocks, b, width]
-    until = torch.zeros_like(since) if step.log else torch.ones_like(since)
-    levels: list[tuple[Tensor, Tensor | None]] = []
-    while whole.shape[-2] > 1:
-        early, late = since.unflatten(-3, (-1, 2)).unbind(-3)
-        to_half, to_end = until.unflatten(-3, (-1, 2)).unbind(-3)
-        first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
-        earlier = to_half if levels else None
-        levels.append((late.exp(), earlier if earlier is None else earlier.exp()) if step.log else (late, earlier))
-        since = torch.cat([early, join(late, first[..., None, :])], -2)
-        until = torch.cat([join(to_half, second[..., None, :]), to_end], -2)
-        whole = join(first, second)
-    ends = since.squeeze(-3), until.squeeze(-3), whole.squeeze(-2)
-    return Decay(tuple(levels), *(x.exp() if step.log else x for x in ends))
+    return Decay(*_Spans.apply(step.value, step.log))  # type: ignore[no-untyped-call]
 
 
 def before_token(since: Tensor) -> Tensor:
@@ -1740,22 +1724,41 @@ def before_token(since: Tensor) -> Tensor:
 def pair_products(
     rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay | None, same: Tensor | None
 ) -> list[Tensor]:
-    """M[t a, s c] = Σ_k x_t[a, k] (decay from s to t)[k] z_s[c, k], 0 for s > t, [..., L a, L c], for each (x, shift).
+    """M[t a, s c] = Σ_k x[t, a, k] (decay from s to t)[k] z[s, c, k], 0 for s > t, [..., L a, L c], of each (x, shift).
 
     x [..., L, a, K], z [..., L, c, K]; shift 1: x reads the state before its token, so that s < t and t's own step is
-    left out. same [..., L, L] bool: where a pair counts at all.
+    left out. same [..., L, L] bool: where a pair counts at all. Columns of one token stay together: where they cancel,
+    as those of a delta rule do, sums over s c lose no digits.
     """
-    if decay is None or decay.since.shape[-1] == 1:
-        found = [_scaled(x, z, decay, shift) for x, shift in rows]
+    if decay is not None and decay.since.shape[-1] > 1:
+        found = _pairs(decay, z, rows)
     else:
-        found = _by_level(rows, z, decay)
+        plain = [x.flatten(-3, -2) @ z.flatten(-3, -2).mT for x, _ in rows]
+        found = [m * ratio for m, ratio in zip(plain, _ratios(rows, z, decay), strict=True)]
     if same is None:
         return found
     spread = same[..., :, None, :, None]
     return [
         torch.where(spread, _by_token(m, x, z), 0.0).flatten(-4, -3).flatten(-2)
         for m, (x, _) in zip(found, rows, strict=True)
-    ]  # fmt: skip
+    ]
+
+
+def _ratios(rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay | None) -> list[Tensor]:
+    """[..., L a, L c] of each x: the decay from s to t, of one number a token."""
+    if decay is not None:
+        ones = [(torch.ones_like(decay.since)[..., None].expand(*decay.since.shape[:-1], x.shape[-2], 1), shift)
+                for x, shift in rows]  # fmt: skip
+        own = torch.ones_like(decay.since)[..., None].expand(*decay.since.shape[:-1], z.shape[-2], 1)
+        return _pairs(decay, own, ones)
+    token = torch.arange(z.shape[-3], device=z.device)
+    at = token.repeat_interleave(z.shape[-2])
+    return [(token.repeat_interleave(x.shape[-2])[:, None] - shift >= at).to(z.dtype) for x, shift in rows]
+
+
+def _pairs(decay: Decay, z: Tensor, rows: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    shifts = tuple(shift for _, shift in rows)
+    return list(_Pairs.apply(decay.halves, z, shifts, *(x for x, _ in rows)))  # type: ignore[no-untyped-call]
 
 
 def _by_token(m: Tensor, x: Tensor, z: Tensor) -> Tensor:
@@ -1764,89 +1767,175 @@ def _by_token(m: Tensor, x: Tensor, z: Tensor) -> Tensor:
     return each
 
 
-def _scaled(x: Tensor, z: Tensor, decay: Decay | None, shift: int) -> Tensor:
-    """One decay for all of the key, or none: a plain product times a matrix."""
-    m = x.flatten(-3, -2) @ z.flatten(-3, -2).mT
-    size, a, c = x.shape[-3], x.shape[-2], z.shape[-2]
-    if decay is None:
-        if a == c == 1:
-            return m.tril(-shift)
-        token = torch.arange(size, device=x.device)
-        ratio = (token[:, None] - shift >= token).to(x.dtype)
-    else:
-        ratio = _ratios(decay)
-        if shift:
-            ratio = torch.cat([torch.zeros_like(ratio[..., :1, :]), ratio[..., :-1, :]], -2)
-    if a == c == 1:
-        return m * ratio
-    whole = _by_token(m, x, z) * ratio[..., :, None, :, None]
-    return whole.flatten(-4, -3).flatten(-2)
-
-
-def _ratios(decay: Decay) -> Tensor:
-    """[..., L, L]: the decay from s to t, of one number a token."""
-    low = [later if earlier is None else later * earlier.mT for later, earlier in decay.levels]
-    return _lower(torch.ones_like(decay.since)[..., None], low)
-
-
-def _by_level(rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay) -> list[Tensor]:
-    """A decay of its own for each entry of the key."""
-    lows: list[list[Tensor]] = [[] for _ in rows]
-    for later, earlier in decay.levels:
-        halves = (-1, 2, later.shape[-2])
-        early, _ = z.unflatten(-3, halves).unbind(-4)  # [..., blocks, b, c, K]
-        early = (early if earlier is None else early * earlier[..., None, :]).flatten(-3, -2)
-        scale = (later, before_token(later) if any(shift for _, shift in rows) else later)
-        for low, (x, shift) in zip(lows, rows, strict=True):
-            _, late = x.unflatten(-3, halves).unbind(-4)
-            low.append((late * scale[shift][..., None, :]).flatten(-3, -2) @ early.mT)
-    owns = [x @ z.mT for x, _ in rows]  # of a token with itself
-    return [
-        _lower(torch.zeros_like(own) if shift else own, low)
-        for own, (_, shift), low in zip(owns, rows, lows, strict=True)
-    ]
-
-
-def _lower(diagonal: Tensor, low: Sequence[Tensor]) -> Tensor:
-    """The block triangle [..., L a, L c] over its diagonal [..., L, a, c]; low[l] [..., blocks, 2^l a, 2^l c]."""
-    m = diagonal
-    for below in low:
-        early, late = m.unflatten(-3, (-1, 2)).unbind(-3)
-        upper = torch.nn.functional.pad(early, (0, early.shape[-1]))
-        m = torch.cat([upper, torch.cat([below, late], -1)], -2)
-    return m.squeeze(-3)
-
-
 def apply_pairs(m: Tensor, c: Tensor, decay: Decay | None, shift: int) -> Tensor:
-    """Σ_s M[t a, s c] (decay from s to t)[v] C_s[c, v], [..., L a, V], with a decay along the values.
+    """Σ_s M[t a, s c] (decay from s to t)[v] C[s, c, v], [..., L a, V], with a decay along the values.
 
     M as `pair_products` gives it, C [..., L, c, V].
     """
     if decay is None:
         return m @ c.flatten(-3, -2)
-    size, count = c.shape[-3], c.shape[-2]
-    own = _on_diagonal(m, size, count) @ c  # [..., L, a, V]
+    each = m.unflatten(-1, c.shape[-3:-1]).unflatten(-3, (c.shape[-3], -1))
+    own = _own(each) @ c  # [..., L, a, V]
     total = torch.zeros_like(own) if shift else own
-    for later, earlier in decay.levels:
-        b = later.shape[-2]
-        early, _ = c.unflatten(-3, (-1, 2, b)).unbind(-4)
-        early = (early if earlier is None else early * earlier[..., None, :]).flatten(-3, -2)  # [..., blocks, b c, V]
-        corner = _on_diagonal(m, size // (2 * b), 2 * b * count)  # [..., blocks, 2 b a, 2 b c]
-        low = corner[..., corner.shape[-2] // 2 :, : b * count]
-        late = (low @ early).unflatten(-2, (b, -1)) * (before_token(later) if shift else later)[..., None, :]
-        total = total + torch.stack([torch.zeros_like(late), late], -4).flatten(-5, -3)
+    for level, (early, late) in enumerate(_levels(decay.halves)):
+        fed = _scaled(_half(c, level, 0, -3), early)  # [..., blocks, b c, V]
+        given = (_corner(each, level) @ fed).unflatten(-2, (1 << level, -1))
+        given = given * (before_token(late) if shift else late)[..., None, :]
+        total = total + torch.stack([torch.zeros_like(given), given], -4).flatten(-5, -3)
     return total.flatten(-3, -2)
 
 
-def _on_diagonal(m: Tensor, blocks: int, width: int) -> Tensor:
-    """The blocks on the diagonal of a matrix, [..., blocks, rows, width]."""
-    each: Tensor = m.unflatten(-1, (blocks, width)).unflatten(-3, (blocks, -1))
+def _levels(halves: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(earlier, later) of each level, [..., blocks, 2^l, width]."""
+    return [(_half(x, level, 0), _half(x, level, 1)) for level, x in enumerate(halves.unbind(0))]
+
+
+def _half(x: Tensor, level: int, late: int, axis: int = -2) -> Tensor:
+    """The earlier or the later halves of all blocks, [..., blocks, 2^level, ...], of [..., L, ...]."""
+    half: Tensor = x.unflatten(axis, (-1, 2, 1 << level)).select(axis - 1, late)
+    return half
+
+
+def _corners(each: Tensor, level: int) -> Tensor:
+    """Of [..., L, a, L, c] what joins a block's earlier tokens to its later ones, [..., blocks, 2^l, a, 2^l, c]."""
+    halves = (-1, 2, 1 << level)
+    corner: Tensor = each.unflatten(-2, halves).select(-3, 0).unflatten(-5, halves).select(-6, 1)
+    return corner.diagonal(dim1=-6, dim2=-3).movedim(-1, -5)
+
+
+def _corner(each: Tensor, level: int) -> Tensor:
+    """The same as matrices [..., blocks, 2^l a, 2^l c]."""
+    return _corners(each, level).flatten(-4, -3).flatten(-2)
+
+
+def _own(each: Tensor) -> Tensor:
+    """Of [..., L, a, L, c] a token with itself, [..., L, a, c]."""
     return each.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+class _Spans(torch.autograd.Function):
+    """Steps [..., L, width] to the parts of `Decay`. By hand for the sake of memory: what autograd would keep of the
+    levels is what they give."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Tensor, log: bool) -> tuple[Tensor, ...]:
+        since, whole = step.clone(memory_format=torch.contiguous_format), step
+        until = torch.zeros_like(since) if log else torch.ones_like(since)
+        halves = since.new_empty((since.shape[-2].bit_length() - 1, *since.shape))
+        for level, out in enumerate(halves.unbind(0)):
+            early, late = _half(until, level, 0), _half(since, level, 1)
+            _half(out, level, 0).copy_(early)
+            _half(out, level, 1).copy_(late)
+            first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
+            for part, more in ((late, first), (early, second)):
+                part.add_(more[..., None, :]) if log else part.mul_(more[..., None, :])
+            whole = first + second if log else first * second
+        whole = whole.squeeze(-2)
+        if log:
+            halves, since, until, whole = halves.exp_(), since.exp_(), until.exp_(), whole.exp()
+        ctx.log = log
+        ctx.save_for_backward(step, halves, since, until, whole)
+        return halves, since, until, whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        step, halves, since, until, whole = (x.conj() for x in ctx.saved_tensors)
+        d_halves, d_since, d_until, d_whole = grads
+        if ctx.log:
+            d_whole, d_since, d_until = d_whole * whole, d_since * since, d_until * until
+        else:
+            d_since, d_until = (x.clone(memory_format=torch.contiguous_format) for x in (d_since, d_until))
+        d_whole = d_whole.unsqueeze(-2)
+        for level in reversed(range(halves.shape[0])):
+            first = second = whole  # of the halves of each block, not of logs
+            if not ctx.log:
+                first = _half(halves[level], level, 0)[..., 0, :] * _half(step, level, 0)[..., 0, :]
+                second = _half(halves[level], level, 1)[..., -1, :]
+            given, of = [], []
+            for late, total, more in ((1, d_since, first), (0, d_until, second)):
+                part, half, d_half = (_half(x, level, late) for x in (total, halves[level], d_halves[level]))
+                if ctx.log:
+                    of.append(part.sum(-2))
+                    given.append(d_whole)
+                    part.addcmul_(d_half, half)
+                else:
+                    of.append((part.clone() * half).sum(-2))
+                    given.append(d_whole * (second if late else first))
+                    part.mul_(more[..., None, :]).add_(d_half)
+            d_whole = torch.stack([x + y for x, y in zip(given, of, strict=True)], -2).flatten(-3, -2)
+        return d_since + d_whole, None
+
+
+class _Pairs(torch.autograd.Function):
+    """M of `pair_products` for a decay over the key, of halves, z and one x for each shift. By hand: nothing scaled is
+    kept, and gradients add up in place."""
+
+    @staticmethod
+    def forward(ctx: Any, halves: Tensor, z: Tensor, shifts: tuple[int, ...], *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.shifts = shifts
+        ctx.save_for_backward(halves, z, *rows)
+        found = [z.new_zeros((*x.shape[:-1], *z.shape[-3:-1])) for x in rows]  # [..., L, a, L, c]
+        for m, x, shift in zip(found, rows, shifts, strict=True):
+            if not shift:
+                _own(m).copy_((x[..., :, None, :] * z[..., None, :, :]).sum(-1))
+        for level, (early, late) in enumerate(_levels(halves)):
+            fed = _scaled(_half(z, level, 0, -3), early if level else None)
+            for m, x, scale in zip(found, rows, _shifted(late, shifts), strict=True):
+                corner = _corners(m, level)
+                corner.copy_((_scaled(_half(x, level, 1, -3), scale) @ fed.mT).view(corner.shape))
+        return tuple(m.flatten(-4, -3).flatten(-2) for m in found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        halves, z, *rows = (x.conj() for x in ctx.saved_tensors)
+        given = [_by_token(g, x, z) for g, x in zip(grads, rows, strict=True)]
+        d_halves, d_z = torch.empty_like(halves), torch.zeros_like(z)
+        d_rows = []
+        for g, x, shift in zip(given, rows, ctx.shifts, strict=True):
+            own = _own(g)[..., None]  # [..., L, a, c, 1]
+            d_rows.append(torch.zeros_like(x) if shift else _summed(own * z[..., None, :, :], -2))
+            if not shift:
+                d_z.add_(_summed(own * x[..., :, None, :], -3))
+        for level, (early, late) in enumerate(_levels(halves)):
+            fed = _half(z, level, 0, -3)  # [..., blocks, b, c, K]
+            scaled = _scaled(fed, early if level else None)
+            d_fed: list[Tensor] = []
+            d_late: list[Tensor] = []
+            for d, g, x, scale, shift in zip(d_rows, given, rows, _shifted(late, ctx.shifts), ctx.shifts, strict=True):
+                low, reads = _corner(g, level), _half(x, level, 1, -3)
+                back = (low @ scaled).view(reads.shape)
+                _half(d, level, 1, -3).add_(back * scale[..., None, :])
+                d_scale = _summed(back * reads, -2)
+                d_late.append(torch.nn.functional.pad(d_scale[..., 1:, :], (0, 0, 0, 1)) if shift else d_scale)
+                d_fed.append(low.mT @ _scaled(reads, scale))
+            _half(d_halves[level], level, 1).copy_(_added(d_late))
+            back = _added(d_fed).view(fed.shape)
+            _half(d_halves[level], level, 0).copy_(_summed(back * fed, -2) if level else torch.zeros_like(early))
+            _half(d_z, level, 0, -3).add_(back * early[..., None, :] if level else back)
+        return d_halves, d_z, None, *d_rows
+
+
+def _summed(x: Tensor, axis: int) -> Tensor:
+    return x.squeeze(axis) if x.shape[axis] == 1 else x.sum(axis)
+
+
+def _added(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else _added([parts[0] + parts[1], *parts[2:]])
+
+
+def _shifted(late: Tensor, shifts: Sequence[int]) -> list[Tensor]:
+    without = before_token(late) if any(shifts) else late
+    return [without if shift else late for shift in shifts]
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """[..., blocks, b, c, K] times [..., blocks, b, K or 1], as [..., blocks, b c, K]."""
+    return (x if scale is None else x * scale[..., None, :]).flatten(-3, -2)
 
 
 # --- Matrix states a chunk of tokens at a time, as batched matrix products.
 
-CHUNK = 64  # tokens
+CHUNK = {"cpu": 32, "cuda": 64}  # tokens: what a cache likes; as few launches as that allows
 
 Rows = tuple[Tensor, ...]  # the columns of a factor, [B, T, G, width] each
 
@@ -1890,7 +1979,8 @@ def chunk_scan(
     batch, length, lanes, _ = f.c[0].shape
     if length == 0:
         return [f.c[0] for _ in f.q], [f.c[0] for _ in f.p], start
-    cut = Cut(length, size or _size(length, cu_seqlens), cu_seqlens)
+    kind = "cpu" if start.device.type == "cpu" else "cuda"
+    cut = Cut(length, size or _size(length, cu_seqlens, kind), cu_seqlens)
     if valid is not None:
         on = valid[..., None, None]
         f = f.map(lambda x, fill: torch.where(on, x, fill))
@@ -1898,9 +1988,9 @@ def chunk_scan(
     runs = None if reset is None else cut.split(reset, False)
     item = f.c[0].element_size() * batch * lanes
     per_chunk = item * cut.size * (cut.size + sum(x.shape[-1] for rows in f[2:] for x in rows))
-    kind = "cpu" if start.device.type == "cpu" else "cuda"
     some = max(1, min(cut.count, SEGMENT_BYTES[kind] // max(per_chunk, 1)))
-    recompute = per_chunk * cut.count > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
+    kept = 4 * per_chunk * cut.count  # about that many tensors of each size are kept for backward
+    recompute = kept > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
     carry = start if cut.row is None else torch.zeros_like(start[:1])
     found: list[list[Tensor]] = []
     after: list[Tensor] = []
@@ -1914,10 +2004,10 @@ def chunk_scan(
     return joined[: len(f.q)], joined[len(f.q) :], final
 
 
-def _size(length: int, cu_seqlens: Tensor | None) -> int:
+def _size(length: int, cu_seqlens: Tensor | None, kind: str) -> int:
     """Tokens a chunk: not many more than a sequence has on average, since its last chunk may be next to empty."""
     mean = length if cu_seqlens is None else max(1, length // max(1, cu_seqlens.numel() - 1))
-    return min(CHUNK, 1 << (mean - 1).bit_length())
+    return min(CHUNK[kind], 1 << (mean - 1).bit_length())
 
 
 def _few_chunks(f: Factors, runs: Tensor | None, cut: Cut, some: int) -> Any:
@@ -2052,7 +2142,8 @@ class Chunked(NamedTuple):
     [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and c of a vector.
     orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
     plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
-    numbers that multiply some of them. shown: linear parts that are outputs as they stand.
+    numbers that multiply some of them. b0 is to be multiplied by n0 [..., *outer], where it is there. shown: linear
+    parts that are outputs as they stand.
     """
 
     components: tuple[str, ...]
@@ -2201,6 +2292,9 @@ def _chunked(
             return _linear_parts(call, layer, single, done[0], outer), _matrix_states(call, layer, ordered, done[1])
     scales = layer.scales(call.n)
     found = {**found, **{k: getattr(tokens, x) * scales.get(k, 1) for k, x in layer.plain.items()}}
+    for k in range(layer.columns):
+        if f"n{k}" in found:
+            found[f"b{k}"] = found[f"b{k}"] * found[f"n{k}"].unsqueeze(-1)
     if len(slots) > 1:
         found = {**found, **{f"c{k}": _side_by_side(found, f"c{k}", layer.vectors) for k in range(layer.columns)}}
 
@@ -2770,7 +2864,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gated_deltanet_recurrence',
-    digest='750e2662d486d177',
+    digest='e01e558054ec4645',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('beta'), Slot('g'),),
     params=(),
     components=(Slot('A', ('K', 'K')), Slot('S', ('K', 'V')),),

@@ -96,6 +96,7 @@ def readout(s, prev, x, p, n):
 #   R(t, s)   product of the decays of the tokens s+1 .. t: 2 ** a sum of logs, computed without cancellation
 #   DECAY     0: D is 1; 1: a number a token; 2: a vector over K.      SHIFT  1: y reads the state before its token
 #   to        [BT] or [BT, BK] logs of R(t - SHIFT, chunk's start)     after  logs of R(chunk's end, t)
+#   n [BT]        a number a token that multiplies b (p_n; not for DECAY 2); it joins R(t, s) and 2**after
 #   A [BT, BT]    q_t . b_s R(t - SHIFT, s) for s <= t - SHIFT, else 0
 #   y = 2**to q S + A c;    S at the end = 2**total S + (2**after b)' c;   the costate G runs backwards alike, from (q, dy)
 #   PREC      operands of all products: "bf16"; "tf32" (for fp16 inputs, which have its digits); "tf32x3" (for fp32)
@@ -163,6 +164,17 @@ def rows(p_x, row, x_t, length, o_w, W: tl.constexpr, BT: tl.constexpr):
     t = tl.arange(0, BT)
     m = inside((t < length)[:, None], o_w, W)
     return tl.load(p_x + row * x_t + (t * x_t)[:, None] + o_w[None, :], mask=m, other=0)
+
+
+@jit
+def numbers(p_x, row, x_t, length, BT: tl.constexpr):
+    """[BT], a number a token; 1 for all where there are none."""
+    t = tl.arange(0, BT)
+    if p_x is None:
+        found = tl.full([BT], 1.0, tl.float32)
+    else:
+        found = tl.load(p_x + row * x_t + t * x_t, mask=t < length, other=0).to(tl.float32)
+    return found
 
 
 @jit
@@ -249,8 +261,8 @@ def later(SHIFT: tl.constexpr, FLIP: tl.constexpr, BT: tl.constexpr):
 
 @jit(do_not_specialize=["T", "S", "SEG"])
 def chunk_forward_kernel(
-    p_q, p_b, p_c, p_log, p_pairs, p_start, p_y, p_final, p_states, p_cu, p_chunks,
-    q_t, q_g, b_t, b_g, c_t, c_g, l_t, l_g, T, S, SEG, G, scale,
+    p_q, p_b, p_c, p_log, p_n, p_pairs, p_start, p_y, p_final, p_states, p_cu, p_chunks,
+    q_t, q_g, b_t, b_g, c_t, c_g, l_t, l_g, n_t, n_g, T, S, SEG, G, scale,
     DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
 ):
@@ -268,6 +280,8 @@ def chunk_forward_kernel(
     p_q, p_b, p_c = p_q + i_g * q_g, p_b + i_g * b_g, p_c + i_g * c_g
     if DECAY:
         p_log += i_g * l_g
+    if p_n is not None:
+        p_n += i_g * n_g
     b_s = tl.zeros([BK, BV], tl.float32)
     if p_start is not None:
         b_s = load_matrix(p_start, (i_n * S + i_s) * G + i_g, o_k, o_v, K, V).to(tl.float32)
@@ -285,15 +299,21 @@ def chunk_forward_kernel(
             b_a = tl.load(p_a, mask=(o_t < length)[:, None], other=0)
             b_s = b_s * tl.exp2(b_d)[:, None] + product(tl.trans(b_b * tl.exp2(after)), b_c, PREC)
         elif DECAY == 1:
+            b_n = numbers(p_n, row, n_t, length, BT)
             w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_log, row, l_t, length, SHIFT, BT)
             b_y = product(b_q, b_s, PREC) * tl.exp2(w_t + f_t)[:, None]
-            b_a = product(b_q, tl.trans(b_b), PREC) * ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT)
-            after = (w_e - w_s) + (f_e - f_s)
-            b_s = b_s * tl.exp2(w_e + f_e) + product(tl.trans(b_b), b_c * tl.exp2(after)[:, None], PREC)
+            b_a = product(b_q, tl.trans(b_b), PREC) * (ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT) * b_n[None, :])
+            b_f = tl.exp2((w_e - w_s) + (f_e - f_s)) * b_n
+            b_s = b_s * tl.exp2(w_e + f_e) + product(tl.trans(b_b), b_c * b_f[:, None], PREC)
         else:
             b_y = product(b_q, b_s, PREC)
             b_a = tl.where(later(SHIFT, False, BT), product(b_q, tl.trans(b_b), PREC), 0.0)
-            b_s += product(tl.trans(b_b), b_c, PREC)
+            if p_n is not None:
+                b_n = numbers(p_n, row, n_t, length, BT)
+                b_a *= b_n[None, :]
+                b_s += product(tl.trans(b_b), b_c * b_n[:, None], PREC)
+            else:
+                b_s += product(tl.trans(b_b), b_c, PREC)
         b_y += product(b_a, b_c, PREC)
         m = inside((o_t < length)[:, None], o_v, V)
         tl.store(p_y + row * (G * V) + i_g * V + (o_t * (G * V))[:, None] + o_v[None, :], b_y * scale, mask=m)
@@ -303,8 +323,8 @@ def chunk_forward_kernel(
 
 @jit(do_not_specialize=["T", "S", "SEG"])
 def chunk_states_kernel(
-    p_x, p_z, p_log, p_start, p_end, p_decay, p_states, p_cu, p_chunks,
-    x_t, x_g, z_t, z_g, l_t, l_g, T, S, SEG, G, scale,
+    p_x, p_z, p_log, p_n, p_start, p_end, p_decay, p_states, p_cu, p_chunks,
+    x_t, x_g, z_t, z_g, l_t, l_g, n_t, n_g, T, S, SEG, G, scale,
     BACK: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
 ):
@@ -325,6 +345,8 @@ def chunk_states_kernel(
     b_left = tl.zeros([BK if DECAY == 2 else 1], tl.float32)  # log of what is left of the start
     if DECAY:
         p_log += i_g * l_g
+    if p_n is not None:
+        p_n += i_g * n_g
     b_s = tl.zeros([BK, BV], tl.float32)
     place = (i_n * S + i_s) * G + i_g
     if p_start is not None:
@@ -339,6 +361,8 @@ def chunk_states_kernel(
         b_z = rows(p_z, row, z_t, length, o_v, V, BT)  # [BT, BV]
         if BACK:
             b_z = b_z * scale
+        if p_n is not None:
+            b_z = b_z * numbers(p_n, row, n_t, length, BT)[:, None]
         if DECAY == 2:
             to, after, b_d = vector_sums(p_log, row, l_t, length, o_k, SHIFT if BACK else 0, PREC, K, BT)
             w = to if BACK else after
@@ -388,14 +412,14 @@ def chunk_join_kernel(
 
 @jit(do_not_specialize=["T"])
 def chunk_gradients_kernel(
-    p_q, p_b, p_c, p_log, p_pairs, p_dy, p_states, p_costates, p_dq, p_db, p_dc, p_dlog, p_cu, p_chunks, p_owner,
-    q_t, q_g, b_t, b_g, c_t, c_g, l_t, l_g, T, G, scale,
+    p_q, p_b, p_c, p_log, p_n, p_pairs, p_dy, p_states, p_costates, p_dq, p_db, p_dc, p_dlog, p_dn, p_cu, p_chunks, p_owner,
+    q_t, q_g, b_t, b_g, c_t, c_g, l_t, l_g, n_t, n_g, T, G, scale,
     DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
 ):
     """Gradients of q, b, c and of the decay's log (p_dlog, if wanted). One program: one chunk of one lane. With S
     the state before it and G the costate behind it, P[t, s] = dy_t . c_s, and E = 2**to, F = 2**after,
-        dq = E (S dy) + (P R) b,   db = F (G c) + (P R)' q,   dc = G' (F b) + A' dy
+        dq = E (S dy) + (P R) b,   db = F (G c) + (P R)' q,   dc = G' (F b) + A' dy,   dn = rowsum(b db / n)
     (the parts with P R for a decay over the key: chunk_inner_kernel, which adds them).
     The log's gradient at t is the sum over all paths that cross t: from before the chunk to behind it, 2**total S.G;
     from u < t to behind, b.F (G c); from before to u >= t, q.E (S dy); from s < t to u >= t, (A P R)[u, s]."""
@@ -429,7 +453,10 @@ def chunk_gradients_kernel(
             b_r = ratio(w_t, f_t, w_s, f_s, SHIFT, True, BT)
         else:
             b_r = tl.where(later(SHIFT, True, BT), 1.0, 0.0)
-        b_a = product(b_b, tl.trans(b_q), PREC) * b_r * scale
+        if p_n is not None:
+            p_n += i_g * n_g
+        b_n = numbers(p_n, row, n_t, length, BT)
+        b_a = product(b_b, tl.trans(b_q), PREC) * b_r * scale * b_n[:, None]
         b_p = tl.zeros([BT, BT], tl.float32)  # [t, s]
         b_pt = tl.zeros([BT, BT], tl.float32)  # [s, t]: not a transpose, which Triton 3.4-3.7 gets wrong in a product
     b_dq = tl.zeros([BT, BK], tl.float32)
@@ -448,7 +475,9 @@ def chunk_gradients_kernel(
         b_db += product(b_c, tl.trans(b_m), PREC)
         b_dc = product(b_in, b_m, PREC)
         if DECAY == 1:
-            b_dc *= b_f
+            b_dc *= b_f * b_n[:, None]
+        elif DECAY == 0:
+            b_dc *= b_n[:, None]
         b_dc += product(b_a, b_dy, PREC)
         m = inside((o_t < length)[:, None], o_v, V)
         tl.store(p_dc + (row * (G * V) + (o_t * (G * V))[:, None] + o_v[None, :]), b_dc, mask=m)
@@ -466,7 +495,7 @@ def chunk_gradients_kernel(
             x = tl.where(o_t[:, None] < o_t[None, :], b_a * b_pt, 0.0)  # [s, u]; R(t, t) does not depend on the decay
             # Where s to u does not cross t, both sums hold the same number: it cancels.
             read, kept = tl.sum(read, 1) + tl.sum(x, 0), tl.cumsum(tl.sum(x, 1), 0, reverse=True)
-            fed = tl.sum(fed, 1)
+            fed = tl.sum(fed, 1) * b_n
             b_d = b_g * tl.sum(b_h, 0) + tl.cumsum(fed, 0) - fed + tl.cumsum(read, 0, reverse=True) - kept
             tl.store(p_dlog + (row + o_t) * G + i_g, b_d - read if SHIFT else b_d, mask=o_t < length)
         else:
@@ -477,8 +506,11 @@ def chunk_gradients_kernel(
             b_p *= ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT)
         else:
             b_p = tl.where(later(SHIFT, False, BT), b_p, 0.0)
-        b_dq += product(b_p, b_b, PREC) * scale
+        b_dq += product(b_p * b_n[None, :], b_b, PREC) * scale
         b_db += product(b_pt * b_r, b_q, PREC) * scale
+        if p_dn is not None:
+            tl.store(p_dn + (row + o_t) * G + i_g, tl.sum(b_b * b_db, 1), mask=o_t < length)
+        b_db *= b_n[:, None]
     tl.store(p_dq + at, b_dq, mask=m)
     tl.store(p_db + at, b_db, mask=m)
 
@@ -2306,12 +2338,11 @@ class Step(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """Products of the steps of a chunk. levels[l] = (later, earlier), [..., blocks, 2^l, width] each: in blocks of
-    2^(l+1) tokens, from the later half's start up to and with each of its tokens, and from behind each token of the
-    earlier half to that half's end (None: 1). since, until [..., L, width]: the same from the chunk's start, and to its
-    end; whole [..., width]: of all its tokens."""
+    """Products of the steps of a chunk. halves [levels, ..., L, width]: in blocks of 2^(l+1) tokens, from the later
+    half's start up to and with each of its tokens, and from behind each token of the earlier half to that half's end.
+    since, until [..., L, width]: from the chunk's start, and to its end; whole [..., width]: of all its tokens."""
 
-    levels: tuple[tuple[Tensor, Tensor | None], ...]
+    halves: Tensor
     since: Tensor
     until: Tensor
     whole: Tensor
@@ -2319,22 +2350,7 @@ class Decay(NamedTuple):
 
 def decay_of(step: Step) -> Decay:
     """Steps [..., L, width], L a power of two."""
-    join = torch.add if step.log else torch.mul
-    whole = step.value  # [..., blocks, width]
-    since = whole.unsqueeze(-2)  # [..., blocks, b, width]
-    until = torch.zeros_like(since) if step.log else torch.ones_like(since)
-    levels: list[tuple[Tensor, Tensor | None]] = []
-    while whole.shape[-2] > 1:
-        early, late = since.unflatten(-3, (-1, 2)).unbind(-3)
-        to_half, to_end = until.unflatten(-3, (-1, 2)).unbind(-3)
-        first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
-        earlier = to_half if levels else None
-        levels.append((late.exp(), earlier if earlier is None else earlier.exp()) if step.log else (late, earlier))
-        since = torch.cat([early, join(late, first[..., None, :])], -2)
-        until = torch.cat([join(to_half, second[..., None, :]), to_end], -2)
-        whole = join(first, second)
-    ends = since.squeeze(-3), until.squeeze(-3), whole.squeeze(-2)
-    return Decay(tuple(levels), *(x.exp() if step.log else x for x in ends))
+    return Decay(*_Spans.apply(step.value, step.log))  # type: ignore[no-untyped-call]
 
 
 def before_token(since: Tensor) -> Tensor:
@@ -2345,22 +2361,41 @@ def before_token(since: Tensor) -> Tensor:
 def pair_products(
     rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay | None, same: Tensor | None
 ) -> list[Tensor]:
-    """M[t a, s c] = Σ_k x_t[a, k] (decay from s to t)[k] z_s[c, k], 0 for s > t, [..., L a, L c], for each (x, shift).
+    """M[t a, s c] = Σ_k x[t, a, k] (decay from s to t)[k] z[s, c, k], 0 for s > t, [..., L a, L c], of each (x, shift).
 
     x [..., L, a, K], z [..., L, c, K]; shift 1: x reads the state before its token, so that s < t and t's own step is
-    left out. same [..., L, L] bool: where a pair counts at all.
+    left out. same [..., L, L] bool: where a pair counts at all. Columns of one token stay together: where they cancel,
+    as those of a delta rule do, sums over s c lose no digits.
     """
-    if decay is None or decay.since.shape[-1] == 1:
-        found = [_scaled(x, z, decay, shift) for x, shift in rows]
+    if decay is not None and decay.since.shape[-1] > 1:
+        found = _pairs(decay, z, rows)
     else:
-        found = _by_level(rows, z, decay)
+        plain = [x.flatten(-3, -2) @ z.flatten(-3, -2).mT for x, _ in rows]
+        found = [m * ratio for m, ratio in zip(plain, _ratios(rows, z, decay), strict=True)]
     if same is None:
         return found
     spread = same[..., :, None, :, None]
     return [
         torch.where(spread, _by_token(m, x, z), 0.0).flatten(-4, -3).flatten(-2)
         for m, (x, _) in zip(found, rows, strict=True)
-    ]  # fmt: skip
+    ]
+
+
+def _ratios(rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay | None) -> list[Tensor]:
+    """[..., L a, L c] of each x: the decay from s to t, of one number a token."""
+    if decay is not None:
+        ones = [(torch.ones_like(decay.since)[..., None].expand(*decay.since.shape[:-1], x.shape[-2], 1), shift)
+                for x, shift in rows]  # fmt: skip
+        own = torch.ones_like(decay.since)[..., None].expand(*decay.since.shape[:-1], z.shape[-2], 1)
+        return _pairs(decay, own, ones)
+    token = torch.arange(z.shape[-3], device=z.device)
+    at = token.repeat_interleave(z.shape[-2])
+    return [(token.repeat_interleave(x.shape[-2])[:, None] - shift >= at).to(z.dtype) for x, shift in rows]
+
+
+def _pairs(decay: Decay, z: Tensor, rows: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    shifts = tuple(shift for _, shift in rows)
+    return list(_Pairs.apply(decay.halves, z, shifts, *(x for x, _ in rows)))  # type: ignore[no-untyped-call]
 
 
 def _by_token(m: Tensor, x: Tensor, z: Tensor) -> Tensor:
@@ -2369,89 +2404,175 @@ def _by_token(m: Tensor, x: Tensor, z: Tensor) -> Tensor:
     return each
 
 
-def _scaled(x: Tensor, z: Tensor, decay: Decay | None, shift: int) -> Tensor:
-    """One decay for all of the key, or none: a plain product times a matrix."""
-    m = x.flatten(-3, -2) @ z.flatten(-3, -2).mT
-    size, a, c = x.shape[-3], x.shape[-2], z.shape[-2]
-    if decay is None:
-        if a == c == 1:
-            return m.tril(-shift)
-        token = torch.arange(size, device=x.device)
-        ratio = (token[:, None] - shift >= token).to(x.dtype)
-    else:
-        ratio = _ratios(decay)
-        if shift:
-            ratio = torch.cat([torch.zeros_like(ratio[..., :1, :]), ratio[..., :-1, :]], -2)
-    if a == c == 1:
-        return m * ratio
-    whole = _by_token(m, x, z) * ratio[..., :, None, :, None]
-    return whole.flatten(-4, -3).flatten(-2)
-
-
-def _ratios(decay: Decay) -> Tensor:
-    """[..., L, L]: the decay from s to t, of one number a token."""
-    low = [later if earlier is None else later * earlier.mT for later, earlier in decay.levels]
-    return _lower(torch.ones_like(decay.since)[..., None], low)
-
-
-def _by_level(rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay) -> list[Tensor]:
-    """A decay of its own for each entry of the key."""
-    lows: list[list[Tensor]] = [[] for _ in rows]
-    for later, earlier in decay.levels:
-        halves = (-1, 2, later.shape[-2])
-        early, _ = z.unflatten(-3, halves).unbind(-4)  # [..., blocks, b, c, K]
-        early = (early if earlier is None else early * earlier[..., None, :]).flatten(-3, -2)
-        scale = (later, before_token(later) if any(shift for _, shift in rows) else later)
-        for low, (x, shift) in zip(lows, rows, strict=True):
-            _, late = x.unflatten(-3, halves).unbind(-4)
-            low.append((late * scale[shift][..., None, :]).flatten(-3, -2) @ early.mT)
-    owns = [x @ z.mT for x, _ in rows]  # of a token with itself
-    return [
-        _lower(torch.zeros_like(own) if shift else own, low)
-        for own, (_, shift), low in zip(owns, rows, lows, strict=True)
-    ]
-
-
-def _lower(diagonal: Tensor, low: Sequence[Tensor]) -> Tensor:
-    """The block triangle [..., L a, L c] over its diagonal [..., L, a, c]; low[l] [..., blocks, 2^l a, 2^l c]."""
-    m = diagonal
-    for below in low:
-        early, late = m.unflatten(-3, (-1, 2)).unbind(-3)
-        upper = torch.nn.functional.pad(early, (0, early.shape[-1]))
-        m = torch.cat([upper, torch.cat([below, late], -1)], -2)
-    return m.squeeze(-3)
-
-
 def apply_pairs(m: Tensor, c: Tensor, decay: Decay | None, shift: int) -> Tensor:
-    """Σ_s M[t a, s c] (decay from s to t)[v] C_s[c, v], [..., L a, V], with a decay along the values.
+    """Σ_s M[t a, s c] (decay from s to t)[v] C[s, c, v], [..., L a, V], with a decay along the values.
 
     M as `pair_products` gives it, C [..., L, c, V].
     """
     if decay is None:
         return m @ c.flatten(-3, -2)
-    size, count = c.shape[-3], c.shape[-2]
-    own = _on_diagonal(m, size, count) @ c  # [..., L, a, V]
+    each = m.unflatten(-1, c.shape[-3:-1]).unflatten(-3, (c.shape[-3], -1))
+    own = _own(each) @ c  # [..., L, a, V]
     total = torch.zeros_like(own) if shift else own
-    for later, earlier in decay.levels:
-        b = later.shape[-2]
-        early, _ = c.unflatten(-3, (-1, 2, b)).unbind(-4)
-        early = (early if earlier is None else early * earlier[..., None, :]).flatten(-3, -2)  # [..., blocks, b c, V]
-        corner = _on_diagonal(m, size // (2 * b), 2 * b * count)  # [..., blocks, 2 b a, 2 b c]
-        low = corner[..., corner.shape[-2] // 2 :, : b * count]
-        late = (low @ early).unflatten(-2, (b, -1)) * (before_token(later) if shift else later)[..., None, :]
-        total = total + torch.stack([torch.zeros_like(late), late], -4).flatten(-5, -3)
+    for level, (early, late) in enumerate(_levels(decay.halves)):
+        fed = _scaled(_half(c, level, 0, -3), early)  # [..., blocks, b c, V]
+        given = (_corner(each, level) @ fed).unflatten(-2, (1 << level, -1))
+        given = given * (before_token(late) if shift else late)[..., None, :]
+        total = total + torch.stack([torch.zeros_like(given), given], -4).flatten(-5, -3)
     return total.flatten(-3, -2)
 
 
-def _on_diagonal(m: Tensor, blocks: int, width: int) -> Tensor:
-    """The blocks on the diagonal of a matrix, [..., blocks, rows, width]."""
-    each: Tensor = m.unflatten(-1, (blocks, width)).unflatten(-3, (blocks, -1))
+def _levels(halves: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(earlier, later) of each level, [..., blocks, 2^l, width]."""
+    return [(_half(x, level, 0), _half(x, level, 1)) for level, x in enumerate(halves.unbind(0))]
+
+
+def _half(x: Tensor, level: int, late: int, axis: int = -2) -> Tensor:
+    """The earlier or the later halves of all blocks, [..., blocks, 2^level, ...], of [..., L, ...]."""
+    half: Tensor = x.unflatten(axis, (-1, 2, 1 << level)).select(axis - 1, late)
+    return half
+
+
+def _corners(each: Tensor, level: int) -> Tensor:
+    """Of [..., L, a, L, c] what joins a block's earlier tokens to its later ones, [..., blocks, 2^l, a, 2^l, c]."""
+    halves = (-1, 2, 1 << level)
+    corner: Tensor = each.unflatten(-2, halves).select(-3, 0).unflatten(-5, halves).select(-6, 1)
+    return corner.diagonal(dim1=-6, dim2=-3).movedim(-1, -5)
+
+
+def _corner(each: Tensor, level: int) -> Tensor:
+    """The same as matrices [..., blocks, 2^l a, 2^l c]."""
+    return _corners(each, level).flatten(-4, -3).flatten(-2)
+
+
+def _own(each: Tensor) -> Tensor:
+    """Of [..., L, a, L, c] a token with itself, [..., L, a, c]."""
     return each.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+class _Spans(torch.autograd.Function):
+    """Steps [..., L, width] to the parts of `Decay`. By hand for the sake of memory: what autograd would keep of the
+    levels is what they give."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Tensor, log: bool) -> tuple[Tensor, ...]:
+        since, whole = step.clone(memory_format=torch.contiguous_format), step
+        until = torch.zeros_like(since) if log else torch.ones_like(since)
+        halves = since.new_empty((since.shape[-2].bit_length() - 1, *since.shape))
+        for level, out in enumerate(halves.unbind(0)):
+            early, late = _half(until, level, 0), _half(since, level, 1)
+            _half(out, level, 0).copy_(early)
+            _half(out, level, 1).copy_(late)
+            first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
+            for part, more in ((late, first), (early, second)):
+                part.add_(more[..., None, :]) if log else part.mul_(more[..., None, :])
+            whole = first + second if log else first * second
+        whole = whole.squeeze(-2)
+        if log:
+            halves, since, until, whole = halves.exp_(), since.exp_(), until.exp_(), whole.exp()
+        ctx.log = log
+        ctx.save_for_backward(step, halves, since, until, whole)
+        return halves, since, until, whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        step, halves, since, until, whole = (x.conj() for x in ctx.saved_tensors)
+        d_halves, d_since, d_until, d_whole = grads
+        if ctx.log:
+            d_whole, d_since, d_until = d_whole * whole, d_since * since, d_until * until
+        else:
+            d_since, d_until = (x.clone(memory_format=torch.contiguous_format) for x in (d_since, d_until))
+        d_whole = d_whole.unsqueeze(-2)
+        for level in reversed(range(halves.shape[0])):
+            first = second = whole  # of the halves of each block, not of logs
+            if not ctx.log:
+                first = _half(halves[level], level, 0)[..., 0, :] * _half(step, level, 0)[..., 0, :]
+                second = _half(halves[level], level, 1)[..., -1, :]
+            given, of = [], []
+            for late, total, more in ((1, d_since, first), (0, d_until, second)):
+                part, half, d_half = (_half(x, level, late) for x in (total, halves[level], d_halves[level]))
+                if ctx.log:
+                    of.append(part.sum(-2))
+                    given.append(d_whole)
+                    part.addcmul_(d_half, half)
+                else:
+                    of.append((part.clone() * half).sum(-2))
+                    given.append(d_whole * (second if late else first))
+                    part.mul_(more[..., None, :]).add_(d_half)
+            d_whole = torch.stack([x + y for x, y in zip(given, of, strict=True)], -2).flatten(-3, -2)
+        return d_since + d_whole, None
+
+
+class _Pairs(torch.autograd.Function):
+    """M of `pair_products` for a decay over the key, of halves, z and one x for each shift. By hand: nothing scaled is
+    kept, and gradients add up in place."""
+
+    @staticmethod
+    def forward(ctx: Any, halves: Tensor, z: Tensor, shifts: tuple[int, ...], *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.shifts = shifts
+        ctx.save_for_backward(halves, z, *rows)
+        found = [z.new_zeros((*x.shape[:-1], *z.shape[-3:-1])) for x in rows]  # [..., L, a, L, c]
+        for m, x, shift in zip(found, rows, shifts, strict=True):
+            if not shift:
+                _own(m).copy_((x[..., :, None, :] * z[..., None, :, :]).sum(-1))
+        for level, (early, late) in enumerate(_levels(halves)):
+            fed = _scaled(_half(z, level, 0, -3), early if level else None)
+            for m, x, scale in zip(found, rows, _shifted(late, shifts), strict=True):
+                corner = _corners(m, level)
+                corner.copy_((_scaled(_half(x, level, 1, -3), scale) @ fed.mT).view(corner.shape))
+        return tuple(m.flatten(-4, -3).flatten(-2) for m in found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        halves, z, *rows = (x.conj() for x in ctx.saved_tensors)
+        given = [_by_token(g, x, z) for g, x in zip(grads, rows, strict=True)]
+        d_halves, d_z = torch.empty_like(halves), torch.zeros_like(z)
+        d_rows = []
+        for g, x, shift in zip(given, rows, ctx.shifts, strict=True):
+            own = _own(g)[..., None]  # [..., L, a, c, 1]
+            d_rows.append(torch.zeros_like(x) if shift else _summed(own * z[..., None, :, :], -2))
+            if not shift:
+                d_z.add_(_summed(own * x[..., :, None, :], -3))
+        for level, (early, late) in enumerate(_levels(halves)):
+            fed = _half(z, level, 0, -3)  # [..., blocks, b, c, K]
+            scaled = _scaled(fed, early if level else None)
+            d_fed: list[Tensor] = []
+            d_late: list[Tensor] = []
+            for d, g, x, scale, shift in zip(d_rows, given, rows, _shifted(late, ctx.shifts), ctx.shifts, strict=True):
+                low, reads = _corner(g, level), _half(x, level, 1, -3)
+                back = (low @ scaled).view(reads.shape)
+                _half(d, level, 1, -3).add_(back * scale[..., None, :])
+                d_scale = _summed(back * reads, -2)
+                d_late.append(torch.nn.functional.pad(d_scale[..., 1:, :], (0, 0, 0, 1)) if shift else d_scale)
+                d_fed.append(low.mT @ _scaled(reads, scale))
+            _half(d_halves[level], level, 1).copy_(_added(d_late))
+            back = _added(d_fed).view(fed.shape)
+            _half(d_halves[level], level, 0).copy_(_summed(back * fed, -2) if level else torch.zeros_like(early))
+            _half(d_z, level, 0, -3).add_(back * early[..., None, :] if level else back)
+        return d_halves, d_z, None, *d_rows
+
+
+def _summed(x: Tensor, axis: int) -> Tensor:
+    return x.squeeze(axis) if x.shape[axis] == 1 else x.sum(axis)
+
+
+def _added(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else _added([parts[0] + parts[1], *parts[2:]])
+
+
+def _shifted(late: Tensor, shifts: Sequence[int]) -> list[Tensor]:
+    without = before_token(late) if any(shifts) else late
+    return [without if shift else late for shift in shifts]
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """[..., blocks, b, c, K] times [..., blocks, b, K or 1], as [..., blocks, b c, K]."""
+    return (x if scale is None else x * scale[..., None, :]).flatten(-3, -2)
 
 
 # --- Matrix states a chunk of tokens at a time, as batched matrix products.
 
-CHUNK = 64  # tokens
+CHUNK = {"cpu": 32, "cuda": 64}  # tokens: what a cache likes; as few launches as that allows
 
 Rows = tuple[Tensor, ...]  # the columns of a factor, [B, T, G, width] each
 
@@ -2495,7 +2616,8 @@ def chunk_scan(
     batch, length, lanes, _ = f.c[0].shape
     if length == 0:
         return [f.c[0] for _ in f.q], [f.c[0] for _ in f.p], start
-    cut = Cut(length, size or _size(length, cu_seqlens), cu_seqlens)
+    kind = "cpu" if start.device.type == "cpu" else "cuda"
+    cut = Cut(length, size or _size(length, cu_seqlens, kind), cu_seqlens)
     if valid is not None:
         on = valid[..., None, None]
         f = f.map(lambda x, fill: torch.where(on, x, fill))
@@ -2503,9 +2625,9 @@ def chunk_scan(
     runs = None if reset is None else cut.split(reset, False)
     item = f.c[0].element_size() * batch * lanes
     per_chunk = item * cut.size * (cut.size + sum(x.shape[-1] for rows in f[2:] for x in rows))
-    kind = "cpu" if start.device.type == "cpu" else "cuda"
     some = max(1, min(cut.count, SEGMENT_BYTES[kind] // max(per_chunk, 1)))
-    recompute = per_chunk * cut.count > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
+    kept = 4 * per_chunk * cut.count  # about that many tensors of each size are kept for backward
+    recompute = kept > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
     carry = start if cut.row is None else torch.zeros_like(start[:1])
     found: list[list[Tensor]] = []
     after: list[Tensor] = []
@@ -2519,10 +2641,10 @@ def chunk_scan(
     return joined[: len(f.q)], joined[len(f.q) :], final
 
 
-def _size(length: int, cu_seqlens: Tensor | None) -> int:
+def _size(length: int, cu_seqlens: Tensor | None, kind: str) -> int:
     """Tokens a chunk: not many more than a sequence has on average, since its last chunk may be next to empty."""
     mean = length if cu_seqlens is None else max(1, length // max(1, cu_seqlens.numel() - 1))
-    return min(CHUNK, 1 << (mean - 1).bit_length())
+    return min(CHUNK[kind], 1 << (mean - 1).bit_length())
 
 
 def _few_chunks(f: Factors, runs: Tensor | None, cut: Cut, some: int) -> Any:
@@ -2685,6 +2807,118 @@ def _multiprocessors(device: torch.device) -> int:
     return _MULTIPROCESSORS[device]
 
 
+# --- One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states.
+
+
+def matrix_layer(
+    kernels: Any, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
+    start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
+    """The linear readouts of a layer, [B, T, G, V] of each component, and the components' last states [N, G, K, V];
+    None: not for the kernels.
+
+    sizes: outer and key; widths: of the components over the value; found: the factors that are not plain; start: [N, G,
+    K, all widths]; mask, reset: [B, T] bool. Readouts of S and of prev.S, and columns of the injection, add up, and
+    components share no column: one scan for each.
+    """
+    outer, key = tuple(sizes[:-1]), sizes[-1]
+    f = LayerFactors(call, layer, outer, found, mask, reset)
+    if not simple_layer(layer, f) or not all(kernels.takes(key, width, call.device) for width in widths):
+        return None
+    dtypes = [call.dtype if all(p[0] in layer.shown for p in r.parts) else torch.float32 for r in layer.reads]
+    columns = [f.rows(f"b{k}") for k in range(layer.columns)]
+    numbers = [f.number(k) for k in range(layer.columns)]
+    log = f.log()
+    queries = [
+        [(f.rows(n), s, f.scale(n)) for n, s in ((f"q{r}", 0), (f"p{r}", 1)) if n in f] for r in range(len(dtypes))
+    ]
+    outputs: list[list[Tensor]] = [[] for _ in queries]
+    states = []
+    starts = [None] * len(widths) if start is None else torch.split(start, widths, -1)
+    for j, begin in enumerate(starts):
+        values = [f.rows(f"c{k}_{j}" if j else f"c{k}", layer.vectors[j]) for k in range(layer.columns)]
+        final: Tensor | None = None
+        for r, query in enumerate(queries):
+            total: Tensor | None = None
+            for q, shift, scale in query:
+                q = f.fresh(q) if shift else q
+                ends = []
+                for k, (b, c, n) in enumerate(zip(columns, values, numbers, strict=True)):
+                    y, end = kernels.scan(q, b, c, log, None if k else begin, cu, shift, scale, dtypes[r], n)
+                    total = y if total is None else total + y
+                    ends.append(end)
+                final = sum(ends[1:], ends[0]) if final is None else final
+            assert total is not None
+            outputs[r].append(total)
+        assert final is not None
+        states.append(final)
+    return outputs, states
+
+
+def simple_layer(layer: Any, f: LayerFactors) -> bool:
+    """Whether the kernels know this kind of layer."""
+    other = any(name in f for name in ("log_value", "decay", "decay_key", "decay_value"))
+    if other or layer.rank or not layer.reads or any(r.extra for r in layer.reads):
+        return False
+    return all(f.call.leading) and f.call.compute == torch.float32
+
+
+class LayerFactors:
+    """A layer's factors as [B, T, G, width]: plain ones in their own dtype, others in that of the outputs."""
+
+    def __init__(
+        self, call: Any, layer: Any, outer: tuple[int, ...], found: dict[str, Tensor], mask: Tensor | None,
+        reset: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.call, self.outer, self.found, self.plain = call, outer, found, layer.plain
+        self.scales = layer.scales(call.n)
+        self.mask, self.reset = mask, reset
+        self.shape = (*call.leading, prod(call.lanes) * prod(outer))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.found or name in self.plain
+
+    def scale(self, name: str) -> float:
+        return float(self.scales.get(name, 1.0))
+
+    def rows(self, name: str, vector: bool = False) -> Tensor:
+        """`vector`: without a width of its own, which is 1 then."""
+        if name in self.plain:
+            x = self.call.inputs[self.plain[name]]
+            x = spread(x, x.dim() - len(self.outer) - (not vector), self.call.lanes)
+        else:
+            x = self.found[name]
+            if name[0] not in "ln":
+                x = x.to(self.call.dtype)
+        own = () if vector else x.shape[-1:]
+        x = x.expand(*self.call.leading, *self.call.lanes, *self.outer, *own).reshape(*self.shape, *own)
+        x = x.unsqueeze(-1) if vector and name[0] not in "ln" else x
+        return x if self.mask is None or name[0] in "ln" else torch.where(self.mask[..., None, None], x, 0.0)
+
+    def number(self, k: int) -> Tensor | None:
+        """What multiplies b of column k, [B, T, G]."""
+        return self.rows(f"n{k}", True) if f"n{k}" in self else None
+
+    def log(self) -> Tensor | None:
+        """[B, T, G] or [B, T, G, K]; 0 at tokens that do not count, -inf before a restart."""
+        log = self.rows("log", True) if "log" in self else self.rows("log_key") if "log_key" in self else None
+        if self.mask is not None and log is not None:
+            log = torch.where(self._over(self.mask, log), log, 0.0)
+        if self.reset is not None:
+            if log is None:
+                log = torch.zeros((), device=self.call.device).expand(self.shape)
+            log = torch.where(self._over(self.reset, log), -torch.inf, log)
+        return log
+
+    def fresh(self, p: Tensor) -> Tensor:
+        """Queries of prev.S, which is nothing at a restart."""
+        return p if self.reset is None else torch.where(self.reset[..., None, None], 0.0, p)
+
+    @staticmethod
+    def _over(flag: Tensor, like: Tensor) -> Tensor:
+        return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
+
+
 # --- Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients.
 
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
@@ -2707,14 +2941,17 @@ class ChunkKernels:
 
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
-        shift: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None,
+        shift: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None, number: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in `dtype` (q's), and the last state [N, G, K, V] in fp32.
 
         q, b [B, T, G, K], c [B, T, G, V]; log: log of the decay, None, [B, T, G] or [B, T, G, K]; start [N, G, K, V] or
-        None; cu: N + 1 offsets of sequences in a batch of 1. Differentiable in q, b, c, log and start.
+        None; cu: N + 1 offsets of sequences in a batch of 1; number: [B, T, G], multiplies b (log not over K).
+        Differentiable in q, b, c, log, start and number.
         """
-        found: tuple[Tensor, Tensor] = _ChunkScan.apply(self, q, b, c, log, start, cu, shift, scale, dtype or q.dtype)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor] = _ChunkScan.apply(
+            self, q, b, c, log, start, cu, shift, scale, dtype or q.dtype, number
+        )  # type: ignore[no-untyped-call]
         return found
 
     def layer(
@@ -2730,15 +2967,17 @@ class ChunkKernels:
     ) -> list[Tensor] | None:  # fmt: skip
         """One token, in place: each component's readout [B, 1, G, V] as its state [rows, G, K, V] moves on, in the rows
         that `slots` [B] names. None: not for the kernel."""
-        f = _LayerFactors(call, layer, tuple(outer), found, None, None)
+        f = LayerFactors(call, layer, tuple(outer), found, None, None)
         sides = [(n, shift) for n, shift in (("q0", 0), ("p0", 1)) if n in f]
-        if not _simple(layer, f) or layer.columns != 1 or len(layer.reads) != 1 or len(sides) != 1:
+        if not simple_layer(layer, f) or layer.columns != 1 or len(layer.reads) != 1 or len(sides) != 1:
             return None
         if not all(self.takes(s.shape[2], s.shape[3], s.device) and s.dtype == torch.float32 for s in states):
             return None
         name, shift = sides[0]
         dtype = call.dtype if all(p[0] in layer.shown for p in layer.reads[0].parts) else torch.float32
         q, b, log = _laid(f.rows(name)), _laid(f.rows("b0")), f.log()
+        number = f.number(0)
+        b = b if number is None else b * number.unsqueeze(-1)
         outputs = []
         for j, state in enumerate(states):
             c = _laid(f.rows(f"c0_{j}" if j else "c0", layer.vectors[j]))
@@ -2758,7 +2997,7 @@ class ChunkKernels:
 
     def forward(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None, shift: int,
-        scale: float, dtype: torch.dtype,
+        scale: float, dtype: torch.dtype, number: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         how = self.plan("forward", q, b, c, log, cu)
         n = how.lanes
@@ -2769,11 +3008,11 @@ class ChunkKernels:
         pairs = self._pairs(q, b, log, shift, how)
         begin, last = start, final
         if how.segments > 1:
-            begin = self._starts(b, c, log, start, final, False, shift, 1.0, how)
+            begin = self._starts(b, c, log, start, final, False, shift, 1.0, how, number)
             last = None  # type: ignore[assignment]
         grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
         self.table.forward[grid](
-            q, b, c, log, pairs, begin, y, last, None, n.cu, n.first, *_strides(q, b, c, log), n.tokens,
+            q, b, c, log, number, pairs, begin, y, last, None, n.cu, n.first, *_strides(q, b, c, log, number), n.tokens,
             how.segments, how.segment, n.lanes, scale, how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk,
             how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -2782,8 +3021,9 @@ class ChunkKernels:
     def backward(
         self, dy: Tensor, d_final: Tensor | None, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None,
         start: Tensor | None, cu: Tensor | None, shift: int, scale: float, d_log: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-        """Gradients of q, b, c, log (in fp32; None if not wanted) and start (in fp32)."""
+        number: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        """Gradients of q, b, c, log (in fp32; None if not wanted), start and number (in fp32)."""
         how = self.plan("gradients", q, b, c, log, cu)
         n = how.lanes
         dq, db, dc = (
@@ -2792,30 +3032,33 @@ class ChunkKernels:
         )
         d_start = _matrices(n, n.sequences, q)
         dlog = torch.zeros(log.shape, dtype=torch.float32, device=q.device) if log is not None and d_log else None
+        dn = None if number is None else torch.zeros(number.shape, dtype=torch.float32, device=q.device)
         if not dy.numel():
-            return dq, db, dc, dlog, d_start.zero_() if d_final is None else d_final.float()
+            return dq, db, dc, dlog, d_start.zero_() if d_final is None else d_final.float(), dn
         dy = dy.contiguous()
-        states = self.states(b, c, log, start, None, False, shift, 1.0, cu, how.bt)
+        states = self.states(b, c, log, start, None, False, shift, 1.0, cu, how.bt, number)
         costates = self.states(q, dy, log, d_final, d_start, True, shift, scale, cu, how.bt)
         pairs = self._pairs(q, b, log, shift, how)
         grid = (n.chunks * n.lanes,)
-        shared = (*_strides(q, b, c, log), n.tokens, n.lanes, scale)
+        shared = (n.tokens, n.lanes, scale)
+        strides = _strides(q, b, c, log)
         kinds = (how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages)
         self.table.gradients[grid](
-            q, b, c, log, pairs, dy, states, costates, dq, db, dc, dlog, n.cu, n.first, n.owner, *shared, *kinds,
+            q, b, c, log, number, pairs, dy, states, costates, dq, db, dc, dlog, dn, n.cu, n.first, n.owner, *strides,
+            *_places(number), *shared, *kinds,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         if how.decay == 2:
             inner = self.plan("inner", q, b, c, log, cu, how.bt)
             self.table.inner[grid](
-                q, b, c, log, dy, dq, db, dlog, n.cu, n.first, n.owner, *shared, shift, how.precision, n.key,
+                q, b, c, log, dy, dq, db, dlog, n.cu, n.first, n.owner, *strides, *shared, shift, how.precision, n.key,
                 n.value, how.bt, how.bk, _block(n.value), 16, num_warps=inner.warps,
             )  # fmt: skip
-        return dq, db, dc, dlog, d_start
+        return dq, db, dc, dlog, d_start, dn
 
     def states(
         self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, back: bool,
-        shift: int, scale: float, cu: Tensor | None, bt: int = 0,
+        shift: int, scale: float, cu: Tensor | None, bt: int = 0, number: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The state before each chunk (behind it, if `back`), [chunks, G, K, V] as operands; into `end`: the last."""
         how = self.plan("states", x, x, z, log, cu, bt)
@@ -2823,14 +3066,14 @@ class ChunkKernels:
         states = torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=how.operand, device=x.device)
         if how.segments > 1:
             end = _matrices(n, n.sequences, x) if end is None else end
-            start = self._starts(x, z, log, start, end, back, shift, scale, how)
+            start = self._starts(x, z, log, start, end, back, shift, scale, how, number)
             end = None
-        self._walk(x, z, log, start, end, None, states, back, shift, scale, how)
+        self._walk(x, z, log, start, end, None, states, back, shift, scale, how, number)
         return states
 
     def _starts(
         self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, last: Tensor, back: bool, shift: int,
-        scale: float, how: SimpleNamespace,
+        scale: float, how: SimpleNamespace, number: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """What each segment starts from, [N, S, G, K, V]; into `last`: where the last ends."""
         n = how.lanes
@@ -2839,7 +3082,7 @@ class ChunkKernels:
         left = torch.empty(n.sequences, how.segments, n.lanes, width, dtype=torch.float32, device=x.device)
         own = self.plan("states", x, x, z, log, n.cu, how.bt)
         own.segments, own.segment = how.segments, how.segment
-        self._walk(x, z, log, None, ends, left, None, back, shift, scale, own)
+        self._walk(x, z, log, None, ends, left, None, back, shift, scale, own, number)
         block = min(1024, _block(n.key * n.value))
         self.table.join[(n.sequences * n.lanes * -(-n.key * n.value // block),)](
             start, ends, left, starts, last, how.segments, n.lanes, back, how.decay, n.key, n.value, block
@@ -2849,12 +3092,13 @@ class ChunkKernels:
     def _walk(
         self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, left: Tensor | None,
         states: Tensor | None, back: bool, shift: int, scale: float, how: SimpleNamespace,
+        number: Tensor | None,
     ) -> None:  # fmt: skip
         n = how.lanes
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
         self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
-            x, z, log, start, end, left, states, n.cu, n.first, *_places(x), *_places(z), *_places(log), n.tokens,
+            x, z, log, number, start, end, left, states, n.cu, n.first, *_strides(x, z, log, number), n.tokens,
             how.segments, how.segment, n.lanes, scale, back, how.decay, shift, how.precision, n.key, n.value, how.bt,
             bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -2917,137 +3161,35 @@ class ChunkKernels:
         return -(-tokens // each), each
 
 
-def matrix_layer(
-    kernels: ChunkKernels, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
-    start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
-) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
-    """The linear readouts of a layer, [B, T, G, V] of each component, and the components' last states [N, G, K, V];
-    None: not for the kernels.
-
-    sizes: outer and key; widths: of the components over the value; found: the factors that are not plain; start: [N, G,
-    K, all widths]; mask, reset: [B, T] bool. Readouts of S and of prev.S, and columns of the injection, add up, and
-    components share no column: one scan for each.
-    """
-    outer, key = tuple(sizes[:-1]), sizes[-1]
-    f = _LayerFactors(call, layer, outer, found, mask, reset)
-    if not _simple(layer, f) or not all(kernels.takes(key, width, call.device) for width in widths):
-        return None
-    dtypes = [call.dtype if all(p[0] in layer.shown for p in r.parts) else torch.float32 for r in layer.reads]
-    columns = [f.rows(f"b{k}") for k in range(layer.columns)]
-    log = f.log()
-    queries = [
-        [(f.rows(n), s, f.scale(n)) for n, s in ((f"q{r}", 0), (f"p{r}", 1)) if n in f] for r in range(len(dtypes))
-    ]
-    outputs: list[list[Tensor]] = [[] for _ in queries]
-    states = []
-    starts = [None] * len(widths) if start is None else torch.split(start, widths, -1)
-    for j, begin in enumerate(starts):
-        values = [f.rows(f"c{k}_{j}" if j else f"c{k}", layer.vectors[j]) for k in range(layer.columns)]
-        final: Tensor | None = None
-        for r, query in enumerate(queries):
-            total: Tensor | None = None
-            for q, shift, scale in query:
-                q = f.fresh(q) if shift else q
-                ends = []
-                for k, (b, c) in enumerate(zip(columns, values, strict=True)):
-                    y, end = kernels.scan(q, b, c, log, None if k else begin, cu, shift, scale, dtypes[r])
-                    total = y if total is None else total + y
-                    ends.append(end)
-                final = sum(ends[1:], ends[0]) if final is None else final
-            assert total is not None
-            outputs[r].append(total)
-        assert final is not None
-        states.append(final)
-    return outputs, states
-
-
-def _simple(layer: Any, f: _LayerFactors) -> bool:
-    """Whether the kernels know this kind of layer."""
-    other = any(name in f for name in ("log_value", "decay", "decay_key", "decay_value"))
-    if other or layer.rank or not layer.reads or any(r.extra for r in layer.reads):
-        return False
-    return all(f.call.leading) and f.call.compute == torch.float32
-
-
-class _LayerFactors:
-    """A layer's factors as [B, T, G, width]: plain ones in their own dtype, others in that of the outputs."""
-
-    def __init__(
-        self, call: Any, layer: Any, outer: tuple[int, ...], found: dict[str, Tensor], mask: Tensor | None,
-        reset: Tensor | None,
-    ) -> None:  # fmt: skip
-        self.call, self.outer, self.found, self.plain = call, outer, found, layer.plain
-        self.scales = layer.scales(call.n)
-        self.mask, self.reset = mask, reset
-        self.shape = (*call.leading, prod(call.lanes) * prod(outer))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.found or name in self.plain
-
-    def scale(self, name: str) -> float:
-        return float(self.scales.get(name, 1.0))
-
-    def rows(self, name: str, vector: bool = False) -> Tensor:
-        """`vector`: without a width of its own, which is 1 then."""
-        if name in self.plain:
-            x = self.call.inputs[self.plain[name]]
-            x = spread(x, x.dim() - len(self.outer) - (not vector), self.call.lanes)
-        else:
-            x = self.found[name]
-            if name[:3] != "log":
-                x = x.to(self.call.dtype)
-        own = () if vector else x.shape[-1:]
-        x = x.expand(*self.call.leading, *self.call.lanes, *self.outer, *own).reshape(*self.shape, *own)
-        x = x.unsqueeze(-1) if vector and name[:3] != "log" else x
-        return x if self.mask is None or name[:3] == "log" else torch.where(self.mask[..., None, None], x, 0.0)
-
-    def log(self) -> Tensor | None:
-        """[B, T, G] or [B, T, G, K]; 0 at tokens that do not count, -inf before a restart."""
-        log = self.rows("log", True) if "log" in self else self.rows("log_key") if "log_key" in self else None
-        if self.mask is not None and log is not None:
-            log = torch.where(self._over(self.mask, log), log, 0.0)
-        if self.reset is not None:
-            if log is None:
-                log = torch.zeros((), device=self.call.device).expand(self.shape)
-            log = torch.where(self._over(self.reset, log), -torch.inf, log)
-        return log
-
-    def fresh(self, p: Tensor) -> Tensor:
-        """Queries of prev.S, which is nothing at a restart."""
-        return p if self.reset is None else torch.where(self.reset[..., None, None], 0.0, p)
-
-    @staticmethod
-    def _over(flag: Tensor, like: Tensor) -> Tensor:
-        return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
-
-
 class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, kernels: ChunkKernels, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None,
-        cu: Tensor | None, shift: int, scale: float, dtype: torch.dtype,
+        cu: Tensor | None, shift: int, scale: float, dtype: torch.dtype, number: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         q, b, c = _laid(q), _laid(b), _laid(c)
         log = None if log is None else _laid(log)
+        number = None if number is None else _laid(number)
         start = None if start is None else start.float().contiguous()
         ctx.kernels, ctx.shift, ctx.scale = kernels, shift, scale
-        ctx.save_for_backward(q, b, c, log, start, cu)
+        ctx.save_for_backward(q, b, c, log, start, cu, number)
         ctx.set_materialize_grads(False)
-        return kernels.forward(q, b, c, log, start, cu, shift, scale, dtype)
+        return kernels.forward(q, b, c, log, start, cu, shift, scale, dtype, number)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        q, b, c, log, start, cu = ctx.saved_tensors
+        q, b, c, log, start, cu, number = ctx.saved_tensors
         dy, d_final = grads
         if dy is None:
             dy = torch.zeros(*c.shape[:3], c.shape[3], dtype=q.dtype, device=q.device)
         d_final = None if d_final is None else d_final.float().contiguous()
-        dq, db, dc, dlog, d_start = ctx.kernels.backward(
-            dy, d_final, q, b, c, log, start, cu, ctx.shift, ctx.scale, ctx.needs_input_grad[4]
+        dq, db, dc, dlog, d_start, dn = ctx.kernels.backward(
+            dy, d_final, q, b, c, log, start, cu, ctx.shift, ctx.scale, ctx.needs_input_grad[4], number
         )
         dlog = None if dlog is None else dlog.to(log.dtype)
-        return None, dq, db, dc, dlog, d_start if ctx.needs_input_grad[5] else None, *[None] * 4
+        dn = None if dn is None or number is None else dn.to(number.dtype)
+        return None, dq, db, dc, dlog, d_start if ctx.needs_input_grad[5] else None, *[None] * 4, dn
 
 
 # --- A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout.
@@ -3078,7 +3220,8 @@ class Chunked(NamedTuple):
     [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and c of a vector.
     orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
     plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
-    numbers that multiply some of them. shown: linear parts that are outputs as they stand.
+    numbers that multiply some of them. b0 is to be multiplied by n0 [..., *outer], where it is there. shown: linear
+    parts that are outputs as they stand.
     """
 
     components: tuple[str, ...]
@@ -3227,6 +3370,9 @@ def _chunked(
             return _linear_parts(call, layer, single, done[0], outer), _matrix_states(call, layer, ordered, done[1])
     scales = layer.scales(call.n)
     found = {**found, **{k: getattr(tokens, x) * scales.get(k, 1) for k, x in layer.plain.items()}}
+    for k in range(layer.columns):
+        if f"n{k}" in found:
+            found[f"b{k}"] = found[f"b{k}"] * found[f"n{k}"].unsqueeze(-1)
     if len(slots) > 1:
         found = {**found, **{f"c{k}": _side_by_side(found, f"c{k}", layer.vectors) for k in range(layer.columns)}}
 
@@ -3796,7 +3942,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='118524f2f7ea9654',
+    digest='005a75bd077687bc',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',)),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

@@ -107,12 +107,42 @@ def jit(fn=None, **options):
 
 
 @jit
+def lane_exp(x):
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@jit
+def lane_turn(x, shift):
+    """sin(x + shift pi / 2): the angle is brought to [-pi/4, pi/4] in three exact parts, then a polynomial (Cephes).
+    Angles beyond 1e7 have lost their phase in fp32 anyway."""
+    turns = tl.floor(x * 0.6366197723675814 + 0.5)
+    a = x - turns * 1.5703125 - turns * 4.837512969970703125e-4 - turns * 7.549789948768648e-8
+    z = a * a
+    sine = a + a * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    cosine = 1 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    quarter = turns.to(tl.int32) + shift
+    value = tl.where((quarter & 1) == 0, sine, cosine)
+    value = tl.where((quarter & 2) == 0, value, -value)
+    return tl.where(value > 1, 1.0, tl.where(value < -1, -1.0, value))
+
+
+@jit
+def lane_sin(x):
+    return lane_turn(x, 0)
+
+
+@jit
+def lane_cos(x):
+    return lane_turn(x, 1)
+
+
+@jit
 def lane_lift(u_re, u_im, nu, theta, gamma):
-    exp_nu = tl.exp(-tl.exp(nu))
-    exp_theta = tl.exp(theta)
-    a_re = exp_nu * tl.cos(exp_theta)
-    a_im = exp_nu * tl.sin(exp_theta)
-    exp_gamma = tl.exp(gamma)
+    exp_nu = lane_exp(-lane_exp(nu))
+    exp_theta = lane_exp(theta)
+    a_re = exp_nu * lane_cos(exp_theta)
+    a_im = exp_nu * lane_sin(exp_theta)
+    exp_gamma = lane_exp(gamma)
     h_re = exp_gamma * u_re
     h_im = exp_gamma * u_im
     return a_re, a_im, h_re, h_im
@@ -150,10 +180,10 @@ def lane_direct(d_y_re, d_y_im):
 
 @jit
 def lane_transition(nu, theta):
-    exp_nu = tl.exp(-tl.exp(nu))
-    exp_theta = tl.exp(theta)
-    J_h_re_h_re = exp_nu * tl.cos(exp_theta)
-    J_h_re_h_im = exp_nu * tl.sin(exp_theta)
+    exp_nu = lane_exp(-lane_exp(nu))
+    exp_theta = lane_exp(theta)
+    J_h_re_h_re = exp_nu * lane_cos(exp_theta)
+    J_h_re_h_im = exp_nu * lane_sin(exp_theta)
     J_h_im_h_re = -J_h_re_h_im
     return J_h_re_h_re, J_h_re_h_im, J_h_im_h_re, J_h_re_h_re
 
@@ -178,16 +208,16 @@ def lane_pull(l_adj_h_re, l_adj_h_im, r_J_h_re_h_re, r_J_h_re_h_im, r_J_h_im_h_r
 
 @jit
 def lane_gradient(u_re, u_im, nu, theta, gamma, prev_h_re, prev_h_im, grad_h_re, grad_h_im):
-    exp_gamma = tl.exp(gamma)
+    exp_gamma = lane_exp(gamma)
     g_u_re = grad_h_re * exp_gamma
     g_u_im = grad_h_im * exp_gamma
     t1 = grad_h_im * prev_h_re - grad_h_re * prev_h_im
-    exp_theta = tl.exp(theta)
-    sin_theta = tl.sin(exp_theta)
+    exp_theta = lane_exp(theta)
+    sin_theta = lane_sin(exp_theta)
     t2 = grad_h_im * prev_h_im + grad_h_re * prev_h_re
-    cos_theta = tl.cos(exp_theta)
-    exp_nu = tl.exp(nu)
-    exp_nu_ = tl.exp(-exp_nu)
+    cos_theta = lane_cos(exp_theta)
+    exp_nu = lane_exp(nu)
+    exp_nu_ = lane_exp(-exp_nu)
     g_nu = -((t1 * sin_theta + t2 * cos_theta) * exp_nu_ * exp_nu)
     g_theta = (t1 * exp_nu_ * cos_theta - t2 * exp_nu_ * sin_theta) * exp_theta
     g_gamma = (grad_h_im * u_im + grad_h_re * u_re) * exp_gamma
@@ -196,7 +226,7 @@ def lane_gradient(u_re, u_im, nu, theta, gamma, prev_h_re, prev_h_im, grad_h_re,
 
 @jit
 def lane_flagged(left_kind, l_a_re, l_a_im, l_h_re, l_h_im, right_kind, r_a_re, r_a_im, r_h_re, r_h_im):
-    """lane_combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
+    """A combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
     c_a_re, c_a_im, c_h_re, c_h_im = lane_combine(l_a_re, l_a_im, l_h_re, l_h_im, r_a_re, r_a_im, r_h_re, r_h_im)
     both = (left_kind != 0) & (right_kind == 1)
     c_a_re = tl.where(right_kind == 0, l_a_re, tl.where(both, c_a_re, r_a_re))
@@ -213,6 +243,28 @@ def lane_cut(left_cut, l_J_h_re_h_re, l_J_h_re_h_im, l_J_h_im_h_re, l_J_h_im_h_i
     c_adj_h_re = tl.where(right_cut != 0, r_adj_h_re, c_adj_h_re)
     c_adj_h_im = tl.where(right_cut != 0, r_adj_h_im, c_adj_h_im)
     return left_cut | right_cut, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im
+
+
+@jit
+def tile_pick(x, chosen, axis: tl.constexpr):
+    """The one entry along an axis that is chosen: a sum of bits, all others 0, which costs nothing inside a thread."""
+    if x.dtype == tl.float32:
+        return tl.sum(tl.where(chosen, x.to(tl.int32, bitcast=True), 0), axis).to(tl.float32, bitcast=True)
+    else:
+        return tl.sum(tl.where(chosen, x, 0), axis)
+
+
+@jit
+def tile_load(p, m):
+    if m is None:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=m, other=0)
+
+
+@jit
+def tile_store(p, value, m):
+    tl.store(p, value, mask=m)
 
 
 @jit
@@ -259,18 +311,106 @@ def kind_kernel(p_code, p_kind, p_cu, T, JOINED: tl.constexpr, BT: tl.constexpr)
         before = tl.sum(tl.where(t == BT - 1, count, 0), 0)
 
 
+@jit
+def forward_tile(
+    p_u, p_out_y, p_saved_h,
+    p_kind, row, left, C, i_c, joined, h_h_re, h_h_im, b_nu, b_theta, b_gamma,
+    Q_u: tl.constexpr, D_u: tl.constexpr,
+    Q_nu: tl.constexpr, D_nu: tl.constexpr,
+    Q_theta: tl.constexpr, D_theta: tl.constexpr,
+    Q_gamma: tl.constexpr, D_gamma: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+):
+    """One tile from token `row` on, of which `left` are there (all, if WHOLE; and all lanes, if EVEN): prefixes s_* of the
+    lifted tokens e_* behind h_*, which counts if `joined`, and the outputs y_*. Returns h_* for the next tile."""
+    BT: tl.constexpr = W * R
+    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    m_c = o_c < C
+    w = tl.arange(0, W)[:, None]  # [W, 1]
+    r = tl.arange(0, R)[None, :, None]
+    t = (w[:, :, None] * R + r)  # [W, R, 1]
+    o = t * C + o_c[:, None, :]  # [W, R, BC]
+    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
+    C_u, k_u = lane_index(C, Q_u, D_u), lane_index(o_c, Q_u, D_u)
+    oc_u = t * C_u + k_u[:, None, :]
+    inside = t < left
+    m = None
+    if not EVEN:
+        m = m_c[:, None, :]
+    if not WHOLE:
+        m = inside & m_c[:, None, :]
+    b_u_re = tile_load(p_u + 2 * (row * C_u + oc_u), m).to(tl.float32)
+    b_u_im = tile_load(p_u + 2 * (row * C_u + oc_u) + 1, m).to(tl.float32)
+    e_a_re, e_a_im, e_h_re, e_h_im = lane_lift(b_u_re, b_u_im, b_nu, b_theta, b_gamma)
+    e_a_re = tl.broadcast_to(e_a_re, [W, R, BC])
+    e_a_im = tl.broadcast_to(e_a_im, [W, R, BC])
+    if p_kind is not None:
+        kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
+        e_h_re = tl.where(kind == 2, 0.0, e_h_re)
+        e_h_im = tl.where(kind == 2, 0.0, e_h_im)
+        kind = tl.broadcast_to(kind, [W, R, BC])
+    if p_kind is not None:
+        inner_kind, g_a_re, g_a_im, g_h_re, g_h_im = tl.associative_scan((kind, e_a_re, e_a_im, e_h_re, e_h_im), 1, lane_flagged)
+        outer_kind = tile_pick(inner_kind, r == R - 1, 1)
+    else:
+        (g_a_re, g_a_im, g_h_re, g_h_im,) = tl.associative_scan((e_a_re, e_a_im, e_h_re, e_h_im,), 1, lane_combine)
+    c_a_re = tile_pick(g_a_re, r == R - 1, 1)  # [W, BC]
+    c_a_im = tile_pick(g_a_im, r == R - 1, 1)  # [W, BC]
+    c_h_re = tile_pick(g_h_re, r == R - 1, 1)  # [W, BC]
+    c_h_im = tile_pick(g_h_im, r == R - 1, 1)  # [W, BC]
+    f_h_re, f_h_im = lane_advance(h_h_re, h_h_im, c_a_re, c_a_im, c_h_re, c_h_im)
+    if p_kind is not None:
+        f_h_re = tl.where(outer_kind == 0, h_h_re, tl.where(outer_kind == 1, f_h_re, c_h_re))
+        c_h_re = tl.where(w == 0, f_h_re, c_h_re)
+        f_h_im = tl.where(outer_kind == 0, h_h_im, tl.where(outer_kind == 1, f_h_im, c_h_im))
+        c_h_im = tl.where(w == 0, f_h_im, c_h_im)
+        outer_kind = tl.where(w == 0, 3, outer_kind)
+        outer_kind, c_a_re, c_a_im, c_h_re, c_h_im = tl.associative_scan((outer_kind, c_a_re, c_a_im, c_h_re, c_h_im), 0, lane_flagged)
+    else:
+        c_h_re = tl.where((w == 0) & joined, f_h_re, c_h_re)
+        c_h_im = tl.where((w == 0) & joined, f_h_im, c_h_im)
+        (c_a_re, c_a_im, c_h_re, c_h_im,) = tl.associative_scan((c_a_re, c_a_im, c_h_re, c_h_im,), 0, lane_combine)
+    q_h_re = tl.where(w == 0, h_h_re, tl.gather(c_h_re, above, 0))[:, None, :]  # before each chunk
+    h_h_re = tile_pick(c_h_re, w == W - 1, 0)[None, :]
+    q_h_im = tl.where(w == 0, h_h_im, tl.gather(c_h_im, above, 0))[:, None, :]  # before each chunk
+    h_h_im = tile_pick(c_h_im, w == W - 1, 0)[None, :]
+    s_h_re, s_h_im = lane_advance(q_h_re, q_h_im, g_a_re, g_a_im, g_h_re, g_h_im)
+    if p_kind is not None:
+        s_h_re = tl.where(inner_kind == 0, q_h_re, tl.where(inner_kind == 1, s_h_re, g_h_re))
+        s_h_im = tl.where(inner_kind == 0, q_h_im, tl.where(inner_kind == 1, s_h_im, g_h_im))
+    else:
+        s_h_re = tl.where((w > 0)[:, :, None] | joined, s_h_re, g_h_re)
+        s_h_im = tl.where((w > 0)[:, :, None] | joined, s_h_im, g_h_im)
+    y_y_re, y_y_im = lane_readout(s_h_re, s_h_im)
+    if p_kind is not None:
+        y_y_re = tl.where((kind & 1) != 0, y_y_re, 0)
+    tile_store(p_out_y + 2 * (row * C + o), y_y_re, m)
+    if p_kind is not None:
+        y_y_im = tl.where((kind & 1) != 0, y_y_im, 0)
+    tile_store(p_out_y + 2 * (row * C + o) + 1, y_y_im, m)
+    if p_saved_h is not None:
+        tile_store(p_saved_h + 2 * (row * C + o), s_h_re, m)
+    if not WHOLE:
+        h_h_re = tile_pick(tile_pick(s_h_re, t == left - 1, 1), w >= 0, 0)[None, :]
+    if p_saved_h is not None:
+        tile_store(p_saved_h + 2 * (row * C + o) + 1, s_h_im, m)
+    if not WHOLE:
+        h_h_im = tile_pick(tile_pick(s_h_im, t == left - 1, 1), w >= 0, 0)[None, :]
+    return h_h_re, h_h_im
+
+
 @jit(do_not_specialize=["T", "CV", "S", "SEG"])
 def forward_kernel(
-    p_u, p_nu, p_theta, p_gamma, p_out_y, p_initial_h, p_final_h, p_saved_h, p_carry_h_re, p_carry_h_im,
+    p_u, p_nu, p_theta, p_gamma, p_out_y, p_saved_h, p_initial_h, p_final_h, p_carry_h_re, p_carry_h_im,
     p_kind, p_cu, T, CV, S, SEG,
     Q_u: tl.constexpr, D_u: tl.constexpr,
     Q_nu: tl.constexpr, D_nu: tl.constexpr,
     Q_theta: tl.constexpr, D_theta: tl.constexpr,
     Q_gamma: tl.constexpr, D_gamma: tl.constexpr,
-    JOINED: tl.constexpr,
+    JOINED: tl.constexpr, EVEN: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
-    """Prefixes s_* of the lifted tokens e_*, and the outputs y_*; h_* [1, BC] is what was before the tile."""
+    """Outputs, the final state, and what the backward wants saved. h_* [1, BC] is the state before a tile."""
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
@@ -284,8 +424,6 @@ def forward_kernel(
     t = (w[:, :, None] * R + r)  # [W, R, 1]
     o = t * C + o_c[:, None, :]  # [W, R, BC]
     above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_u, k_u = lane_index(C, Q_u, D_u), lane_index(o_c, Q_u, D_u)
-    oc_u = t * C_u + k_u[:, None, :]
     C_nu, k_nu = lane_index(C, Q_nu, D_nu), lane_index(o_c, Q_nu, D_nu)
     oc_nu = t * C_nu + k_nu[:, None, :]
     C_theta, k_theta = lane_index(C, Q_theta, D_theta), lane_index(o_c, Q_theta, D_theta)
@@ -300,74 +438,29 @@ def forward_kernel(
         h_h_re = tl.load(p_carry_h_re + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
     elif p_initial_h is not None:
         h_h_re = tl.load(p_initial_h + 2 * (i_n * C + o_c), mask=m_c, other=0).to(tl.float32)
-    tl.store(p_final_h + 2 * (i_n * C + o_c), h_h_re, mask=m_c & (bos == eos) & (i_s == 0))
     h_h_im = tl.full([1, BC], 0.0, tl.float32)
     if p_carry_h_im is not None:
         h_h_im = tl.load(p_carry_h_im + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
     elif p_initial_h is not None:
         h_h_im = tl.load(p_initial_h + 2 * (i_n * C + o_c) + 1, mask=m_c, other=0).to(tl.float32)
-    tl.store(p_final_h + 2 * (i_n * C + o_c) + 1, h_h_im, mask=m_c & (bos == eos) & (i_s == 0))
-    for i_t in tl.range(0, length, BT, num_stages=NS):
-        row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        b_u_re = tl.load(p_u + 2 * (row * C_u + oc_u), mask=m, other=0).to(tl.float32)
-        b_u_im = tl.load(p_u + 2 * (row * C_u + oc_u) + 1, mask=m, other=0).to(tl.float32)
-        e_a_re, e_a_im, e_h_re, e_h_im = lane_lift(b_u_re, b_u_im, b_nu, b_theta, b_gamma)
-        e_a_re = tl.broadcast_to(e_a_re, [W, R, BC])
-        e_a_im = tl.broadcast_to(e_a_im, [W, R, BC])
-        if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
-            e_h_re = tl.where(kind == 2, 0.0, e_h_re)
-            e_h_im = tl.where(kind == 2, 0.0, e_h_im)
-            kind = tl.broadcast_to(kind, [W, R, BC])
-        if p_kind is not None:
-            inner_kind, g_a_re, g_a_im, g_h_re, g_h_im = tl.associative_scan((kind, e_a_re, e_a_im, e_h_re, e_h_im), 1, lane_flagged)
-            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
-        else:
-            (g_a_re, g_a_im, g_h_re, g_h_im,) = tl.associative_scan((e_a_re, e_a_im, e_h_re, e_h_im,), 1, lane_combine)
-        c_a_re = tl.sum(tl.where(r == R - 1, g_a_re, 0.0), 1)  # [W, BC]
-        c_a_im = tl.sum(tl.where(r == R - 1, g_a_im, 0.0), 1)  # [W, BC]
-        c_h_re = tl.sum(tl.where(r == R - 1, g_h_re, 0.0), 1)  # [W, BC]
-        c_h_im = tl.sum(tl.where(r == R - 1, g_h_im, 0.0), 1)  # [W, BC]
-        f_h_re, f_h_im = lane_advance(h_h_re, h_h_im, c_a_re, c_a_im, c_h_re, c_h_im)
-        if p_kind is not None:
-            f_h_re = tl.where(outer_kind == 0, h_h_re, tl.where(outer_kind == 1, f_h_re, c_h_re))
-            c_h_re = tl.where(w == 0, f_h_re, c_h_re)
-            f_h_im = tl.where(outer_kind == 0, h_h_im, tl.where(outer_kind == 1, f_h_im, c_h_im))
-            c_h_im = tl.where(w == 0, f_h_im, c_h_im)
-            outer_kind = tl.where(w == 0, 3, outer_kind)
-            outer_kind, c_a_re, c_a_im, c_h_re, c_h_im = tl.associative_scan((outer_kind, c_a_re, c_a_im, c_h_re, c_h_im), 0, lane_flagged)
-        else:
-            joined = (i_t > 0) | (i_s > 0) | JOINED
-            c_h_re = tl.where((w == 0) & joined, f_h_re, c_h_re)
-            c_h_im = tl.where((w == 0) & joined, f_h_im, c_h_im)
-            (c_a_re, c_a_im, c_h_re, c_h_im,) = tl.associative_scan((c_a_re, c_a_im, c_h_re, c_h_im,), 0, lane_combine)
-        q_h_re = tl.where(w == 0, h_h_re, tl.gather(c_h_re, above, 0))[:, None, :]  # before each chunk
-        h_h_re = tl.sum(tl.where(w == W - 1, c_h_re, 0.0), 0, keep_dims=True)
-        q_h_im = tl.where(w == 0, h_h_im, tl.gather(c_h_im, above, 0))[:, None, :]  # before each chunk
-        h_h_im = tl.sum(tl.where(w == W - 1, c_h_im, 0.0), 0, keep_dims=True)
-        s_h_re, s_h_im = lane_advance(q_h_re, q_h_im, g_a_re, g_a_im, g_h_re, g_h_im)
-        if p_kind is not None:
-            s_h_re = tl.where(inner_kind == 0, q_h_re, tl.where(inner_kind == 1, s_h_re, g_h_re))
-            s_h_im = tl.where(inner_kind == 0, q_h_im, tl.where(inner_kind == 1, s_h_im, g_h_im))
-        else:
-            s_h_re = tl.where((w > 0)[:, :, None] | joined, s_h_re, g_h_re)
-            s_h_im = tl.where((w > 0)[:, :, None] | joined, s_h_im, g_h_im)
-        y_y_re, y_y_im = lane_readout(s_h_re, s_h_im)
-        if p_kind is not None:
-            y_y_re = tl.where((kind & 1) != 0, y_y_re, 0)
-        tl.store(p_out_y + 2 * (row * C + o), y_y_re, mask=m)
-        if p_kind is not None:
-            y_y_im = tl.where((kind & 1) != 0, y_y_im, 0)
-        tl.store(p_out_y + 2 * (row * C + o) + 1, y_y_im, mask=m)
-        if p_saved_h is not None:
-            tl.store(p_saved_h + 2 * (row * C + o), s_h_re, mask=m)
-        if p_saved_h is not None:
-            tl.store(p_saved_h + 2 * (row * C + o) + 1, s_h_im, mask=m)
-        if row + BT >= eos:  # the sequence ends in this tile
-            m_end = (row + t == eos - 1) & m_c[:, None, :]
-            tl.store(p_final_h + 2 * (i_n * C + t * 0 + o_c[:, None, :]), s_h_re, mask=m_end)
-            tl.store(p_final_h + 2 * (i_n * C + t * 0 + o_c[:, None, :]) + 1, s_h_im, mask=m_end)
+    whole = tl.maximum(length, 0) // BT * BT
+    for i_t in tl.range(0, whole, BT, num_stages=NS):
+        joined = ((i_t > 0) | (i_s > 0) | JOINED).to(tl.int1)
+        h_h_re, h_h_im = forward_tile(
+            p_u, p_out_y, p_saved_h,
+            p_kind, begin + i_t, BT, C, i_c, joined, h_h_re, h_h_im, b_nu, b_theta, b_gamma,
+            Q_u, D_u, Q_nu, D_nu, Q_theta, D_theta, Q_gamma, D_gamma, R, W, BC, True, EVEN,
+        )
+    if whole < length:
+        joined = ((whole > 0) | (i_s > 0) | JOINED).to(tl.int1)
+        h_h_re, h_h_im = forward_tile(
+            p_u, p_out_y, p_saved_h,
+            p_kind, begin + whole, length - whole, C, i_c, joined, h_h_re, h_h_im, b_nu, b_theta, b_gamma,
+            Q_u, D_u, Q_nu, D_nu, Q_theta, D_theta, Q_gamma, D_gamma, R, W, BC, False, EVEN,
+        )
+    m_end = m_c & (begin + SEG >= eos) & ((begin < eos) | (i_s == 0))
+    tl.store(p_final_h + 2 * (i_n * C + o_c), h_h_re, mask=m_end)
+    tl.store(p_final_h + 2 * (i_n * C + o_c) + 1, h_h_im, mask=m_end)
 
 
 @jit(do_not_specialize=["T", "CV", "S", "SEG"])
@@ -412,27 +505,27 @@ def fold_kernel(
     h_h_im = tl.zeros([1, BC], tl.float32)
     before_kind = tl.zeros([1, BC], tl.int32)
     for i_t in tl.range(0, length, BT, num_stages=NS):
-        row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        b_u_re = tl.load(p_u + 2 * (row * C_u + oc_u), mask=m, other=0).to(tl.float32)
-        b_u_im = tl.load(p_u + 2 * (row * C_u + oc_u) + 1, mask=m, other=0).to(tl.float32)
+        row, inside = begin + i_t, i_t + t < length
+        m = inside & m_c[:, None, :]
+        b_u_re = tile_load(p_u + 2 * (row * C_u + oc_u), m).to(tl.float32)
+        b_u_im = tile_load(p_u + 2 * (row * C_u + oc_u) + 1, m).to(tl.float32)
         e_a_re, e_a_im, e_h_re, e_h_im = lane_lift(b_u_re, b_u_im, b_nu, b_theta, b_gamma)
         e_a_re = tl.broadcast_to(e_a_re, [W, R, BC])
         e_a_im = tl.broadcast_to(e_a_im, [W, R, BC])
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
+            kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
             e_h_re = tl.where(kind == 2, 0.0, e_h_re)
             e_h_im = tl.where(kind == 2, 0.0, e_h_im)
             kind = tl.broadcast_to(kind, [W, R, BC])
         if p_kind is not None:
             inner_kind, g_a_re, g_a_im, g_h_re, g_h_im = tl.associative_scan((kind, e_a_re, e_a_im, e_h_re, e_h_im), 1, lane_flagged)
-            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
+            outer_kind = tile_pick(inner_kind, r == R - 1, 1)
         else:
             (g_a_re, g_a_im, g_h_re, g_h_im,) = tl.associative_scan((e_a_re, e_a_im, e_h_re, e_h_im,), 1, lane_combine)
-        c_a_re = tl.sum(tl.where(r == R - 1, g_a_re, 0.0), 1)  # [W, BC]
-        c_a_im = tl.sum(tl.where(r == R - 1, g_a_im, 0.0), 1)  # [W, BC]
-        c_h_re = tl.sum(tl.where(r == R - 1, g_h_re, 0.0), 1)  # [W, BC]
-        c_h_im = tl.sum(tl.where(r == R - 1, g_h_im, 0.0), 1)  # [W, BC]
+        c_a_re = tile_pick(g_a_re, r == R - 1, 1)  # [W, BC]
+        c_a_im = tile_pick(g_a_im, r == R - 1, 1)  # [W, BC]
+        c_h_re = tile_pick(g_h_re, r == R - 1, 1)  # [W, BC]
+        c_h_im = tile_pick(g_h_im, r == R - 1, 1)  # [W, BC]
         if p_kind is not None:
             joined_kind, f_a_re, f_a_im, f_h_re, f_h_im = lane_flagged(before_kind, h_a_re, h_a_im, h_h_re, h_h_im, outer_kind, c_a_re, c_a_im, c_h_re, c_h_im)
             outer_kind = tl.where(w == 0, joined_kind, outer_kind)
@@ -444,13 +537,13 @@ def fold_kernel(
         c_h_im = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_h_im, c_h_im)
         if p_kind is not None:
             outer_kind, c_a_re, c_a_im, c_h_re, c_h_im = tl.associative_scan((outer_kind, c_a_re, c_a_im, c_h_re, c_h_im), 0, lane_flagged)
-            before_kind = tl.sum(tl.where(w == W - 1, outer_kind, 0), 0, keep_dims=True)
+            before_kind = tile_pick(outer_kind, w == W - 1, 0)[None, :]
         else:
             (c_a_re, c_a_im, c_h_re, c_h_im,) = tl.associative_scan((c_a_re, c_a_im, c_h_re, c_h_im,), 0, lane_combine)
-        h_a_re = tl.sum(tl.where(w == W - 1, c_a_re, 0.0), 0, keep_dims=True)
-        h_a_im = tl.sum(tl.where(w == W - 1, c_a_im, 0.0), 0, keep_dims=True)
-        h_h_re = tl.sum(tl.where(w == W - 1, c_h_re, 0.0), 0, keep_dims=True)
-        h_h_im = tl.sum(tl.where(w == W - 1, c_h_im, 0.0), 0, keep_dims=True)
+        h_a_re = tile_pick(c_a_re, w == W - 1, 0)[None, :]
+        h_a_im = tile_pick(c_a_im, w == W - 1, 0)[None, :]
+        h_h_re = tile_pick(c_h_re, w == W - 1, 0)[None, :]
+        h_h_im = tile_pick(c_h_im, w == W - 1, 0)[None, :]
     tl.store(p_fold_a_re + (i_n * S + i_s) * C + o_c, h_a_re, mask=m_c)
     tl.store(p_fold_a_im + (i_n * S + i_s) * C + o_c, h_a_im, mask=m_c)
     tl.store(p_fold_h_re + (i_n * S + i_s) * C + o_c, h_h_re, mask=m_c)
@@ -496,15 +589,16 @@ def carry_kernel(
         e_h_im = tl.load(p_fold_h_im + (i_n * S + i_t) * C + o, mask=m, other=0)
         if p_kind is not None:
             kind = tl.load(p_kind + (i_n * S + i_t) * C + o, mask=m, other=0).to(tl.int32)
+        joined = ((i_n * 0 + i_t > 0) | JOINED).to(tl.int1)
         if p_kind is not None:
             inner_kind, g_a_re, g_a_im, g_h_re, g_h_im = tl.associative_scan((kind, e_a_re, e_a_im, e_h_re, e_h_im), 1, lane_flagged)
-            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
+            outer_kind = tile_pick(inner_kind, r == R - 1, 1)
         else:
             (g_a_re, g_a_im, g_h_re, g_h_im,) = tl.associative_scan((e_a_re, e_a_im, e_h_re, e_h_im,), 1, lane_combine)
-        c_a_re = tl.sum(tl.where(r == R - 1, g_a_re, 0.0), 1)  # [W, BC]
-        c_a_im = tl.sum(tl.where(r == R - 1, g_a_im, 0.0), 1)  # [W, BC]
-        c_h_re = tl.sum(tl.where(r == R - 1, g_h_re, 0.0), 1)  # [W, BC]
-        c_h_im = tl.sum(tl.where(r == R - 1, g_h_im, 0.0), 1)  # [W, BC]
+        c_a_re = tile_pick(g_a_re, r == R - 1, 1)  # [W, BC]
+        c_a_im = tile_pick(g_a_im, r == R - 1, 1)  # [W, BC]
+        c_h_re = tile_pick(g_h_re, r == R - 1, 1)  # [W, BC]
+        c_h_im = tile_pick(g_h_im, r == R - 1, 1)  # [W, BC]
         f_h_re, f_h_im = lane_advance(h_h_re, h_h_im, c_a_re, c_a_im, c_h_re, c_h_im)
         if p_kind is not None:
             f_h_re = tl.where(outer_kind == 0, h_h_re, tl.where(outer_kind == 1, f_h_re, c_h_re))
@@ -514,14 +608,13 @@ def carry_kernel(
             outer_kind = tl.where(w == 0, 3, outer_kind)
             outer_kind, c_a_re, c_a_im, c_h_re, c_h_im = tl.associative_scan((outer_kind, c_a_re, c_a_im, c_h_re, c_h_im), 0, lane_flagged)
         else:
-            joined = (i_t > 0) | JOINED
             c_h_re = tl.where((w == 0) & joined, f_h_re, c_h_re)
             c_h_im = tl.where((w == 0) & joined, f_h_im, c_h_im)
             (c_a_re, c_a_im, c_h_re, c_h_im,) = tl.associative_scan((c_a_re, c_a_im, c_h_re, c_h_im,), 0, lane_combine)
         q_h_re = tl.where(w == 0, h_h_re, tl.gather(c_h_re, above, 0))[:, None, :]  # before each chunk
-        h_h_re = tl.sum(tl.where(w == W - 1, c_h_re, 0.0), 0, keep_dims=True)
+        h_h_re = tile_pick(c_h_re, w == W - 1, 0)[None, :]
         q_h_im = tl.where(w == 0, h_h_im, tl.gather(c_h_im, above, 0))[:, None, :]  # before each chunk
-        h_h_im = tl.sum(tl.where(w == W - 1, c_h_im, 0.0), 0, keep_dims=True)
+        h_h_im = tile_pick(c_h_im, w == W - 1, 0)[None, :]
         s_h_re, s_h_im = lane_advance(q_h_re, q_h_im, g_a_re, g_a_im, g_h_re, g_h_im)
         if p_kind is not None:
             s_h_re = tl.where(inner_kind == 0, q_h_re, tl.where(inner_kind == 1, s_h_re, g_h_re))
@@ -623,15 +716,15 @@ def backward_kernel(
         a_adj_h_im = tl.where(m_here, u_adj_h_im, 0.0)
         if p_kind is not None:
             inner_cut, g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im = tl.associative_scan((cut, a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im), 1, lane_cut)
-            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
+            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
         else:
             (g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im,) = tl.associative_scan((a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im,), 1, lane_compose)
-        c_J_h_re_h_re = tl.sum(tl.where(r == R - 1, g_J_h_re_h_re, 0.0), 1)  # [W, BC]
-        c_J_h_re_h_im = tl.sum(tl.where(r == R - 1, g_J_h_re_h_im, 0.0), 1)  # [W, BC]
-        c_J_h_im_h_re = tl.sum(tl.where(r == R - 1, g_J_h_im_h_re, 0.0), 1)  # [W, BC]
-        c_J_h_im_h_im = tl.sum(tl.where(r == R - 1, g_J_h_im_h_im, 0.0), 1)  # [W, BC]
-        c_adj_h_re = tl.sum(tl.where(r == R - 1, g_adj_h_re, 0.0), 1)  # [W, BC]
-        c_adj_h_im = tl.sum(tl.where(r == R - 1, g_adj_h_im, 0.0), 1)  # [W, BC]
+        c_J_h_re_h_re = tile_pick(g_J_h_re_h_re, r == R - 1, 1)  # [W, BC]
+        c_J_h_re_h_im = tile_pick(g_J_h_re_h_im, r == R - 1, 1)  # [W, BC]
+        c_J_h_im_h_re = tile_pick(g_J_h_im_h_re, r == R - 1, 1)  # [W, BC]
+        c_J_h_im_h_im = tile_pick(g_J_h_im_h_im, r == R - 1, 1)  # [W, BC]
+        c_adj_h_re = tile_pick(g_adj_h_re, r == R - 1, 1)  # [W, BC]
+        c_adj_h_im = tile_pick(g_adj_h_im, r == R - 1, 1)  # [W, BC]
         f_adj_h_re, f_adj_h_im = lane_pull(h_adj_h_re, h_adj_h_im, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im)
         if p_kind is not None:
             c_adj_h_re = tl.where((w == 0) & (outer_cut == 0), f_adj_h_re, c_adj_h_re)
@@ -642,9 +735,9 @@ def backward_kernel(
             c_adj_h_im = tl.where(w == 0, f_adj_h_im, c_adj_h_im)
             (c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im,) = tl.associative_scan((c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im,), 0, lane_compose)
         q_adj_h_re = tl.where(w == 0, h_adj_h_re, tl.gather(c_adj_h_re, above, 0))[:, None, :]  # below each chunk
-        h_adj_h_re = tl.sum(tl.where(w == W - 1, c_adj_h_re, 0.0), 0, keep_dims=True)
+        h_adj_h_re = tile_pick(c_adj_h_re, w == W - 1, 0)[None, :]
         q_adj_h_im = tl.where(w == 0, h_adj_h_im, tl.gather(c_adj_h_im, above, 0))[:, None, :]  # below each chunk
-        h_adj_h_im = tl.sum(tl.where(w == W - 1, c_adj_h_im, 0.0), 0, keep_dims=True)
+        h_adj_h_im = tile_pick(c_adj_h_im, w == W - 1, 0)[None, :]
         l_adj_h_re, l_adj_h_im = lane_pull(q_adj_h_re, q_adj_h_im, g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im)
         if p_kind is not None:
             l_adj_h_re = tl.where(inner_cut == 0, l_adj_h_re, g_adj_h_re)
@@ -746,15 +839,15 @@ def backward_fold_kernel(
         a_adj_h_im = tl.where(m_here, u_adj_h_im, 0.0)
         if p_kind is not None:
             inner_cut, g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im = tl.associative_scan((cut, a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im), 1, lane_cut)
-            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
+            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
         else:
             (g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im,) = tl.associative_scan((a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im,), 1, lane_compose)
-        c_J_h_re_h_re = tl.sum(tl.where(r == R - 1, g_J_h_re_h_re, 0.0), 1)  # [W, BC]
-        c_J_h_re_h_im = tl.sum(tl.where(r == R - 1, g_J_h_re_h_im, 0.0), 1)  # [W, BC]
-        c_J_h_im_h_re = tl.sum(tl.where(r == R - 1, g_J_h_im_h_re, 0.0), 1)  # [W, BC]
-        c_J_h_im_h_im = tl.sum(tl.where(r == R - 1, g_J_h_im_h_im, 0.0), 1)  # [W, BC]
-        c_adj_h_re = tl.sum(tl.where(r == R - 1, g_adj_h_re, 0.0), 1)  # [W, BC]
-        c_adj_h_im = tl.sum(tl.where(r == R - 1, g_adj_h_im, 0.0), 1)  # [W, BC]
+        c_J_h_re_h_re = tile_pick(g_J_h_re_h_re, r == R - 1, 1)  # [W, BC]
+        c_J_h_re_h_im = tile_pick(g_J_h_re_h_im, r == R - 1, 1)  # [W, BC]
+        c_J_h_im_h_re = tile_pick(g_J_h_im_h_re, r == R - 1, 1)  # [W, BC]
+        c_J_h_im_h_im = tile_pick(g_J_h_im_h_im, r == R - 1, 1)  # [W, BC]
+        c_adj_h_re = tile_pick(g_adj_h_re, r == R - 1, 1)  # [W, BC]
+        c_adj_h_im = tile_pick(g_adj_h_im, r == R - 1, 1)  # [W, BC]
         if p_kind is not None:
             joined_cut, f_J_h_re_h_re, f_J_h_re_h_im, f_J_h_im_h_re, f_J_h_im_h_im, f_adj_h_re, f_adj_h_im = lane_cut(before_cut, h_J_h_re_h_re, h_J_h_re_h_im, h_J_h_im_h_re, h_J_h_im_h_im, h_adj_h_re, h_adj_h_im, outer_cut, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im)
             outer_cut = tl.where(w == 0, joined_cut, outer_cut)
@@ -768,15 +861,15 @@ def backward_fold_kernel(
         c_adj_h_im = tl.where(w == 0, f_adj_h_im, c_adj_h_im)
         if p_kind is not None:
             outer_cut, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im = tl.associative_scan((outer_cut, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im), 0, lane_cut)
-            before_cut = tl.sum(tl.where(w == W - 1, outer_cut, 0), 0, keep_dims=True)
+            before_cut = tile_pick(outer_cut, w == W - 1, 0)[None, :]
         else:
             (c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im,) = tl.associative_scan((c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im,), 0, lane_compose)
-        h_J_h_re_h_re = tl.sum(tl.where(w == W - 1, c_J_h_re_h_re, 0.0), 0, keep_dims=True)
-        h_J_h_re_h_im = tl.sum(tl.where(w == W - 1, c_J_h_re_h_im, 0.0), 0, keep_dims=True)
-        h_J_h_im_h_re = tl.sum(tl.where(w == W - 1, c_J_h_im_h_re, 0.0), 0, keep_dims=True)
-        h_J_h_im_h_im = tl.sum(tl.where(w == W - 1, c_J_h_im_h_im, 0.0), 0, keep_dims=True)
-        h_adj_h_re = tl.sum(tl.where(w == W - 1, c_adj_h_re, 0.0), 0, keep_dims=True)
-        h_adj_h_im = tl.sum(tl.where(w == W - 1, c_adj_h_im, 0.0), 0, keep_dims=True)
+        h_J_h_re_h_re = tile_pick(c_J_h_re_h_re, w == W - 1, 0)[None, :]
+        h_J_h_re_h_im = tile_pick(c_J_h_re_h_im, w == W - 1, 0)[None, :]
+        h_J_h_im_h_re = tile_pick(c_J_h_im_h_re, w == W - 1, 0)[None, :]
+        h_J_h_im_h_im = tile_pick(c_J_h_im_h_im, w == W - 1, 0)[None, :]
+        h_adj_h_re = tile_pick(c_adj_h_re, w == W - 1, 0)[None, :]
+        h_adj_h_im = tile_pick(c_adj_h_im, w == W - 1, 0)[None, :]
     tl.store(p_fold_J_h_re_h_re + (i_n * S + i_s) * C + o_c, h_J_h_re_h_re, mask=m_c)
     tl.store(p_fold_J_h_re_h_im + (i_n * S + i_s) * C + o_c, h_J_h_re_h_im, mask=m_c)
     tl.store(p_fold_J_h_im_h_re + (i_n * S + i_s) * C + o_c, h_J_h_im_h_re, mask=m_c)
@@ -827,15 +920,15 @@ def backward_carry_kernel(
             cut = tl.load(p_cut + (i_n * S + i_t) * C + o, mask=m, other=0).to(tl.int32)
         if p_cut is not None:
             inner_cut, g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im = tl.associative_scan((cut, a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im), 1, lane_cut)
-            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
+            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
         else:
             (g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im,) = tl.associative_scan((a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im,), 1, lane_compose)
-        c_J_h_re_h_re = tl.sum(tl.where(r == R - 1, g_J_h_re_h_re, 0.0), 1)  # [W, BC]
-        c_J_h_re_h_im = tl.sum(tl.where(r == R - 1, g_J_h_re_h_im, 0.0), 1)  # [W, BC]
-        c_J_h_im_h_re = tl.sum(tl.where(r == R - 1, g_J_h_im_h_re, 0.0), 1)  # [W, BC]
-        c_J_h_im_h_im = tl.sum(tl.where(r == R - 1, g_J_h_im_h_im, 0.0), 1)  # [W, BC]
-        c_adj_h_re = tl.sum(tl.where(r == R - 1, g_adj_h_re, 0.0), 1)  # [W, BC]
-        c_adj_h_im = tl.sum(tl.where(r == R - 1, g_adj_h_im, 0.0), 1)  # [W, BC]
+        c_J_h_re_h_re = tile_pick(g_J_h_re_h_re, r == R - 1, 1)  # [W, BC]
+        c_J_h_re_h_im = tile_pick(g_J_h_re_h_im, r == R - 1, 1)  # [W, BC]
+        c_J_h_im_h_re = tile_pick(g_J_h_im_h_re, r == R - 1, 1)  # [W, BC]
+        c_J_h_im_h_im = tile_pick(g_J_h_im_h_im, r == R - 1, 1)  # [W, BC]
+        c_adj_h_re = tile_pick(g_adj_h_re, r == R - 1, 1)  # [W, BC]
+        c_adj_h_im = tile_pick(g_adj_h_im, r == R - 1, 1)  # [W, BC]
         f_adj_h_re, f_adj_h_im = lane_pull(h_adj_h_re, h_adj_h_im, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im)
         if p_cut is not None:
             c_adj_h_re = tl.where((w == 0) & (outer_cut == 0), f_adj_h_re, c_adj_h_re)
@@ -846,9 +939,9 @@ def backward_carry_kernel(
             c_adj_h_im = tl.where(w == 0, f_adj_h_im, c_adj_h_im)
             (c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im,) = tl.associative_scan((c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im,), 0, lane_compose)
         q_adj_h_re = tl.where(w == 0, h_adj_h_re, tl.gather(c_adj_h_re, above, 0))[:, None, :]  # below each chunk
-        h_adj_h_re = tl.sum(tl.where(w == W - 1, c_adj_h_re, 0.0), 0, keep_dims=True)
+        h_adj_h_re = tile_pick(c_adj_h_re, w == W - 1, 0)[None, :]
         q_adj_h_im = tl.where(w == 0, h_adj_h_im, tl.gather(c_adj_h_im, above, 0))[:, None, :]  # below each chunk
-        h_adj_h_im = tl.sum(tl.where(w == W - 1, c_adj_h_im, 0.0), 0, keep_dims=True)
+        h_adj_h_im = tile_pick(c_adj_h_im, w == W - 1, 0)[None, :]
         l_adj_h_re, l_adj_h_im = lane_pull(q_adj_h_re, q_adj_h_im, g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im)
         if p_cut is not None:
             l_adj_h_re = tl.where(inner_cut == 0, l_adj_h_re, g_adj_h_re)
@@ -913,6 +1006,7 @@ class PointwiseKernels:
         self.table = table
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
+        self.segment_tiles = 16  # a segment has at least as many
         self._lanes: dict[Any, LaneShape] = {}
 
     def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
@@ -947,9 +1041,9 @@ class PointwiseKernels:
             carry: list[Tensor | None] = [None] * len(table.live_scalars)
             if span.segments > 1:
                 carry = self._carries(span, lanes, inputs, params, begin, kinds, cu, joined)
-            tensors = [*outputs, *begin, *finals, *(saved.get(name) for name, _ in table.live)]
+            tensors = [*outputs, *(saved.get(name) for name, _ in table.live), *begin, *finals]
             table.forward_kernel[span.grid](
-                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, *span.tile,
+                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, span.even, *span.tile,
                 num_warps=span.warps,
             )  # fmt: skip
         return outputs, finals, [saved[name] for name in names]
@@ -1047,13 +1141,14 @@ class PointwiseKernels:
         processors = self.processors or _processors(inputs[0].device)
         segments, each = 1, length
         if programs < 2 * processors:
-            segments = min(-(-4 * processors // programs), length // (16 * tokens))
+            segments = min(-(-4 * processors // programs), length // (self.segment_tiles * tokens))
             if segments > 3:
                 each = -(-length // (segments * tokens)) * tokens
             segments = -(-length // each) if each else 1
         return SimpleNamespace(
             tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
             grid=(programs * segments,), numbers=(length, lanes.count // vector, segments, each),
+            even=lanes.count % width == 0,
         )  # fmt: skip
 
     def _kinds(self, code: Tensor | None, cu: Tensor | None, rows: int, length: int, joined: bool) -> Tensor | None:
@@ -1270,7 +1365,7 @@ KERNELS = PointwiseKernels(
         smooth_scalars=2,
         reused=((0, 0, True),),
         counts=False,
-        tiles={"forward": {4: (4, 8, 64, 4, 3, 4), 2: (2, 16, 64, 4, 3, 8)}, "backward": {4: (4, 4, 64, 2, 3, 4), 2: (4, 4, 64, 2, 3, 4)}},
+        tiles={"forward": {4: (4, 8, 64, 4, 3, 4), 2: (2, 16, 64, 4, 3, 8)}, "backward": {4: (2, 4, 64, 2, 3, 4), 2: (2, 4, 64, 2, 3, 4)}},
     )
 )
 
@@ -3283,7 +3378,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='lru',
-    digest='0034df747f120e53',
+    digest='398b6dd4920ebba5',
     inputs=(Slot('u', (), 'complex'),),
     params=(Slot('nu'), Slot('theta'), Slot('gamma'),),
     components=(Slot('a', (), 'complex'), Slot('h', (), 'complex'),),

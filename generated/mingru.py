@@ -107,8 +107,20 @@ def jit(fn=None, **options):
 
 
 @jit
+def lane_exp(x):
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@jit
+def lane_sigmoid(x):
+    """1 / (1 + exp(-x)): the square of a reciprocal root is cheaper than a quotient."""
+    root = tl.rsqrt(1 + lane_exp(-x))
+    return root * root
+
+
+@jit
 def lane_lift(z, x):
-    sigmoid_z = tl.sigmoid(z)
+    sigmoid_z = lane_sigmoid(z)
     a = 1 - sigmoid_z
     h = sigmoid_z * x
     return a, h
@@ -141,7 +153,7 @@ def lane_direct(d_y):
 
 @jit
 def lane_transition(z):
-    J_h_h = 1 - tl.sigmoid(z)
+    J_h_h = 1 - lane_sigmoid(z)
     return J_h_h
 
 
@@ -160,7 +172,7 @@ def lane_pull(l_adj_h, r_J_h_h, r_adj_h):
 
 @jit
 def lane_gradient(z, x, prev_h, grad_h):
-    sigmoid_z = tl.sigmoid(z)
+    sigmoid_z = lane_sigmoid(z)
     g_z = (grad_h * x - grad_h * prev_h) * (sigmoid_z * (1 - sigmoid_z))
     g_x = grad_h * sigmoid_z
     return g_z, g_x
@@ -168,7 +180,7 @@ def lane_gradient(z, x, prev_h, grad_h):
 
 @jit
 def lane_flagged(left_kind, l_a, l_h, right_kind, r_a, r_h):
-    """lane_combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
+    """A combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
     c_a, c_h = lane_combine(l_a, l_h, r_a, r_h)
     both = (left_kind != 0) & (right_kind == 1)
     c_a = tl.where(right_kind == 0, l_a, tl.where(both, c_a, r_a))
@@ -182,6 +194,28 @@ def lane_cut(left_cut, l_J_h_h, l_adj_h, right_cut, r_J_h_h, r_adj_h):
     c_J_h_h, c_adj_h = lane_compose(l_J_h_h, l_adj_h, r_J_h_h, r_adj_h)
     c_adj_h = tl.where(right_cut != 0, r_adj_h, c_adj_h)
     return left_cut | right_cut, c_J_h_h, c_adj_h
+
+
+@jit
+def tile_pick(x, chosen, axis: tl.constexpr):
+    """The one entry along an axis that is chosen: a sum of bits, all others 0, which costs nothing inside a thread."""
+    if x.dtype == tl.float32:
+        return tl.sum(tl.where(chosen, x.to(tl.int32, bitcast=True), 0), axis).to(tl.float32, bitcast=True)
+    else:
+        return tl.sum(tl.where(chosen, x, 0), axis)
+
+
+@jit
+def tile_load(p, m):
+    if m is None:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=m, other=0)
+
+
+@jit
+def tile_store(p, value, m):
+    tl.store(p, value, mask=m)
 
 
 @jit
@@ -228,16 +262,85 @@ def kind_kernel(p_code, p_kind, p_cu, T, JOINED: tl.constexpr, BT: tl.constexpr)
         before = tl.sum(tl.where(t == BT - 1, count, 0), 0)
 
 
+@jit
+def forward_tile(
+    p_z, p_x, p_out_y, p_saved_h,
+    p_kind, row, left, C, i_c, joined, h_h,
+    Q_z: tl.constexpr, D_z: tl.constexpr,
+    Q_x: tl.constexpr, D_x: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+):
+    """One tile from token `row` on, of which `left` are there (all, if WHOLE; and all lanes, if EVEN): prefixes s_* of the
+    lifted tokens e_* behind h_*, which counts if `joined`, and the outputs y_*. Returns h_* for the next tile."""
+    BT: tl.constexpr = W * R
+    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    m_c = o_c < C
+    w = tl.arange(0, W)[:, None]  # [W, 1]
+    r = tl.arange(0, R)[None, :, None]
+    t = (w[:, :, None] * R + r)  # [W, R, 1]
+    o = t * C + o_c[:, None, :]  # [W, R, BC]
+    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
+    C_z, k_z = lane_index(C, Q_z, D_z), lane_index(o_c, Q_z, D_z)
+    oc_z = t * C_z + k_z[:, None, :]
+    C_x, k_x = lane_index(C, Q_x, D_x), lane_index(o_c, Q_x, D_x)
+    oc_x = t * C_x + k_x[:, None, :]
+    inside = t < left
+    m = None
+    if not EVEN:
+        m = m_c[:, None, :]
+    if not WHOLE:
+        m = inside & m_c[:, None, :]
+    b_z = tile_load(p_z + row * C_z + oc_z, m).to(tl.float32)
+    b_x = tile_load(p_x + row * C_x + oc_x, m).to(tl.float32)
+    e_a, e_h = lane_lift(b_z, b_x)
+    if p_kind is not None:
+        kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
+        e_h = tl.where(kind == 2, 0.0, e_h)
+        kind = tl.broadcast_to(kind, [W, R, BC])
+    if p_kind is not None:
+        inner_kind, g_a, g_h = tl.associative_scan((kind, e_a, e_h), 1, lane_flagged)
+        outer_kind = tile_pick(inner_kind, r == R - 1, 1)
+    else:
+        (g_a, g_h,) = tl.associative_scan((e_a, e_h,), 1, lane_combine)
+    c_a = tile_pick(g_a, r == R - 1, 1)  # [W, BC]
+    c_h = tile_pick(g_h, r == R - 1, 1)  # [W, BC]
+    f_h = lane_advance(h_h, c_a, c_h)
+    if p_kind is not None:
+        f_h = tl.where(outer_kind == 0, h_h, tl.where(outer_kind == 1, f_h, c_h))
+        c_h = tl.where(w == 0, f_h, c_h)
+        outer_kind = tl.where(w == 0, 3, outer_kind)
+        outer_kind, c_a, c_h = tl.associative_scan((outer_kind, c_a, c_h), 0, lane_flagged)
+    else:
+        c_h = tl.where((w == 0) & joined, f_h, c_h)
+        (c_a, c_h,) = tl.associative_scan((c_a, c_h,), 0, lane_combine)
+    q_h = tl.where(w == 0, h_h, tl.gather(c_h, above, 0))[:, None, :]  # before each chunk
+    h_h = tile_pick(c_h, w == W - 1, 0)[None, :]
+    s_h = lane_advance(q_h, g_a, g_h)
+    if p_kind is not None:
+        s_h = tl.where(inner_kind == 0, q_h, tl.where(inner_kind == 1, s_h, g_h))
+    else:
+        s_h = tl.where((w > 0)[:, :, None] | joined, s_h, g_h)
+    y_y = lane_readout(s_h)
+    if p_kind is not None:
+        y_y = tl.where((kind & 1) != 0, y_y, 0)
+    tile_store(p_out_y + row * C + o, y_y, m)
+    if p_saved_h is not None:
+        tile_store(p_saved_h + row * C + o, s_h, m)
+    if not WHOLE:
+        h_h = tile_pick(tile_pick(s_h, t == left - 1, 1), w >= 0, 0)[None, :]
+    return h_h
+
+
 @jit(do_not_specialize=["T", "CV", "S", "SEG"])
 def forward_kernel(
-    p_z, p_x, p_out_y, p_initial_h, p_final_h, p_saved_h, p_carry_h,
+    p_z, p_x, p_out_y, p_saved_h, p_initial_h, p_final_h, p_carry_h,
     p_kind, p_cu, T, CV, S, SEG,
     Q_z: tl.constexpr, D_z: tl.constexpr,
     Q_x: tl.constexpr, D_x: tl.constexpr,
-    JOINED: tl.constexpr,
+    JOINED: tl.constexpr, EVEN: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
-    """Prefixes s_* of the lifted tokens e_*, and the outputs y_*; h_* [1, BC] is what was before the tile."""
+    """Outputs, the final state, and what the backward wants saved. h_* [1, BC] is the state before a tile."""
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
@@ -251,59 +354,28 @@ def forward_kernel(
     t = (w[:, :, None] * R + r)  # [W, R, 1]
     o = t * C + o_c[:, None, :]  # [W, R, BC]
     above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_z, k_z = lane_index(C, Q_z, D_z), lane_index(o_c, Q_z, D_z)
-    oc_z = t * C_z + k_z[:, None, :]
-    C_x, k_x = lane_index(C, Q_x, D_x), lane_index(o_c, Q_x, D_x)
-    oc_x = t * C_x + k_x[:, None, :]
     h_h = tl.full([1, BC], 0.0, tl.float32)
     if p_carry_h is not None:
         h_h = tl.load(p_carry_h + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
     elif p_initial_h is not None:
         h_h = tl.load(p_initial_h + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    tl.store(p_final_h + i_n * C + o_c, h_h, mask=m_c & (bos == eos) & (i_s == 0))
-    for i_t in tl.range(0, length, BT, num_stages=NS):
-        row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        b_z = tl.load(p_z + row * C_z + oc_z, mask=m, other=0).to(tl.float32)
-        b_x = tl.load(p_x + row * C_x + oc_x, mask=m, other=0).to(tl.float32)
-        e_a, e_h = lane_lift(b_z, b_x)
-        if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
-            e_h = tl.where(kind == 2, 0.0, e_h)
-            kind = tl.broadcast_to(kind, [W, R, BC])
-        if p_kind is not None:
-            inner_kind, g_a, g_h = tl.associative_scan((kind, e_a, e_h), 1, lane_flagged)
-            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
-        else:
-            (g_a, g_h,) = tl.associative_scan((e_a, e_h,), 1, lane_combine)
-        c_a = tl.sum(tl.where(r == R - 1, g_a, 0.0), 1)  # [W, BC]
-        c_h = tl.sum(tl.where(r == R - 1, g_h, 0.0), 1)  # [W, BC]
-        f_h = lane_advance(h_h, c_a, c_h)
-        if p_kind is not None:
-            f_h = tl.where(outer_kind == 0, h_h, tl.where(outer_kind == 1, f_h, c_h))
-            c_h = tl.where(w == 0, f_h, c_h)
-            outer_kind = tl.where(w == 0, 3, outer_kind)
-            outer_kind, c_a, c_h = tl.associative_scan((outer_kind, c_a, c_h), 0, lane_flagged)
-        else:
-            joined = (i_t > 0) | (i_s > 0) | JOINED
-            c_h = tl.where((w == 0) & joined, f_h, c_h)
-            (c_a, c_h,) = tl.associative_scan((c_a, c_h,), 0, lane_combine)
-        q_h = tl.where(w == 0, h_h, tl.gather(c_h, above, 0))[:, None, :]  # before each chunk
-        h_h = tl.sum(tl.where(w == W - 1, c_h, 0.0), 0, keep_dims=True)
-        s_h = lane_advance(q_h, g_a, g_h)
-        if p_kind is not None:
-            s_h = tl.where(inner_kind == 0, q_h, tl.where(inner_kind == 1, s_h, g_h))
-        else:
-            s_h = tl.where((w > 0)[:, :, None] | joined, s_h, g_h)
-        y_y = lane_readout(s_h)
-        if p_kind is not None:
-            y_y = tl.where((kind & 1) != 0, y_y, 0)
-        tl.store(p_out_y + row * C + o, y_y, mask=m)
-        if p_saved_h is not None:
-            tl.store(p_saved_h + row * C + o, s_h, mask=m)
-        if row + BT >= eos:  # the sequence ends in this tile
-            m_end = (row + t == eos - 1) & m_c[:, None, :]
-            tl.store(p_final_h + i_n * C + t * 0 + o_c[:, None, :], s_h, mask=m_end)
+    whole = tl.maximum(length, 0) // BT * BT
+    for i_t in tl.range(0, whole, BT, num_stages=NS):
+        joined = ((i_t > 0) | (i_s > 0) | JOINED).to(tl.int1)
+        h_h = forward_tile(
+            p_z, p_x, p_out_y, p_saved_h,
+            p_kind, begin + i_t, BT, C, i_c, joined, h_h,
+            Q_z, D_z, Q_x, D_x, R, W, BC, True, EVEN,
+        )
+    if whole < length:
+        joined = ((whole > 0) | (i_s > 0) | JOINED).to(tl.int1)
+        h_h = forward_tile(
+            p_z, p_x, p_out_y, p_saved_h,
+            p_kind, begin + whole, length - whole, C, i_c, joined, h_h,
+            Q_z, D_z, Q_x, D_x, R, W, BC, False, EVEN,
+        )
+    m_end = m_c & (begin + SEG >= eos) & ((begin < eos) | (i_s == 0))
+    tl.store(p_final_h + i_n * C + o_c, h_h, mask=m_end)
 
 
 @jit(do_not_specialize=["T", "CV", "S", "SEG"])
@@ -337,22 +409,22 @@ def fold_kernel(
     h_h = tl.zeros([1, BC], tl.float32)
     before_kind = tl.zeros([1, BC], tl.int32)
     for i_t in tl.range(0, length, BT, num_stages=NS):
-        row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        b_z = tl.load(p_z + row * C_z + oc_z, mask=m, other=0).to(tl.float32)
-        b_x = tl.load(p_x + row * C_x + oc_x, mask=m, other=0).to(tl.float32)
+        row, inside = begin + i_t, i_t + t < length
+        m = inside & m_c[:, None, :]
+        b_z = tile_load(p_z + row * C_z + oc_z, m).to(tl.float32)
+        b_x = tile_load(p_x + row * C_x + oc_x, m).to(tl.float32)
         e_a, e_h = lane_lift(b_z, b_x)
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
+            kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
             e_h = tl.where(kind == 2, 0.0, e_h)
             kind = tl.broadcast_to(kind, [W, R, BC])
         if p_kind is not None:
             inner_kind, g_a, g_h = tl.associative_scan((kind, e_a, e_h), 1, lane_flagged)
-            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
+            outer_kind = tile_pick(inner_kind, r == R - 1, 1)
         else:
             (g_a, g_h,) = tl.associative_scan((e_a, e_h,), 1, lane_combine)
-        c_a = tl.sum(tl.where(r == R - 1, g_a, 0.0), 1)  # [W, BC]
-        c_h = tl.sum(tl.where(r == R - 1, g_h, 0.0), 1)  # [W, BC]
+        c_a = tile_pick(g_a, r == R - 1, 1)  # [W, BC]
+        c_h = tile_pick(g_h, r == R - 1, 1)  # [W, BC]
         if p_kind is not None:
             joined_kind, f_a, f_h = lane_flagged(before_kind, h_a, h_h, outer_kind, c_a, c_h)
             outer_kind = tl.where(w == 0, joined_kind, outer_kind)
@@ -362,11 +434,11 @@ def fold_kernel(
         c_h = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_h, c_h)
         if p_kind is not None:
             outer_kind, c_a, c_h = tl.associative_scan((outer_kind, c_a, c_h), 0, lane_flagged)
-            before_kind = tl.sum(tl.where(w == W - 1, outer_kind, 0), 0, keep_dims=True)
+            before_kind = tile_pick(outer_kind, w == W - 1, 0)[None, :]
         else:
             (c_a, c_h,) = tl.associative_scan((c_a, c_h,), 0, lane_combine)
-        h_a = tl.sum(tl.where(w == W - 1, c_a, 0.0), 0, keep_dims=True)
-        h_h = tl.sum(tl.where(w == W - 1, c_h, 0.0), 0, keep_dims=True)
+        h_a = tile_pick(c_a, w == W - 1, 0)[None, :]
+        h_h = tile_pick(c_h, w == W - 1, 0)[None, :]
     tl.store(p_fold_a + (i_n * S + i_s) * C + o_c, h_a, mask=m_c)
     tl.store(p_fold_h + (i_n * S + i_s) * C + o_c, h_h, mask=m_c)
     if p_kind is not None:
@@ -404,13 +476,14 @@ def carry_kernel(
         e_h = tl.load(p_fold_h + (i_n * S + i_t) * C + o, mask=m, other=0)
         if p_kind is not None:
             kind = tl.load(p_kind + (i_n * S + i_t) * C + o, mask=m, other=0).to(tl.int32)
+        joined = ((i_n * 0 + i_t > 0) | JOINED).to(tl.int1)
         if p_kind is not None:
             inner_kind, g_a, g_h = tl.associative_scan((kind, e_a, e_h), 1, lane_flagged)
-            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
+            outer_kind = tile_pick(inner_kind, r == R - 1, 1)
         else:
             (g_a, g_h,) = tl.associative_scan((e_a, e_h,), 1, lane_combine)
-        c_a = tl.sum(tl.where(r == R - 1, g_a, 0.0), 1)  # [W, BC]
-        c_h = tl.sum(tl.where(r == R - 1, g_h, 0.0), 1)  # [W, BC]
+        c_a = tile_pick(g_a, r == R - 1, 1)  # [W, BC]
+        c_h = tile_pick(g_h, r == R - 1, 1)  # [W, BC]
         f_h = lane_advance(h_h, c_a, c_h)
         if p_kind is not None:
             f_h = tl.where(outer_kind == 0, h_h, tl.where(outer_kind == 1, f_h, c_h))
@@ -418,11 +491,10 @@ def carry_kernel(
             outer_kind = tl.where(w == 0, 3, outer_kind)
             outer_kind, c_a, c_h = tl.associative_scan((outer_kind, c_a, c_h), 0, lane_flagged)
         else:
-            joined = (i_t > 0) | JOINED
             c_h = tl.where((w == 0) & joined, f_h, c_h)
             (c_a, c_h,) = tl.associative_scan((c_a, c_h,), 0, lane_combine)
         q_h = tl.where(w == 0, h_h, tl.gather(c_h, above, 0))[:, None, :]  # before each chunk
-        h_h = tl.sum(tl.where(w == W - 1, c_h, 0.0), 0, keep_dims=True)
+        h_h = tile_pick(c_h, w == W - 1, 0)[None, :]
         s_h = lane_advance(q_h, g_a, g_h)
         if p_kind is not None:
             s_h = tl.where(inner_kind == 0, q_h, tl.where(inner_kind == 1, s_h, g_h))
@@ -493,11 +565,11 @@ def backward_kernel(
         a_adj_h = tl.where(m_here, u_adj_h, 0.0)
         if p_kind is not None:
             inner_cut, g_J_h_h, g_adj_h = tl.associative_scan((cut, a_J_h_h, a_adj_h), 1, lane_cut)
-            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
+            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
         else:
             (g_J_h_h, g_adj_h,) = tl.associative_scan((a_J_h_h, a_adj_h,), 1, lane_compose)
-        c_J_h_h = tl.sum(tl.where(r == R - 1, g_J_h_h, 0.0), 1)  # [W, BC]
-        c_adj_h = tl.sum(tl.where(r == R - 1, g_adj_h, 0.0), 1)  # [W, BC]
+        c_J_h_h = tile_pick(g_J_h_h, r == R - 1, 1)  # [W, BC]
+        c_adj_h = tile_pick(g_adj_h, r == R - 1, 1)  # [W, BC]
         f_adj_h = lane_pull(h_adj_h, c_J_h_h, c_adj_h)
         if p_kind is not None:
             c_adj_h = tl.where((w == 0) & (outer_cut == 0), f_adj_h, c_adj_h)
@@ -506,7 +578,7 @@ def backward_kernel(
             c_adj_h = tl.where(w == 0, f_adj_h, c_adj_h)
             (c_J_h_h, c_adj_h,) = tl.associative_scan((c_J_h_h, c_adj_h,), 0, lane_compose)
         q_adj_h = tl.where(w == 0, h_adj_h, tl.gather(c_adj_h, above, 0))[:, None, :]  # below each chunk
-        h_adj_h = tl.sum(tl.where(w == W - 1, c_adj_h, 0.0), 0, keep_dims=True)
+        h_adj_h = tile_pick(c_adj_h, w == W - 1, 0)[None, :]
         l_adj_h = lane_pull(q_adj_h, g_J_h_h, g_adj_h)
         if p_kind is not None:
             l_adj_h = tl.where(inner_cut == 0, l_adj_h, g_adj_h)
@@ -579,11 +651,11 @@ def backward_fold_kernel(
         a_adj_h = tl.where(m_here, u_adj_h, 0.0)
         if p_kind is not None:
             inner_cut, g_J_h_h, g_adj_h = tl.associative_scan((cut, a_J_h_h, a_adj_h), 1, lane_cut)
-            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
+            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
         else:
             (g_J_h_h, g_adj_h,) = tl.associative_scan((a_J_h_h, a_adj_h,), 1, lane_compose)
-        c_J_h_h = tl.sum(tl.where(r == R - 1, g_J_h_h, 0.0), 1)  # [W, BC]
-        c_adj_h = tl.sum(tl.where(r == R - 1, g_adj_h, 0.0), 1)  # [W, BC]
+        c_J_h_h = tile_pick(g_J_h_h, r == R - 1, 1)  # [W, BC]
+        c_adj_h = tile_pick(g_adj_h, r == R - 1, 1)  # [W, BC]
         if p_kind is not None:
             joined_cut, f_J_h_h, f_adj_h = lane_cut(before_cut, h_J_h_h, h_adj_h, outer_cut, c_J_h_h, c_adj_h)
             outer_cut = tl.where(w == 0, joined_cut, outer_cut)
@@ -593,11 +665,11 @@ def backward_fold_kernel(
         c_adj_h = tl.where(w == 0, f_adj_h, c_adj_h)
         if p_kind is not None:
             outer_cut, c_J_h_h, c_adj_h = tl.associative_scan((outer_cut, c_J_h_h, c_adj_h), 0, lane_cut)
-            before_cut = tl.sum(tl.where(w == W - 1, outer_cut, 0), 0, keep_dims=True)
+            before_cut = tile_pick(outer_cut, w == W - 1, 0)[None, :]
         else:
             (c_J_h_h, c_adj_h,) = tl.associative_scan((c_J_h_h, c_adj_h,), 0, lane_compose)
-        h_J_h_h = tl.sum(tl.where(w == W - 1, c_J_h_h, 0.0), 0, keep_dims=True)
-        h_adj_h = tl.sum(tl.where(w == W - 1, c_adj_h, 0.0), 0, keep_dims=True)
+        h_J_h_h = tile_pick(c_J_h_h, w == W - 1, 0)[None, :]
+        h_adj_h = tile_pick(c_adj_h, w == W - 1, 0)[None, :]
     tl.store(p_fold_J_h_h + (i_n * S + i_s) * C + o_c, h_J_h_h, mask=m_c)
     tl.store(p_fold_adj_h + (i_n * S + i_s) * C + o_c, h_adj_h, mask=m_c)
     if p_kind is not None:
@@ -637,11 +709,11 @@ def backward_carry_kernel(
             cut = tl.load(p_cut + (i_n * S + i_t) * C + o, mask=m, other=0).to(tl.int32)
         if p_cut is not None:
             inner_cut, g_J_h_h, g_adj_h = tl.associative_scan((cut, a_J_h_h, a_adj_h), 1, lane_cut)
-            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
+            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
         else:
             (g_J_h_h, g_adj_h,) = tl.associative_scan((a_J_h_h, a_adj_h,), 1, lane_compose)
-        c_J_h_h = tl.sum(tl.where(r == R - 1, g_J_h_h, 0.0), 1)  # [W, BC]
-        c_adj_h = tl.sum(tl.where(r == R - 1, g_adj_h, 0.0), 1)  # [W, BC]
+        c_J_h_h = tile_pick(g_J_h_h, r == R - 1, 1)  # [W, BC]
+        c_adj_h = tile_pick(g_adj_h, r == R - 1, 1)  # [W, BC]
         f_adj_h = lane_pull(h_adj_h, c_J_h_h, c_adj_h)
         if p_cut is not None:
             c_adj_h = tl.where((w == 0) & (outer_cut == 0), f_adj_h, c_adj_h)
@@ -650,7 +722,7 @@ def backward_carry_kernel(
             c_adj_h = tl.where(w == 0, f_adj_h, c_adj_h)
             (c_J_h_h, c_adj_h,) = tl.associative_scan((c_J_h_h, c_adj_h,), 0, lane_compose)
         q_adj_h = tl.where(w == 0, h_adj_h, tl.gather(c_adj_h, above, 0))[:, None, :]  # below each chunk
-        h_adj_h = tl.sum(tl.where(w == W - 1, c_adj_h, 0.0), 0, keep_dims=True)
+        h_adj_h = tile_pick(c_adj_h, w == W - 1, 0)[None, :]
         l_adj_h = lane_pull(q_adj_h, g_J_h_h, g_adj_h)
         if p_cut is not None:
             l_adj_h = tl.where(inner_cut == 0, l_adj_h, g_adj_h)
@@ -703,6 +775,7 @@ class PointwiseKernels:
         self.table = table
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
+        self.segment_tiles = 16  # a segment has at least as many
         self._lanes: dict[Any, LaneShape] = {}
 
     def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
@@ -737,9 +810,9 @@ class PointwiseKernels:
             carry: list[Tensor | None] = [None] * len(table.live_scalars)
             if span.segments > 1:
                 carry = self._carries(span, lanes, inputs, params, begin, kinds, cu, joined)
-            tensors = [*outputs, *begin, *finals, *(saved.get(name) for name, _ in table.live)]
+            tensors = [*outputs, *(saved.get(name) for name, _ in table.live), *begin, *finals]
             table.forward_kernel[span.grid](
-                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, *span.tile,
+                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, span.even, *span.tile,
                 num_warps=span.warps,
             )  # fmt: skip
         return outputs, finals, [saved[name] for name in names]
@@ -837,13 +910,14 @@ class PointwiseKernels:
         processors = self.processors or _processors(inputs[0].device)
         segments, each = 1, length
         if programs < 2 * processors:
-            segments = min(-(-4 * processors // programs), length // (16 * tokens))
+            segments = min(-(-4 * processors // programs), length // (self.segment_tiles * tokens))
             if segments > 3:
                 each = -(-length // (segments * tokens)) * tokens
             segments = -(-length // each) if each else 1
         return SimpleNamespace(
             tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
             grid=(programs * segments,), numbers=(length, lanes.count // vector, segments, each),
+            even=lanes.count % width == 0,
         )  # fmt: skip
 
     def _kinds(self, code: Tensor | None, cu: Tensor | None, rows: int, length: int, joined: bool) -> Tensor | None:
@@ -1060,7 +1134,7 @@ KERNELS = PointwiseKernels(
         smooth_scalars=1,
         reused=((0, 0, True),),
         counts=False,
-        tiles={"forward": {4: (4, 8, 64, 2, 3, 4), 2: (4, 16, 64, 4, 3, 8)}, "backward": {4: (4, 8, 64, 2, 3, 4), 2: (4, 8, 64, 2, 3, 8)}},
+        tiles={"forward": {4: (4, 8, 64, 2, 3, 4), 2: (4, 16, 64, 4, 3, 8)}, "backward": {4: (4, 8, 64, 2, 2, 4), 2: (4, 8, 64, 2, 3, 8)}},
     )
 )
 
@@ -3073,7 +3147,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='mingru',
-    digest='df94d1c6d3475429',
+    digest='2cef0123d0406c80',
     inputs=(Slot('z'), Slot('x'),),
     params=(),
     components=(Slot('a'), Slot('h'),),

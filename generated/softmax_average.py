@@ -132,15 +132,20 @@ def jit(fn=None, **options):
 
 
 @jit
+def lane_exp(x):
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@jit
 def lane_larger(a, b):
-    """max(a, b); of equal ones the left."""
-    return tl.where((a >= b) | (a != a), a, b)
+    """max(a, b), NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
 def lane_exp_sum_2(a, b):
     """exp(a + b); 0 where a term is -inf, whatever the others are."""
-    return tl.where((a == float("-inf")) | (b == float("-inf")), 0.0, tl.exp(a + b))
+    return tl.where((a == float("-inf")) | (b == float("-inf")), 0.0, lane_exp(a + b))
 
 
 @jit
@@ -168,6 +173,60 @@ def lane_advance(l_m, l_u, l_w, r_m, r_u, r_w):
     u = l_u * exp_l_m + r_u * exp_r_m
     w = l_w * exp_l_m + r_w * exp_r_m
     return m, u, w
+
+
+@jit
+def lane_combine_m(l_m, r_m):
+    m = lane_larger(l_m, r_m)
+    return m
+
+
+@jit
+def lane_advance_m(l_m, r_m):
+    m = lane_larger(l_m, r_m)
+    return m
+
+
+@jit
+def lane_affine_u(score, prev_m):
+    t1 = lane_larger(prev_m, score)
+    A_u_u = lane_exp_sum_2(prev_m, -t1)
+    u = lane_exp_sum_2(score, -t1)
+    return A_u_u, u
+
+
+@jit
+def lane_combine_u(l_A_u_u, l_u, r_A_u_u, r_u):
+    A_u_u = r_A_u_u * l_A_u_u
+    u = r_A_u_u * l_u + r_u
+    return A_u_u, u
+
+
+@jit
+def lane_advance_u(l_u, r_A_u_u, r_u):
+    u = r_A_u_u * l_u + r_u
+    return u
+
+
+@jit
+def lane_affine_w(score, value, prev_m):
+    t1 = lane_larger(prev_m, score)
+    A_w_w = lane_exp_sum_2(prev_m, -t1)
+    w = value * lane_exp_sum_2(score, -t1)
+    return A_w_w, w
+
+
+@jit
+def lane_combine_w(l_A_w_w, l_w, r_A_w_w, r_w):
+    A_w_w = r_A_w_w * l_A_w_w
+    w = r_A_w_w * l_w + r_w
+    return A_w_w, w
+
+
+@jit
+def lane_advance_w(l_w, r_A_w_w, r_w):
+    w = r_A_w_w * l_w + r_w
+    return w
 
 
 @jit
@@ -231,13 +290,60 @@ def lane_gradient(score, value, prev_m, prev_u, prev_w, grad_m, grad_u, grad_w, 
 
 @jit
 def lane_flagged(left_kind, l_m, l_u, l_w, right_kind, r_m, r_u, r_w):
-    """lane_combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
+    """A combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
     c_m, c_u, c_w = lane_combine(l_m, l_u, l_w, r_m, r_u, r_w)
     both = (left_kind != 0) & (right_kind == 1)
     c_m = tl.where(right_kind == 0, l_m, tl.where(both, c_m, r_m))
     c_u = tl.where(right_kind == 0, l_u, tl.where(both, c_u, r_u))
     c_w = tl.where(right_kind == 0, l_w, tl.where(both, c_w, r_w))
     return left_kind | right_kind, c_m, c_u, c_w
+
+
+@jit
+def lane_flagged_m(left_kind, l_m, right_kind, r_m):
+    """A combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
+    c_m = lane_combine_m(l_m, r_m)
+    both = (left_kind != 0) & (right_kind == 1)
+    c_m = tl.where(right_kind == 0, l_m, tl.where(both, c_m, r_m))
+    return left_kind | right_kind, c_m
+
+
+@jit
+def lane_flagged_u(left_kind, l_A_u_u, l_u, right_kind, r_A_u_u, r_u):
+    """A combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
+    c_A_u_u, c_u = lane_combine_u(l_A_u_u, l_u, r_A_u_u, r_u)
+    both = (left_kind != 0) & (right_kind == 1)
+    c_A_u_u = tl.where(right_kind == 0, l_A_u_u, tl.where(both, c_A_u_u, r_A_u_u))
+    c_u = tl.where(right_kind == 0, l_u, tl.where(both, c_u, r_u))
+    return left_kind | right_kind, c_A_u_u, c_u
+
+
+@jit
+def lane_flagged_w(left_kind, l_A_w_w, l_w, right_kind, r_A_w_w, r_w):
+    """A combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
+    c_A_w_w, c_w = lane_combine_w(l_A_w_w, l_w, r_A_w_w, r_w)
+    both = (left_kind != 0) & (right_kind == 1)
+    c_A_w_w = tl.where(right_kind == 0, l_A_w_w, tl.where(both, c_A_w_w, r_A_w_w))
+    c_w = tl.where(right_kind == 0, l_w, tl.where(both, c_w, r_w))
+    return left_kind | right_kind, c_A_w_w, c_w
+
+
+@jit
+def lane_before_m(l_m, lu_m, left_many, r_m, ru_m, right_many):
+    """A combine that also gives the product without the last token, u_*, where there are two or more (`many`)."""
+    c_m = lane_combine_m(l_m, r_m)
+    u_m = lane_combine_m(l_m, ru_m)
+    u_m = tl.where(right_many != 0, u_m, l_m)
+    return c_m, u_m, left_many | 1
+
+
+@jit
+def lane_flagged_before_m(left_kind, l_m, left_above, lu_m, left_many, right_kind, r_m, right_above, ru_m, right_many):
+    kind, c_m = lane_flagged_m(left_kind, l_m, right_kind, r_m)
+    above_kind, u_m = lane_flagged_m(left_kind, l_m, right_above, ru_m)
+    above_kind = tl.where(right_many != 0, above_kind, left_kind)
+    u_m = tl.where(right_many != 0, u_m, l_m)
+    return kind, c_m, above_kind, u_m, left_many | 1
 
 
 @jit
@@ -248,6 +354,28 @@ def lane_cut(left_cut, l_J_m_m, l_J_m_u, l_J_m_w, l_J_u_u, l_J_w_w, l_adj_m, l_a
     c_adj_u = tl.where(right_cut != 0, r_adj_u, c_adj_u)
     c_adj_w = tl.where(right_cut != 0, r_adj_w, c_adj_w)
     return left_cut | right_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w
+
+
+@jit
+def tile_pick(x, chosen, axis: tl.constexpr):
+    """The one entry along an axis that is chosen: a sum of bits, all others 0, which costs nothing inside a thread."""
+    if x.dtype == tl.float32:
+        return tl.sum(tl.where(chosen, x.to(tl.int32, bitcast=True), 0), axis).to(tl.float32, bitcast=True)
+    else:
+        return tl.sum(tl.where(chosen, x, 0), axis)
+
+
+@jit
+def tile_load(p, m):
+    if m is None:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=m, other=0)
+
+
+@jit
+def tile_store(p, value, m):
+    tl.store(p, value, mask=m)
 
 
 @jit
@@ -294,17 +422,165 @@ def kind_kernel(p_code, p_kind, p_cu, T, JOINED: tl.constexpr, BT: tl.constexpr)
         before = tl.sum(tl.where(t == BT - 1, count, 0), 0)
 
 
+@jit
+def forward_tile(
+    p_score, p_value, p_out_y, p_saved_m, p_saved_u, p_saved_w,
+    p_kind, row, left, C, i_c, joined, h_m, h_u, h_w,
+    Q_score: tl.constexpr, D_score: tl.constexpr,
+    Q_value: tl.constexpr, D_value: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+):
+    """One tile from token `row` on, of which `left` are there (all, if WHOLE; and all lanes, if EVEN): prefixes s_* of the
+    lifted tokens e_* behind h_*, which counts if `joined`, and the outputs y_*. Returns h_* for the next tile."""
+    BT: tl.constexpr = W * R
+    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    m_c = o_c < C
+    w = tl.arange(0, W)[:, None]  # [W, 1]
+    r = tl.arange(0, R)[None, :, None]
+    t = (w[:, :, None] * R + r)  # [W, R, 1]
+    o = t * C + o_c[:, None, :]  # [W, R, BC]
+    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
+    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
+    oc_score = t * C_score + k_score[:, None, :]
+    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
+    oc_value = t * C_value + k_value[:, None, :]
+    inside = t < left
+    m = None
+    if not EVEN:
+        m = m_c[:, None, :]
+    if not WHOLE:
+        m = inside & m_c[:, None, :]
+    b_score = tile_load(p_score + row * C_score + oc_score, m).to(tl.float32)
+    b_value = tile_load(p_value + row * C_value + oc_value, m).to(tl.float32)
+    e_m, e_w = lane_lift(b_score, b_value)
+    e_u = tl.full([W, R, BC], 1, tl.float32)
+    if p_kind is not None:
+        kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
+        e_m = tl.where(kind == 2, float("-inf"), e_m)
+        e_u = tl.where(kind == 2, 0.0, e_u)
+        e_w = tl.where(kind == 2, 0.0, e_w)
+        kind = tl.broadcast_to(kind, [W, R, BC])
+    none = tl.zeros([W, R, BC], tl.int32)
+    x_m = tl.zeros([W, R, BC], tl.float32)
+    if p_kind is not None:
+        inner_kind, g_m, above_kind, x_m, none = tl.associative_scan(
+            (kind, e_m, none, x_m, none), 1, lane_flagged_before_m
+        )
+        outer_kind = tile_pick(inner_kind, r == R - 1, 1)
+    else:
+        g_m, x_m, none = tl.associative_scan(
+            (e_m, x_m, none), 1, lane_before_m
+        )
+    c_m = tile_pick(g_m, r == R - 1, 1)  # [W, BC]
+    f_m = lane_advance_m(h_m, c_m)
+    if p_kind is not None:
+        f_m = tl.where(outer_kind == 0, h_m, tl.where(outer_kind == 1, f_m, c_m))
+        c_m = tl.where(w == 0, f_m, c_m)
+        outer_kind = tl.where(w == 0, 3, outer_kind)
+        outer_kind, c_m = tl.associative_scan((outer_kind, c_m), 0, lane_flagged_m)
+    else:
+        c_m = tl.where((w == 0) & joined, f_m, c_m)
+        (c_m,) = tl.associative_scan((c_m,), 0, lane_combine_m)
+    q_m = tl.where(w == 0, h_m, tl.gather(c_m, above, 0))[:, None, :]  # before each chunk
+    h_m = tile_pick(c_m, w == W - 1, 0)[None, :]
+    s_m = lane_advance_m(q_m, g_m)
+    v_m = lane_advance_m(q_m, x_m)
+    if p_kind is not None:
+        s_m = tl.where(inner_kind == 0, q_m, tl.where(inner_kind == 1, s_m, g_m))
+        v_m = tl.where(above_kind == 0, q_m, tl.where(above_kind == 1, v_m, x_m))
+        v_m = tl.where(kind >= 2, float("-inf"), tl.where(r == 0, q_m, v_m))
+    else:
+        s_m = tl.where((w > 0)[:, :, None] | joined, s_m, g_m)
+        v_m = tl.where((w > 0)[:, :, None] | joined, v_m, x_m)
+        v_m = tl.where(r == 0, q_m, v_m)
+    a_A_u_u, a_u = lane_affine_u(b_score, v_m)
+    alone = (t == 0) & (joined == 0)
+    if p_kind is not None:
+        alone = kind >= 2
+    e_A_u_u = tl.broadcast_to(a_A_u_u, [W, R, BC])
+    e_u = tl.where(alone, e_u, a_u)
+    if p_kind is not None:
+        inner_kind, g_A_u_u, g_u = tl.associative_scan((kind, e_A_u_u, e_u), 1, lane_flagged_u)
+        outer_kind = tile_pick(inner_kind, r == R - 1, 1)
+    else:
+        (g_A_u_u, g_u,) = tl.associative_scan((e_A_u_u, e_u,), 1, lane_combine_u)
+    c_A_u_u = tile_pick(g_A_u_u, r == R - 1, 1)  # [W, BC]
+    c_u = tile_pick(g_u, r == R - 1, 1)  # [W, BC]
+    f_u = lane_advance_u(h_u, c_A_u_u, c_u)
+    if p_kind is not None:
+        f_u = tl.where(outer_kind == 0, h_u, tl.where(outer_kind == 1, f_u, c_u))
+        c_u = tl.where(w == 0, f_u, c_u)
+        outer_kind = tl.where(w == 0, 3, outer_kind)
+        outer_kind, c_A_u_u, c_u = tl.associative_scan((outer_kind, c_A_u_u, c_u), 0, lane_flagged_u)
+    else:
+        c_u = tl.where((w == 0) & joined, f_u, c_u)
+        (c_A_u_u, c_u,) = tl.associative_scan((c_A_u_u, c_u,), 0, lane_combine_u)
+    q_u = tl.where(w == 0, h_u, tl.gather(c_u, above, 0))[:, None, :]  # before each chunk
+    h_u = tile_pick(c_u, w == W - 1, 0)[None, :]
+    s_u = lane_advance_u(q_u, g_A_u_u, g_u)
+    if p_kind is not None:
+        s_u = tl.where(inner_kind == 0, q_u, tl.where(inner_kind == 1, s_u, g_u))
+    else:
+        s_u = tl.where((w > 0)[:, :, None] | joined, s_u, g_u)
+    a_A_w_w, a_w = lane_affine_w(b_score, b_value, v_m)
+    alone = (t == 0) & (joined == 0)
+    if p_kind is not None:
+        alone = kind >= 2
+    e_A_w_w = tl.broadcast_to(a_A_w_w, [W, R, BC])
+    e_w = tl.where(alone, e_w, a_w)
+    if p_kind is not None:
+        inner_kind, g_A_w_w, g_w = tl.associative_scan((kind, e_A_w_w, e_w), 1, lane_flagged_w)
+        outer_kind = tile_pick(inner_kind, r == R - 1, 1)
+    else:
+        (g_A_w_w, g_w,) = tl.associative_scan((e_A_w_w, e_w,), 1, lane_combine_w)
+    c_A_w_w = tile_pick(g_A_w_w, r == R - 1, 1)  # [W, BC]
+    c_w = tile_pick(g_w, r == R - 1, 1)  # [W, BC]
+    f_w = lane_advance_w(h_w, c_A_w_w, c_w)
+    if p_kind is not None:
+        f_w = tl.where(outer_kind == 0, h_w, tl.where(outer_kind == 1, f_w, c_w))
+        c_w = tl.where(w == 0, f_w, c_w)
+        outer_kind = tl.where(w == 0, 3, outer_kind)
+        outer_kind, c_A_w_w, c_w = tl.associative_scan((outer_kind, c_A_w_w, c_w), 0, lane_flagged_w)
+    else:
+        c_w = tl.where((w == 0) & joined, f_w, c_w)
+        (c_A_w_w, c_w,) = tl.associative_scan((c_A_w_w, c_w,), 0, lane_combine_w)
+    q_w = tl.where(w == 0, h_w, tl.gather(c_w, above, 0))[:, None, :]  # before each chunk
+    h_w = tile_pick(c_w, w == W - 1, 0)[None, :]
+    s_w = lane_advance_w(q_w, g_A_w_w, g_w)
+    if p_kind is not None:
+        s_w = tl.where(inner_kind == 0, q_w, tl.where(inner_kind == 1, s_w, g_w))
+    else:
+        s_w = tl.where((w > 0)[:, :, None] | joined, s_w, g_w)
+    y_y = lane_readout(s_u, s_w)
+    if p_kind is not None:
+        y_y = tl.where((kind & 1) != 0, y_y, 0)
+    tile_store(p_out_y + row * C + o, y_y, m)
+    if p_saved_m is not None:
+        tile_store(p_saved_m + row * C + o, s_m, m)
+    if not WHOLE:
+        h_m = tile_pick(tile_pick(s_m, t == left - 1, 1), w >= 0, 0)[None, :]
+    if p_saved_u is not None:
+        tile_store(p_saved_u + row * C + o, s_u, m)
+    if not WHOLE:
+        h_u = tile_pick(tile_pick(s_u, t == left - 1, 1), w >= 0, 0)[None, :]
+    if p_saved_w is not None:
+        tile_store(p_saved_w + row * C + o, s_w, m)
+    if not WHOLE:
+        h_w = tile_pick(tile_pick(s_w, t == left - 1, 1), w >= 0, 0)[None, :]
+    return h_m, h_u, h_w
+
+
 @jit(do_not_specialize=["T", "CV", "S", "SEG"])
 def forward_kernel(
-    p_score, p_value, p_out_y, p_initial_m, p_initial_u, p_initial_w, p_final_m, p_final_u, p_final_w,
-    p_saved_m, p_saved_u, p_saved_w, p_carry_m, p_carry_u, p_carry_w,
+    p_score, p_value, p_out_y, p_saved_m, p_saved_u, p_saved_w, p_initial_m, p_initial_u, p_initial_w,
+    p_final_m, p_final_u, p_final_w, p_carry_m, p_carry_u, p_carry_w,
     p_kind, p_cu, T, CV, S, SEG,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
-    JOINED: tl.constexpr,
+    JOINED: tl.constexpr, EVEN: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
-    """Prefixes s_* of the lifted tokens e_*, and the outputs y_*; h_* [1, BC] is what was before the tile."""
+    """Outputs, the final state, and what the backward wants saved. h_* [1, BC] is the state before a tile."""
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
@@ -318,95 +594,40 @@ def forward_kernel(
     t = (w[:, :, None] * R + r)  # [W, R, 1]
     o = t * C + o_c[:, None, :]  # [W, R, BC]
     above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
-    oc_score = t * C_score + k_score[:, None, :]
-    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
-    oc_value = t * C_value + k_value[:, None, :]
     h_m = tl.full([1, BC], float("-inf"), tl.float32)
     if p_carry_m is not None:
         h_m = tl.load(p_carry_m + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
     elif p_initial_m is not None:
         h_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    tl.store(p_final_m + i_n * C + o_c, h_m, mask=m_c & (bos == eos) & (i_s == 0))
     h_u = tl.full([1, BC], 0.0, tl.float32)
     if p_carry_u is not None:
         h_u = tl.load(p_carry_u + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
     elif p_initial_u is not None:
         h_u = tl.load(p_initial_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    tl.store(p_final_u + i_n * C + o_c, h_u, mask=m_c & (bos == eos) & (i_s == 0))
     h_w = tl.full([1, BC], 0.0, tl.float32)
     if p_carry_w is not None:
         h_w = tl.load(p_carry_w + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
     elif p_initial_w is not None:
         h_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    tl.store(p_final_w + i_n * C + o_c, h_w, mask=m_c & (bos == eos) & (i_s == 0))
-    for i_t in tl.range(0, length, BT, num_stages=NS):
-        row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        b_score = tl.load(p_score + row * C_score + oc_score, mask=m, other=0).to(tl.float32)
-        b_value = tl.load(p_value + row * C_value + oc_value, mask=m, other=0).to(tl.float32)
-        e_m, e_w = lane_lift(b_score, b_value)
-        e_u = tl.full([W, R, BC], 1, tl.float32)
-        if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
-            e_m = tl.where(kind == 2, float("-inf"), e_m)
-            e_u = tl.where(kind == 2, 0.0, e_u)
-            e_w = tl.where(kind == 2, 0.0, e_w)
-            kind = tl.broadcast_to(kind, [W, R, BC])
-        if p_kind is not None:
-            inner_kind, g_m, g_u, g_w = tl.associative_scan((kind, e_m, e_u, e_w), 1, lane_flagged)
-            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
-        else:
-            (g_m, g_u, g_w,) = tl.associative_scan((e_m, e_u, e_w,), 1, lane_combine)
-        c_m = tl.sum(tl.where(r == R - 1, g_m, 0.0), 1)  # [W, BC]
-        c_u = tl.sum(tl.where(r == R - 1, g_u, 0.0), 1)  # [W, BC]
-        c_w = tl.sum(tl.where(r == R - 1, g_w, 0.0), 1)  # [W, BC]
-        f_m, f_u, f_w = lane_advance(h_m, h_u, h_w, c_m, c_u, c_w)
-        if p_kind is not None:
-            f_m = tl.where(outer_kind == 0, h_m, tl.where(outer_kind == 1, f_m, c_m))
-            c_m = tl.where(w == 0, f_m, c_m)
-            f_u = tl.where(outer_kind == 0, h_u, tl.where(outer_kind == 1, f_u, c_u))
-            c_u = tl.where(w == 0, f_u, c_u)
-            f_w = tl.where(outer_kind == 0, h_w, tl.where(outer_kind == 1, f_w, c_w))
-            c_w = tl.where(w == 0, f_w, c_w)
-            outer_kind = tl.where(w == 0, 3, outer_kind)
-            outer_kind, c_m, c_u, c_w = tl.associative_scan((outer_kind, c_m, c_u, c_w), 0, lane_flagged)
-        else:
-            joined = (i_t > 0) | (i_s > 0) | JOINED
-            c_m = tl.where((w == 0) & joined, f_m, c_m)
-            c_u = tl.where((w == 0) & joined, f_u, c_u)
-            c_w = tl.where((w == 0) & joined, f_w, c_w)
-            (c_m, c_u, c_w,) = tl.associative_scan((c_m, c_u, c_w,), 0, lane_combine)
-        q_m = tl.where(w == 0, h_m, tl.gather(c_m, above, 0))[:, None, :]  # before each chunk
-        h_m = tl.sum(tl.where(w == W - 1, c_m, 0.0), 0, keep_dims=True)
-        q_u = tl.where(w == 0, h_u, tl.gather(c_u, above, 0))[:, None, :]  # before each chunk
-        h_u = tl.sum(tl.where(w == W - 1, c_u, 0.0), 0, keep_dims=True)
-        q_w = tl.where(w == 0, h_w, tl.gather(c_w, above, 0))[:, None, :]  # before each chunk
-        h_w = tl.sum(tl.where(w == W - 1, c_w, 0.0), 0, keep_dims=True)
-        s_m, s_u, s_w = lane_advance(q_m, q_u, q_w, g_m, g_u, g_w)
-        if p_kind is not None:
-            s_m = tl.where(inner_kind == 0, q_m, tl.where(inner_kind == 1, s_m, g_m))
-            s_u = tl.where(inner_kind == 0, q_u, tl.where(inner_kind == 1, s_u, g_u))
-            s_w = tl.where(inner_kind == 0, q_w, tl.where(inner_kind == 1, s_w, g_w))
-        else:
-            s_m = tl.where((w > 0)[:, :, None] | joined, s_m, g_m)
-            s_u = tl.where((w > 0)[:, :, None] | joined, s_u, g_u)
-            s_w = tl.where((w > 0)[:, :, None] | joined, s_w, g_w)
-        y_y = lane_readout(s_u, s_w)
-        if p_kind is not None:
-            y_y = tl.where((kind & 1) != 0, y_y, 0)
-        tl.store(p_out_y + row * C + o, y_y, mask=m)
-        if p_saved_m is not None:
-            tl.store(p_saved_m + row * C + o, s_m, mask=m)
-        if p_saved_u is not None:
-            tl.store(p_saved_u + row * C + o, s_u, mask=m)
-        if p_saved_w is not None:
-            tl.store(p_saved_w + row * C + o, s_w, mask=m)
-        if row + BT >= eos:  # the sequence ends in this tile
-            m_end = (row + t == eos - 1) & m_c[:, None, :]
-            tl.store(p_final_m + i_n * C + t * 0 + o_c[:, None, :], s_m, mask=m_end)
-            tl.store(p_final_u + i_n * C + t * 0 + o_c[:, None, :], s_u, mask=m_end)
-            tl.store(p_final_w + i_n * C + t * 0 + o_c[:, None, :], s_w, mask=m_end)
+    whole = tl.maximum(length, 0) // BT * BT
+    for i_t in tl.range(0, whole, BT, num_stages=NS):
+        joined = ((i_t > 0) | (i_s > 0) | JOINED).to(tl.int1)
+        h_m, h_u, h_w = forward_tile(
+            p_score, p_value, p_out_y, p_saved_m, p_saved_u, p_saved_w,
+            p_kind, begin + i_t, BT, C, i_c, joined, h_m, h_u, h_w,
+            Q_score, D_score, Q_value, D_value, R, W, BC, True, EVEN,
+        )
+    if whole < length:
+        joined = ((whole > 0) | (i_s > 0) | JOINED).to(tl.int1)
+        h_m, h_u, h_w = forward_tile(
+            p_score, p_value, p_out_y, p_saved_m, p_saved_u, p_saved_w,
+            p_kind, begin + whole, length - whole, C, i_c, joined, h_m, h_u, h_w,
+            Q_score, D_score, Q_value, D_value, R, W, BC, False, EVEN,
+        )
+    m_end = m_c & (begin + SEG >= eos) & ((begin < eos) | (i_s == 0))
+    tl.store(p_final_m + i_n * C + o_c, h_m, mask=m_end)
+    tl.store(p_final_u + i_n * C + o_c, h_u, mask=m_end)
+    tl.store(p_final_w + i_n * C + o_c, h_w, mask=m_end)
 
 
 @jit(do_not_specialize=["T", "CV", "S", "SEG"])
@@ -441,26 +662,26 @@ def fold_kernel(
     h_w = tl.zeros([1, BC], tl.float32)
     before_kind = tl.zeros([1, BC], tl.int32)
     for i_t in tl.range(0, length, BT, num_stages=NS):
-        row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        b_score = tl.load(p_score + row * C_score + oc_score, mask=m, other=0).to(tl.float32)
-        b_value = tl.load(p_value + row * C_value + oc_value, mask=m, other=0).to(tl.float32)
+        row, inside = begin + i_t, i_t + t < length
+        m = inside & m_c[:, None, :]
+        b_score = tile_load(p_score + row * C_score + oc_score, m).to(tl.float32)
+        b_value = tile_load(p_value + row * C_value + oc_value, m).to(tl.float32)
         e_m, e_w = lane_lift(b_score, b_value)
         e_u = tl.full([W, R, BC], 1, tl.float32)
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
+            kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
             e_m = tl.where(kind == 2, float("-inf"), e_m)
             e_u = tl.where(kind == 2, 0.0, e_u)
             e_w = tl.where(kind == 2, 0.0, e_w)
             kind = tl.broadcast_to(kind, [W, R, BC])
         if p_kind is not None:
             inner_kind, g_m, g_u, g_w = tl.associative_scan((kind, e_m, e_u, e_w), 1, lane_flagged)
-            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
+            outer_kind = tile_pick(inner_kind, r == R - 1, 1)
         else:
             (g_m, g_u, g_w,) = tl.associative_scan((e_m, e_u, e_w,), 1, lane_combine)
-        c_m = tl.sum(tl.where(r == R - 1, g_m, 0.0), 1)  # [W, BC]
-        c_u = tl.sum(tl.where(r == R - 1, g_u, 0.0), 1)  # [W, BC]
-        c_w = tl.sum(tl.where(r == R - 1, g_w, 0.0), 1)  # [W, BC]
+        c_m = tile_pick(g_m, r == R - 1, 1)  # [W, BC]
+        c_u = tile_pick(g_u, r == R - 1, 1)  # [W, BC]
+        c_w = tile_pick(g_w, r == R - 1, 1)  # [W, BC]
         if p_kind is not None:
             joined_kind, f_m, f_u, f_w = lane_flagged(before_kind, h_m, h_u, h_w, outer_kind, c_m, c_u, c_w)
             outer_kind = tl.where(w == 0, joined_kind, outer_kind)
@@ -471,12 +692,12 @@ def fold_kernel(
         c_w = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_w, c_w)
         if p_kind is not None:
             outer_kind, c_m, c_u, c_w = tl.associative_scan((outer_kind, c_m, c_u, c_w), 0, lane_flagged)
-            before_kind = tl.sum(tl.where(w == W - 1, outer_kind, 0), 0, keep_dims=True)
+            before_kind = tile_pick(outer_kind, w == W - 1, 0)[None, :]
         else:
             (c_m, c_u, c_w,) = tl.associative_scan((c_m, c_u, c_w,), 0, lane_combine)
-        h_m = tl.sum(tl.where(w == W - 1, c_m, 0.0), 0, keep_dims=True)
-        h_u = tl.sum(tl.where(w == W - 1, c_u, 0.0), 0, keep_dims=True)
-        h_w = tl.sum(tl.where(w == W - 1, c_w, 0.0), 0, keep_dims=True)
+        h_m = tile_pick(c_m, w == W - 1, 0)[None, :]
+        h_u = tile_pick(c_u, w == W - 1, 0)[None, :]
+        h_w = tile_pick(c_w, w == W - 1, 0)[None, :]
     tl.store(p_fold_m + (i_n * S + i_s) * C + o_c, h_m, mask=m_c)
     tl.store(p_fold_u + (i_n * S + i_s) * C + o_c, h_u, mask=m_c)
     tl.store(p_fold_w + (i_n * S + i_s) * C + o_c, h_w, mask=m_c)
@@ -524,14 +745,15 @@ def carry_kernel(
         e_w = tl.load(p_fold_w + (i_n * S + i_t) * C + o, mask=m, other=0)
         if p_kind is not None:
             kind = tl.load(p_kind + (i_n * S + i_t) * C + o, mask=m, other=0).to(tl.int32)
+        joined = ((i_n * 0 + i_t > 0) | JOINED).to(tl.int1)
         if p_kind is not None:
             inner_kind, g_m, g_u, g_w = tl.associative_scan((kind, e_m, e_u, e_w), 1, lane_flagged)
-            outer_kind = tl.sum(tl.where(r == R - 1, inner_kind, 0), 1)
+            outer_kind = tile_pick(inner_kind, r == R - 1, 1)
         else:
             (g_m, g_u, g_w,) = tl.associative_scan((e_m, e_u, e_w,), 1, lane_combine)
-        c_m = tl.sum(tl.where(r == R - 1, g_m, 0.0), 1)  # [W, BC]
-        c_u = tl.sum(tl.where(r == R - 1, g_u, 0.0), 1)  # [W, BC]
-        c_w = tl.sum(tl.where(r == R - 1, g_w, 0.0), 1)  # [W, BC]
+        c_m = tile_pick(g_m, r == R - 1, 1)  # [W, BC]
+        c_u = tile_pick(g_u, r == R - 1, 1)  # [W, BC]
+        c_w = tile_pick(g_w, r == R - 1, 1)  # [W, BC]
         f_m, f_u, f_w = lane_advance(h_m, h_u, h_w, c_m, c_u, c_w)
         if p_kind is not None:
             f_m = tl.where(outer_kind == 0, h_m, tl.where(outer_kind == 1, f_m, c_m))
@@ -543,17 +765,16 @@ def carry_kernel(
             outer_kind = tl.where(w == 0, 3, outer_kind)
             outer_kind, c_m, c_u, c_w = tl.associative_scan((outer_kind, c_m, c_u, c_w), 0, lane_flagged)
         else:
-            joined = (i_t > 0) | JOINED
             c_m = tl.where((w == 0) & joined, f_m, c_m)
             c_u = tl.where((w == 0) & joined, f_u, c_u)
             c_w = tl.where((w == 0) & joined, f_w, c_w)
             (c_m, c_u, c_w,) = tl.associative_scan((c_m, c_u, c_w,), 0, lane_combine)
         q_m = tl.where(w == 0, h_m, tl.gather(c_m, above, 0))[:, None, :]  # before each chunk
-        h_m = tl.sum(tl.where(w == W - 1, c_m, 0.0), 0, keep_dims=True)
+        h_m = tile_pick(c_m, w == W - 1, 0)[None, :]
         q_u = tl.where(w == 0, h_u, tl.gather(c_u, above, 0))[:, None, :]  # before each chunk
-        h_u = tl.sum(tl.where(w == W - 1, c_u, 0.0), 0, keep_dims=True)
+        h_u = tile_pick(c_u, w == W - 1, 0)[None, :]
         q_w = tl.where(w == 0, h_w, tl.gather(c_w, above, 0))[:, None, :]  # before each chunk
-        h_w = tl.sum(tl.where(w == W - 1, c_w, 0.0), 0, keep_dims=True)
+        h_w = tile_pick(c_w, w == W - 1, 0)[None, :]
         s_m, s_u, s_w = lane_advance(q_m, q_u, q_w, g_m, g_u, g_w)
         if p_kind is not None:
             s_m = tl.where(inner_kind == 0, q_m, tl.where(inner_kind == 1, s_m, g_m))
@@ -664,17 +885,17 @@ def backward_kernel(
         a_adj_w = tl.where(m_here, u_adj_w, 0.0)
         if p_kind is not None:
             inner_cut, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w = tl.associative_scan((cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w), 1, lane_cut)
-            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
+            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
         else:
             (g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w,) = tl.associative_scan((a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w,), 1, lane_compose)
-        c_J_m_m = tl.sum(tl.where(r == R - 1, g_J_m_m, 0.0), 1)  # [W, BC]
-        c_J_m_u = tl.sum(tl.where(r == R - 1, g_J_m_u, 0.0), 1)  # [W, BC]
-        c_J_m_w = tl.sum(tl.where(r == R - 1, g_J_m_w, 0.0), 1)  # [W, BC]
-        c_J_u_u = tl.sum(tl.where(r == R - 1, g_J_u_u, 0.0), 1)  # [W, BC]
-        c_J_w_w = tl.sum(tl.where(r == R - 1, g_J_w_w, 0.0), 1)  # [W, BC]
-        c_adj_m = tl.sum(tl.where(r == R - 1, g_adj_m, 0.0), 1)  # [W, BC]
-        c_adj_u = tl.sum(tl.where(r == R - 1, g_adj_u, 0.0), 1)  # [W, BC]
-        c_adj_w = tl.sum(tl.where(r == R - 1, g_adj_w, 0.0), 1)  # [W, BC]
+        c_J_m_m = tile_pick(g_J_m_m, r == R - 1, 1)  # [W, BC]
+        c_J_m_u = tile_pick(g_J_m_u, r == R - 1, 1)  # [W, BC]
+        c_J_m_w = tile_pick(g_J_m_w, r == R - 1, 1)  # [W, BC]
+        c_J_u_u = tile_pick(g_J_u_u, r == R - 1, 1)  # [W, BC]
+        c_J_w_w = tile_pick(g_J_w_w, r == R - 1, 1)  # [W, BC]
+        c_adj_m = tile_pick(g_adj_m, r == R - 1, 1)  # [W, BC]
+        c_adj_u = tile_pick(g_adj_u, r == R - 1, 1)  # [W, BC]
+        c_adj_w = tile_pick(g_adj_w, r == R - 1, 1)  # [W, BC]
         f_adj_m, f_adj_u, f_adj_w = lane_pull(h_adj_m, h_adj_u, h_adj_w, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
         if p_kind is not None:
             c_adj_m = tl.where((w == 0) & (outer_cut == 0), f_adj_m, c_adj_m)
@@ -687,11 +908,11 @@ def backward_kernel(
             c_adj_w = tl.where(w == 0, f_adj_w, c_adj_w)
             (c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,) = tl.associative_scan((c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,), 0, lane_compose)
         q_adj_m = tl.where(w == 0, h_adj_m, tl.gather(c_adj_m, above, 0))[:, None, :]  # below each chunk
-        h_adj_m = tl.sum(tl.where(w == W - 1, c_adj_m, 0.0), 0, keep_dims=True)
+        h_adj_m = tile_pick(c_adj_m, w == W - 1, 0)[None, :]
         q_adj_u = tl.where(w == 0, h_adj_u, tl.gather(c_adj_u, above, 0))[:, None, :]  # below each chunk
-        h_adj_u = tl.sum(tl.where(w == W - 1, c_adj_u, 0.0), 0, keep_dims=True)
+        h_adj_u = tile_pick(c_adj_u, w == W - 1, 0)[None, :]
         q_adj_w = tl.where(w == 0, h_adj_w, tl.gather(c_adj_w, above, 0))[:, None, :]  # below each chunk
-        h_adj_w = tl.sum(tl.where(w == W - 1, c_adj_w, 0.0), 0, keep_dims=True)
+        h_adj_w = tile_pick(c_adj_w, w == W - 1, 0)[None, :]
         l_adj_m, l_adj_u, l_adj_w = lane_pull(q_adj_m, q_adj_u, q_adj_w, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w)
         if p_kind is not None:
             l_adj_m = tl.where(inner_cut == 0, l_adj_m, g_adj_m)
@@ -817,17 +1038,17 @@ def backward_fold_kernel(
         a_adj_w = tl.where(m_here, u_adj_w, 0.0)
         if p_kind is not None:
             inner_cut, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w = tl.associative_scan((cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w), 1, lane_cut)
-            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
+            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
         else:
             (g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w,) = tl.associative_scan((a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w,), 1, lane_compose)
-        c_J_m_m = tl.sum(tl.where(r == R - 1, g_J_m_m, 0.0), 1)  # [W, BC]
-        c_J_m_u = tl.sum(tl.where(r == R - 1, g_J_m_u, 0.0), 1)  # [W, BC]
-        c_J_m_w = tl.sum(tl.where(r == R - 1, g_J_m_w, 0.0), 1)  # [W, BC]
-        c_J_u_u = tl.sum(tl.where(r == R - 1, g_J_u_u, 0.0), 1)  # [W, BC]
-        c_J_w_w = tl.sum(tl.where(r == R - 1, g_J_w_w, 0.0), 1)  # [W, BC]
-        c_adj_m = tl.sum(tl.where(r == R - 1, g_adj_m, 0.0), 1)  # [W, BC]
-        c_adj_u = tl.sum(tl.where(r == R - 1, g_adj_u, 0.0), 1)  # [W, BC]
-        c_adj_w = tl.sum(tl.where(r == R - 1, g_adj_w, 0.0), 1)  # [W, BC]
+        c_J_m_m = tile_pick(g_J_m_m, r == R - 1, 1)  # [W, BC]
+        c_J_m_u = tile_pick(g_J_m_u, r == R - 1, 1)  # [W, BC]
+        c_J_m_w = tile_pick(g_J_m_w, r == R - 1, 1)  # [W, BC]
+        c_J_u_u = tile_pick(g_J_u_u, r == R - 1, 1)  # [W, BC]
+        c_J_w_w = tile_pick(g_J_w_w, r == R - 1, 1)  # [W, BC]
+        c_adj_m = tile_pick(g_adj_m, r == R - 1, 1)  # [W, BC]
+        c_adj_u = tile_pick(g_adj_u, r == R - 1, 1)  # [W, BC]
+        c_adj_w = tile_pick(g_adj_w, r == R - 1, 1)  # [W, BC]
         if p_kind is not None:
             joined_cut, f_J_m_m, f_J_m_u, f_J_m_w, f_J_u_u, f_J_w_w, f_adj_m, f_adj_u, f_adj_w = lane_cut(before_cut, h_J_m_m, h_J_m_u, h_J_m_w, h_J_u_u, h_J_w_w, h_adj_m, h_adj_u, h_adj_w, outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
             outer_cut = tl.where(w == 0, joined_cut, outer_cut)
@@ -843,17 +1064,17 @@ def backward_fold_kernel(
         c_adj_w = tl.where(w == 0, f_adj_w, c_adj_w)
         if p_kind is not None:
             outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w = tl.associative_scan((outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w), 0, lane_cut)
-            before_cut = tl.sum(tl.where(w == W - 1, outer_cut, 0), 0, keep_dims=True)
+            before_cut = tile_pick(outer_cut, w == W - 1, 0)[None, :]
         else:
             (c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,) = tl.associative_scan((c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,), 0, lane_compose)
-        h_J_m_m = tl.sum(tl.where(w == W - 1, c_J_m_m, 0.0), 0, keep_dims=True)
-        h_J_m_u = tl.sum(tl.where(w == W - 1, c_J_m_u, 0.0), 0, keep_dims=True)
-        h_J_m_w = tl.sum(tl.where(w == W - 1, c_J_m_w, 0.0), 0, keep_dims=True)
-        h_J_u_u = tl.sum(tl.where(w == W - 1, c_J_u_u, 0.0), 0, keep_dims=True)
-        h_J_w_w = tl.sum(tl.where(w == W - 1, c_J_w_w, 0.0), 0, keep_dims=True)
-        h_adj_m = tl.sum(tl.where(w == W - 1, c_adj_m, 0.0), 0, keep_dims=True)
-        h_adj_u = tl.sum(tl.where(w == W - 1, c_adj_u, 0.0), 0, keep_dims=True)
-        h_adj_w = tl.sum(tl.where(w == W - 1, c_adj_w, 0.0), 0, keep_dims=True)
+        h_J_m_m = tile_pick(c_J_m_m, w == W - 1, 0)[None, :]
+        h_J_m_u = tile_pick(c_J_m_u, w == W - 1, 0)[None, :]
+        h_J_m_w = tile_pick(c_J_m_w, w == W - 1, 0)[None, :]
+        h_J_u_u = tile_pick(c_J_u_u, w == W - 1, 0)[None, :]
+        h_J_w_w = tile_pick(c_J_w_w, w == W - 1, 0)[None, :]
+        h_adj_m = tile_pick(c_adj_m, w == W - 1, 0)[None, :]
+        h_adj_u = tile_pick(c_adj_u, w == W - 1, 0)[None, :]
+        h_adj_w = tile_pick(c_adj_w, w == W - 1, 0)[None, :]
     tl.store(p_fold_J_m_m + (i_n * S + i_s) * C + o_c, h_J_m_m, mask=m_c)
     tl.store(p_fold_J_m_u + (i_n * S + i_s) * C + o_c, h_J_m_u, mask=m_c)
     tl.store(p_fold_J_m_w + (i_n * S + i_s) * C + o_c, h_J_m_w, mask=m_c)
@@ -910,17 +1131,17 @@ def backward_carry_kernel(
             cut = tl.load(p_cut + (i_n * S + i_t) * C + o, mask=m, other=0).to(tl.int32)
         if p_cut is not None:
             inner_cut, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w = tl.associative_scan((cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w), 1, lane_cut)
-            outer_cut = tl.sum(tl.where(r == R - 1, inner_cut, 0), 1)
+            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
         else:
             (g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w,) = tl.associative_scan((a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w,), 1, lane_compose)
-        c_J_m_m = tl.sum(tl.where(r == R - 1, g_J_m_m, 0.0), 1)  # [W, BC]
-        c_J_m_u = tl.sum(tl.where(r == R - 1, g_J_m_u, 0.0), 1)  # [W, BC]
-        c_J_m_w = tl.sum(tl.where(r == R - 1, g_J_m_w, 0.0), 1)  # [W, BC]
-        c_J_u_u = tl.sum(tl.where(r == R - 1, g_J_u_u, 0.0), 1)  # [W, BC]
-        c_J_w_w = tl.sum(tl.where(r == R - 1, g_J_w_w, 0.0), 1)  # [W, BC]
-        c_adj_m = tl.sum(tl.where(r == R - 1, g_adj_m, 0.0), 1)  # [W, BC]
-        c_adj_u = tl.sum(tl.where(r == R - 1, g_adj_u, 0.0), 1)  # [W, BC]
-        c_adj_w = tl.sum(tl.where(r == R - 1, g_adj_w, 0.0), 1)  # [W, BC]
+        c_J_m_m = tile_pick(g_J_m_m, r == R - 1, 1)  # [W, BC]
+        c_J_m_u = tile_pick(g_J_m_u, r == R - 1, 1)  # [W, BC]
+        c_J_m_w = tile_pick(g_J_m_w, r == R - 1, 1)  # [W, BC]
+        c_J_u_u = tile_pick(g_J_u_u, r == R - 1, 1)  # [W, BC]
+        c_J_w_w = tile_pick(g_J_w_w, r == R - 1, 1)  # [W, BC]
+        c_adj_m = tile_pick(g_adj_m, r == R - 1, 1)  # [W, BC]
+        c_adj_u = tile_pick(g_adj_u, r == R - 1, 1)  # [W, BC]
+        c_adj_w = tile_pick(g_adj_w, r == R - 1, 1)  # [W, BC]
         f_adj_m, f_adj_u, f_adj_w = lane_pull(h_adj_m, h_adj_u, h_adj_w, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
         if p_cut is not None:
             c_adj_m = tl.where((w == 0) & (outer_cut == 0), f_adj_m, c_adj_m)
@@ -933,11 +1154,11 @@ def backward_carry_kernel(
             c_adj_w = tl.where(w == 0, f_adj_w, c_adj_w)
             (c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,) = tl.associative_scan((c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,), 0, lane_compose)
         q_adj_m = tl.where(w == 0, h_adj_m, tl.gather(c_adj_m, above, 0))[:, None, :]  # below each chunk
-        h_adj_m = tl.sum(tl.where(w == W - 1, c_adj_m, 0.0), 0, keep_dims=True)
+        h_adj_m = tile_pick(c_adj_m, w == W - 1, 0)[None, :]
         q_adj_u = tl.where(w == 0, h_adj_u, tl.gather(c_adj_u, above, 0))[:, None, :]  # below each chunk
-        h_adj_u = tl.sum(tl.where(w == W - 1, c_adj_u, 0.0), 0, keep_dims=True)
+        h_adj_u = tile_pick(c_adj_u, w == W - 1, 0)[None, :]
         q_adj_w = tl.where(w == 0, h_adj_w, tl.gather(c_adj_w, above, 0))[:, None, :]  # below each chunk
-        h_adj_w = tl.sum(tl.where(w == W - 1, c_adj_w, 0.0), 0, keep_dims=True)
+        h_adj_w = tile_pick(c_adj_w, w == W - 1, 0)[None, :]
         l_adj_m, l_adj_u, l_adj_w = lane_pull(q_adj_m, q_adj_u, q_adj_w, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w)
         if p_cut is not None:
             l_adj_m = tl.where(inner_cut == 0, l_adj_m, g_adj_m)
@@ -999,6 +1220,7 @@ class PointwiseKernels:
         self.table = table
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
+        self.segment_tiles = 16  # a segment has at least as many
         self._lanes: dict[Any, LaneShape] = {}
 
     def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
@@ -1033,9 +1255,9 @@ class PointwiseKernels:
             carry: list[Tensor | None] = [None] * len(table.live_scalars)
             if span.segments > 1:
                 carry = self._carries(span, lanes, inputs, params, begin, kinds, cu, joined)
-            tensors = [*outputs, *begin, *finals, *(saved.get(name) for name, _ in table.live)]
+            tensors = [*outputs, *(saved.get(name) for name, _ in table.live), *begin, *finals]
             table.forward_kernel[span.grid](
-                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, *span.tile,
+                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, span.even, *span.tile,
                 num_warps=span.warps,
             )  # fmt: skip
         return outputs, finals, [saved[name] for name in names]
@@ -1133,13 +1355,14 @@ class PointwiseKernels:
         processors = self.processors or _processors(inputs[0].device)
         segments, each = 1, length
         if programs < 2 * processors:
-            segments = min(-(-4 * processors // programs), length // (16 * tokens))
+            segments = min(-(-4 * processors // programs), length // (self.segment_tiles * tokens))
             if segments > 3:
                 each = -(-length // (segments * tokens)) * tokens
             segments = -(-length // each) if each else 1
         return SimpleNamespace(
             tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
             grid=(programs * segments,), numbers=(length, lanes.count // vector, segments, each),
+            even=lanes.count % width == 0,
         )  # fmt: skip
 
     def _kinds(self, code: Tensor | None, cu: Tensor | None, rows: int, length: int, joined: bool) -> Tensor | None:
@@ -3369,7 +3592,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='softmax_average',
-    digest='b82442f2b02c04e1',
+    digest='936bc697d4514574',
     inputs=(Slot('score'), Slot('value'),),
     params=(),
     components=(Slot('m'), Slot('u'), Slot('w'),),

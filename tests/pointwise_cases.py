@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,26 @@ from torch import Tensor
 """
 _FOLDER = Path(tempfile.mkdtemp(prefix="psmc_pointwise_"))
 _MODULES: dict[str, ModuleType] = {}
+
+
+def scan_rows() -> None:
+    """Makes Triton's interpreter scan whole rows at a time; otherwise it goes element by element, which is slow."""
+    from triton.runtime.interpreter import ScanOps
+
+    def scan(self, parts):
+        rows = [list(np.moveaxis(p.handle.data, self.axis, 0)) for p in parts]
+        done = [r[:1] for r in rows]
+        for n in range(1, len(rows[0])):
+            before = [self.to_tensor(d[-1], p.dtype) for d, p in zip(done, parts, strict=True)]
+            here = [self.to_tensor(r[n], p.dtype) for r, p in zip(rows, parts, strict=True)]
+            found = self.combine_fn.fn(*before, *here)
+            for d, value in zip(done, found if isinstance(found, tuple) else (found,), strict=True):
+                data = value.handle.data
+                like = np.asarray(d[0])
+                d.append((data.reshape(()) if like.ndim == 0 else np.broadcast_to(data, like.shape)).astype(like.dtype))
+        return [self.to_tensor(np.stack(d, self.axis), p.dtype) for d, p in zip(done, parts, strict=True)]
+
+    ScanOps.generic_scan = scan
 
 
 def spec(text: str) -> Aggregator:
@@ -153,10 +174,12 @@ class Case:
     def run(self, split: bool = False):
         """The same from the kernels; call after `oracle`. `split`: small tiles, and time in segments."""
         found = kernels(self.agg)
-        before = found.processors, found.table.tiles
+        before = found.processors, found.table.tiles, found.segment_tiles
         if split:
-            found.processors = 8
-            found.table.tiles = {way: dict.fromkeys((2, 4), (2, 2, 2, 1, 2, 2)) for way in ("forward", "backward")}
+            found.processors, found.segment_tiles = 8, 1
+        if found.interpreted:  # it goes through a tile element by element
+            tile = (2, 2, 2, 1, 2, 2) if split else (4, 4, 4, 1, 2, 2)
+            found.table.tiles = {way: dict.fromkeys((2, 4), tile) for way in ("forward", "backward")}
         inputs = [self._cast(self.inputs[t.name]) for t in self.agg.leaf_inputs]
         for name, longest in taps(self.agg).items():
             inputs += [self._cast(x) for x in lags(self.inputs[name], longest, self.cu, self.mask, self.reset)]
@@ -176,6 +199,9 @@ class Case:
             mask = ones if self.mask is None else self.mask
             reset = ~ones if self.reset is None else self.reset
             code = (2 * reset.to(torch.int8) + mask.to(torch.int8)).to(torch.int8).to(self.device)
+        if split:
+            span = found._span("forward", found._shape(inputs, params), len(inputs[0]), inputs[0].shape[1], inputs)
+            assert span.segments > 2
         outputs, finals, saved = found.scan_forward(inputs, params, initial, code, cu, True)
         ends = [self._cast(self.ct_final[n], torch.float32) for n in self.structure.live]
         names = [a.name for a in self.agg.output.results]
@@ -183,7 +209,7 @@ class Case:
         d_inputs, d_params, d_initial = found.scan_backward(
             cts, ends, inputs, params, initial, outputs, saved, code, cu
         )
-        found.processors, found.table.tiles = before
+        found.processors, found.table.tiles, found.segment_tiles = before
         grads = {("input", t.name): g for t, g in zip(self.agg.leaf_inputs, d_inputs, strict=False)}
         extra = d_inputs[len(self.agg.leaf_inputs) :]
         for name, longest in taps(self.agg).items():

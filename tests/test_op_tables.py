@@ -17,7 +17,7 @@ from torch import Tensor
 
 from psmc import reference
 from psmc.algebra import exact, intervals, normal
-from psmc.codegen import torch_code, torch_ops
+from psmc.codegen import torch_code, torch_ops, triton_ops
 from psmc.codegen.torch_value import Like
 from psmc.derive import vjp as vjp_rows
 from psmc.derive.vjp import vjp
@@ -90,6 +90,8 @@ TABLES: dict[str, tuple[Iterable[str], set[str]]] = {
     "normal forms": (normal.RULES, set()),
     "intervals": (intervals.TABLE, set()),
     "exact values": (exact.TABLE, set()),
+    "printed triton": (triton_ops.SCALAR_OPS, {"complex"}),
+    "printed triton, numbers": (triton_ops.NUMBER_OPS, {"complex"}),
 }
 REDUCTION_TABLES: dict[str, Iterable[str]] = {
     "oracle": REDUCTION_ROWS,

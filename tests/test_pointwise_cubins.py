@@ -29,7 +29,7 @@ PLAIN = ("carry", "p_kind", "p_cut", "p_fold_kind", "p_fold_cut", "p_cu", "initi
 def compiled(kernel, tile: tuple[int, ...], dtype: str, everything: bool):
     """`everything`: with masks, packed sequences, segments and an initial state; else the plain case."""
     rows, chunks, lanes, warps, stages, vector = tile
-    constants = {"R": rows, "W": chunks, "BT": 256, "BC": lanes, "NS": stages, "V": vector, "JOINED": everything}
+    constants = {"R": rows, "W": chunks, "BT": 256, "BC": lanes, "NS": stages, "V": vector, "JOINED": everything, "EVEN": not everything}
     signature, fixed, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants or name[:2] in ("Q_", "D_"):

@@ -22,8 +22,19 @@ if not INTERPRETED:
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 else:
+    import importlib.util
+    import itertools
+    import tempfile
+
     import torch
-    from pointwise_cases import Case, example, kernels, spec
+    from pointwise_cases import Case, example, kernels, scan_rows, spec
+
+    from psmc.codegen.triton_expr import helper_texts, print_function
+    from psmc.ir import OPS, Assign, Block, Op, Ref
+    from psmc.reference.evaluate import Env, evaluate
+
+    scan_rows()
+    FOLDER = Path(tempfile.mkdtemp(prefix="psmc_triton_ops_"))
 
     REAL = ["linear_recurrence", "logsumexp", "affine2x2", "cumsum", "welford", "softmax_average"]
     BONUS = """
@@ -57,19 +68,18 @@ else:
 
     @pytest.mark.parametrize("name", [*REAL, "mingru", "ema", "rg_lru", "hgrn"])
     def test_plain(name: str) -> None:
-        Case(example(name), 1, 37).check()
+        Case(example(name), 1, 21, lanes=(2,)).check()
 
-    @pytest.mark.parametrize("name", REAL)
+    @pytest.mark.parametrize("name", REAL[:-1])
     def test_initial_state_masks_and_resets(name: str) -> None:
-        Case(example(name), 2, 35, lanes=(2,), initial=True, masked=True, resets=True).check()
-        Case(example(name), 1, 34, lanes=(1,), masked=True, resets=True, seed=1).check()
+        Case(example(name), 2, 19, lanes=(1,), initial=True, masked=True, resets=True).check()
+        Case(example(name), 1, 18, lanes=(1,), masked=True, resets=True, seed=1).check()
 
-    @pytest.mark.parametrize("name", ["linear_recurrence", "logsumexp"])
-    @pytest.mark.parametrize("initial", [False, True])
+    @pytest.mark.parametrize("name, initial", [("linear_recurrence", True), ("logsumexp", False)])
     def test_packed_sequences(name: str, initial: bool) -> None:
-        cu = [0, 1, 1, 35, 40]
-        Case(example(name), 1, 40, lanes=(2,), cu=cu, initial=initial).check()
-        Case(example(name), 1, 40, lanes=(2,), cu=cu, initial=initial, masked=True, resets=True).check()
+        cu = [0, 1, 1, 18, 22]
+        Case(example(name), 1, 22, lanes=(1,), cu=cu, initial=initial).check()
+        Case(example(name), 1, 22, lanes=(1,), cu=cu, initial=initial, masked=True, resets=True).check()
 
     @pytest.mark.parametrize("text", [BONUS, TAPPED, STARTED])
     def test_what_a_readout_and_a_lift_may_read(text: str) -> None:
@@ -78,24 +88,24 @@ else:
         Case(agg, 1, 35, lanes=(), masked=True, resets=True).check()
 
     def test_complex() -> None:
-        Case(example("lru"), 1, 35, lanes=(3,), initial=True).check()
-        Case(example("lru"), 2, 5, lanes=(2,), masked=True, resets=True).check()
+        Case(example("lru"), 1, 19, lanes=(2,), initial=True).check()
+        Case(example("lru"), 2, 5, lanes=(1,), masked=True, resets=True).check()
 
     def test_lanes_that_some_tensors_lack() -> None:
         lanes = {"a": (1, 2), "h": (2, 4), "*": (2, 4)}
         Case(example("linear_recurrence"), 1, 9, lanes=lanes, initial=True).check()
         Case(example("hgrn"), 2, 5, lanes={"fgate": (1,), "x": (4,), "*": (4,)}, param_lanes=()).check()
         Case(example("hgrn"), 1, 5, lanes=(2, 3), param_lanes=(1, 3)).check()
-        Case(spec(BONUS), 1, 5, lanes={"r": (4,), "k": (2,), "w": (1,), "*": (4,)}, param_lanes=(2,)).check()
+        Case(spec(BONUS), 1, 5, lanes={"r": (2,), "k": (2,), "w": (1,), "*": (2,)}, param_lanes=(1,)).check()
 
     @pytest.mark.parametrize("name", ["linear_recurrence", "logsumexp", "cumsum"])
     @pytest.mark.parametrize("flags", [False, True])
     def test_segments(name: str, flags: bool) -> None:
-        Case(example(name), 1, 149, lanes=(2,), initial=flags, masked=flags, resets=flags).check(split=True)
+        Case(example(name), 1, 37, lanes=(1,), initial=flags, masked=flags, resets=flags).check(split=True)
 
     def test_segments_of_packed_sequences() -> None:
-        Case(example("linear_recurrence"), 1, 161, lanes=(1,), cu=[0, 0, 3, 150, 161]).check(split=True)
-        Case(spec(STARTED), 1, 161, lanes=(1,), cu=[0, 3, 161], masked=True, resets=True).check(split=True)
+        Case(example("linear_recurrence"), 1, 41, lanes=(1,), cu=[0, 0, 3, 37, 41]).check(split=True)
+        Case(spec(STARTED), 1, 41, lanes=(1,), cu=[0, 3, 41], masked=True, resets=True).check(split=True)
 
     @pytest.mark.parametrize("length", [0, 1, 2])
     def test_short_sequences(length: int) -> None:
@@ -107,7 +117,7 @@ else:
         Case(example("linear_recurrence"), 1, 3, lanes=(0,)).check()
 
     def test_half_precision() -> None:
-        Case(example("mingru"), 1, 33, dtype=torch.bfloat16).check(tolerance=2e-2)
+        Case(example("mingru"), 1, 17, lanes=(1,), dtype=torch.bfloat16).check(tolerance=2e-2)
 
     @pytest.mark.parametrize("name", ["linear_recurrence", "logsumexp", "lru", "segmented_sum"])
     def test_steps_are_the_scan(name: str) -> None:
@@ -124,3 +134,39 @@ else:
                 torch.testing.assert_close(got.to(want.dtype), want[:, t].detach(), rtol=1e-5, atol=1e-5)
         for got, name in zip(state, case.structure.live, strict=True):
             torch.testing.assert_close(got[slots].to(final[name].dtype), final[name].detach(), rtol=1e-5, atol=1e-5)
+
+    SAMPLES = [-30.0, -2.5, -1.0, -0.3, -1e-4, 0.0, 1e-4, 0.3, 1.0, 2.5, 30.0]
+    POSITIVE = {"log", "sqrt", "rsqrt"}
+
+    @pytest.mark.parametrize("op", [o for o, info in OPS.items() if info.kind(("real",) * info.arity) == "real"])
+    def test_operators(op: str) -> None:
+        """Each operator's Triton text against the oracle in fp64, over a grid of operands."""
+
+        names = "abc"[: OPS[op].arity]
+        expr = Op(op, tuple(Ref("input", n, ()) for n in names))
+        block = Block(results=(Assign("o", (), expr),))
+        function = print_function("lane", block, [("input", n, 0) for n in names])
+        text = "".join(f"@triton.jit\n{t}\n" for t in (*helper_texts([function]), function.text))
+        loads = "".join(f"    {n} = tl.load(p + {k} * N + o)\n" for k, n in enumerate(names))
+        text += f"@triton.jit\ndef run(p, q, N: tl.constexpr):\n    o = tl.arange(0, N)\n{loads}"
+        text += f"    tl.store(q + o, lane({', '.join(names)}))\n" if function.results else ""
+        if not function.results:  # the imaginary part of a real
+            assert op == "imag" and function.constants == (("o", "0.0"),)
+            return
+        grid = [x for x in SAMPLES if x > 0 or op not in POSITIVE]
+        grid = [x + 1.0001 for x in grid if x > -1] if op == "log1p" else grid
+        points = torch.tensor(list(itertools.product(grid, repeat=len(names))), dtype=torch.float64)
+        size = 1 << (len(points) - 1).bit_length()
+        points = torch.cat([points, points[:1].expand(size - len(points), -1)]).float()
+        file = FOLDER / f"{op}.py"
+        file.write_text(f"import triton\nimport triton.language as tl\n\n{text}")
+        found = importlib.util.spec_from_file_location(op, file)
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        out = torch.empty(size)
+        module.run[(1,)](points.T.contiguous(), out, size)
+        values = {("input", n, 0): points[:, k].double() for k, n in enumerate(names)}
+        want = evaluate(expr, Env(values, {}), ())
+        kept = torch.isfinite(want) & (want.abs() < 1e30)
+        torch.testing.assert_close(out.double()[kept], want[kept], rtol=1e-5 if op == "pow" else 3e-6, atol=1e-37)
+        assert torch.equal(torch.isnan(out), torch.isnan(want))

@@ -30,6 +30,8 @@ def print_layers(agg: Aggregator, structure: Structure) -> tuple[list[Source], s
         parts = [p for r in structure.readout for p in r.linear if p.component in components]
         queries = _queries(stack, parts)
         rows = _factors(stack, tuple(queries))
+        if not stack[0].rank and not any(r.name.endswith("_key") for r in rows):
+            rows = [part for r in rows for part in _apart(agg, r)]
         plain = {r.name: found for r in rows if (found := _plain(agg, r)) is not None}
         block = Block(results=tuple(r for r in rows if r.name not in plain))
         sources.append(print_block(agg, block, Signature(f"factors_{n}", "x, s, prev, p, n", _inputs(agg))))
@@ -101,6 +103,35 @@ def _factors(stack: tuple[Affine, ...], queries: tuple[_Query, ...]) -> list[Ass
     for c, query in enumerate(queries):
         rows += [_over(f"{x}{c}", a.value, a.indices) for x, a in zip("qp", query, strict=True) if a is not None]
     return rows
+
+
+def _apart(agg: Aggregator, row: Assign) -> list[Assign]:
+    """A vector b as an input and the number a token `n` that multiplies it, if that is what it is."""
+    if row.name[0] != "b":
+        return [row]
+    over, under = _product(row.value)
+    key = row.indices[-1]
+    vectors = [x for x in over if key in x.free]
+    if len(vectors) != 1 or any(key in x.free for x in under) or len(over) + len(under) == 1:
+        return [row]
+    vector = Assign(row.name, row.indices, vectors[0])
+    if _plain(agg, vector) is None:
+        return [row]
+    rest = [x for x in over if x is not vectors[0]]
+    number = rest[0] if rest else ONE
+    for x in rest[1:]:
+        number = Op("mul", (number, x))
+    for x in under:
+        number = Op("div", (number, x))
+    return [vector, _over(f"n{row.name[1:]}", number, row.indices[:-1])]
+
+
+def _product(expr: Expr) -> tuple[list[Expr], list[Expr]]:
+    """Factors above and below the line, in order."""
+    if isinstance(expr, Op) and expr.op in ("mul", "div"):
+        (a, b), (c, d) = (_product(x) for x in expr.args)
+        return (a + c, b + d) if expr.op == "mul" else (a + d, b + c)
+    return [expr], []
 
 
 def _plain(agg: Aggregator, row: Assign) -> tuple[str, str] | None:

@@ -36,7 +36,7 @@ def emit(
     matrices = plan.name == "chunked" and bool(kernels)
     files = KIT
     if plan.name == "chunked":
-        more = ("kit_chunk_views", "kit_chunk_kernels") if matrices else ()
+        more = ("kit_chunk_views", "kit_chunk_layer", "kit_chunk_kernels") if matrices else ()
         files = (*KIT[:-2], "kit_cut", "kit_decay", "kit_chunk", *more, "kit_layers", *KIT[-2:])
     pasted = paste(files)
     sources, layers = function_sources(agg, live), ""

@@ -5,16 +5,16 @@ The text stands alone among torch's names: it defines KERNELS, which `runtime.ki
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 
 from psmc.codegen.paste import paste
-from psmc.codegen.pointwise_fields import Field, Pointers, dtype_of, lane_fields
+from psmc.codegen.pointwise_fields import Field, Pointers, lane_fields
 from psmc.codegen.pointwise_lane import Backward, Lane, lane
+from psmc.codegen.pointwise_scan import component, flagged, listed, previous, renamed, stage_context, with_above
 from psmc.codegen.pointwise_table import Arg, Tensors, table
 from psmc.codegen.render import render
-from psmc.codegen.triton_expr import Key, LaneFunction, helper_texts
+from psmc.codegen.triton_expr import Key, helper_texts
 from psmc.ir import Aggregator
 from psmc.plan.pointwise import PointwisePlan
 from psmc.structure.report import Structure
@@ -24,7 +24,7 @@ def print_kernels(agg: Aggregator, structure: Structure, plan: PointwisePlan) ->
     """Module text that defines KERNELS. `agg` is licensed; the same arguments give the same text."""
     one = lane(agg, structure.live)
     tensors = Tensors(agg, structure, one)
-    texts = [_lane_text(one, tensors), render("pointwise_kinds.py.j2")]
+    texts = [_lane_text(one), render("pointwise_kinds.py.j2")]
     texts.append(render("pointwise_forward.py.j2", **_forward(one, tensors)))
     texts.append(render("pointwise_segments.py.j2", **_segments(one, tensors)))
     texts.append(render("pointwise_backward.py.j2", **_backward(one, tensors)))
@@ -44,101 +44,82 @@ def _tidy(text: str) -> str:
     return "\n".join(kept) + "\n"
 
 
-def _lane_text(one: Lane, tensors: Tensors) -> str:
-    functions = [one.lift, one.combine, one.advance, one.readout]
+def _lane_text(one: Lane) -> str:
     back = one.back
     assert back is not None
+    scans = list({s.label: s for s in (one.whole, *one.stages)}.values())
+    functions = [one.lift, *(f for s in scans for f in (s.affine, s.combine, s.advance)), one.readout]
     functions += [back.direct, back.transition, back.compose, back.pull, back.gradient]
-    used = [f for f in functions if f.results]
+    used = [f for f in functions if f is not None and f.results]
     return render(
         "pointwise_lane.py.j2",
         functions=[*helper_texts(used), *(f.text for f in used)],
-        flagged=_sides("kind", one.element, one.element),
-        adjoint=_sides("cut", back.element, [n for n in back.element if n not in back.slopes]),
+        flagged=[flagged(s.label, "kind", s.names, s.names) for s in scans],
+        before=[with_above(s.label, s.names) for s in one.stages if previous(one, s)],
+        adjoint=flagged("", "cut", back.element, [n for n in back.element if n not in back.slopes]),
         floor=", and for a backward the states once more" if back.states else "",
     )
 
 
-def _sides(flag: str, names: tuple[str, ...], chosen: object) -> SimpleNamespace:
-    sides = [", ".join([f"{side}_{flag}", *(f"{side[0]}_{n}" for n in names)]) for side in ("left", "right")]
-    values = ", ".join(f"{s}_{n}" for s in "lr" for n in names)
-    joined = ", ".join(f"c_{n}" for n in names)
-    return SimpleNamespace(left=sides[0], right=sides[1], values=values, joined=joined, names=chosen, cotangents=chosen)
-
-
 def _environment(one: Lane) -> dict[Key, str]:
-    """What the functions read -> its name in a kernel, in the plain case: this token, its state, what was before."""
+    """What the functions read -> its name in a kernel: this token (b_), its state (s_), what was before (v_)."""
+    back = one.back
+    assert back is not None
+    functions = [one.lift, one.readout, back.direct, back.transition, back.gradient]
+    functions += [s.affine for s in one.stages if s.affine is not None]
     env: dict[Key, str] = {}
-    for f in _functions(one):
-        for space, name, lag in f.arguments:
-            prefix = {"state": "s_", "prev": "v_"}.get(space, "b_")
-            env[space, name, lag] = prefix + name + (f"_lag{lag}" if lag else "")
+    for space, name, lag in (key for f in functions for key in f.arguments):
+        prefix = {"state": "s_", "prev": "v_"}.get(space, "b_")
+        env[space, name, lag] = prefix + name + (f"_lag{lag}" if lag else "")
     return env
 
 
-def _functions(one: Lane) -> list[LaneFunction]:
-    back = one.back
-    assert back is not None
-    return [one.lift, one.advance, one.readout, back.direct, back.transition, back.gradient]
-
-
-def _named(env: dict[Key, str], prefixes: dict[str, str]) -> dict[Key, str]:
-    return {k: prefixes[k[0]] + k[1] if k[0] in prefixes else v for k, v in env.items()}
-
-
-def _lane_context(one: Lane, live: list[SimpleNamespace], element: list[SimpleNamespace]) -> SimpleNamespace:
+def _lane_context(one: Lane, live: list[SimpleNamespace], folds: dict[str, str]) -> SimpleNamespace:
+    """The whole scan, and what a token is made of."""
     env = _environment(one)
-    names = one.element
-    return SimpleNamespace(
-        live=live,
-        element=element,
-        lift=one.lift,
-        advance=one.advance,
-        readout=one.readout,
-        narrow=[n for n in one.lift.results if n in one.lift.narrow],
-        counts=one.counts,
-        env=env,
-        env_join=_named(env, {"left": "h_", "right": "c_"}),
-        env_inner=_named(env, {"left": "q_", "right": "g_"}),
-        env_start=_named(env, {"left": "z_", "right": "e_"}),
-        env_step=_named(env, {"left": "v_", "right": "e_"}),
-        elements=_list("e_", names),
-        inner=_list("g_", names),
-        outer=_list("c_", names),
-        carried=_list("h_", names),
-        joined=_list("f_", names),
-    )
-
-
-def _list(prefix: str, names: Iterable[str]) -> str:
-    return ", ".join(prefix + n for n in names)
+    context = stage_context(one, one.whole, env, False)
+    context.live = live
+    for c in context.element:
+        c.fold = folds.get(c.name)
+    context.lift, context.readout, context.counts = one.lift, one.readout, one.counts
+    context.narrow = [n for n in one.lift.results if n in one.lift.narrow]
+    sides: dict[Key, str] = {(side, n, 0): n for side in ("left", "right") for n in one.element}
+    context.env_start = renamed(sides, {"left": "z_", "right": "e_"})
+    context.env_step = renamed(sides, {"left": "v_", "right": "e_"})
+    return context
 
 
 def _component(one: Lane, name: str, **more: object) -> SimpleNamespace:
-    kind = one.kind(name)
-    zero = "0" if kind == "int" else "0.0"
-    return SimpleNamespace(name=name, start=one.starts[name], dtype=dtype_of(kind), zero=zero, **more)
+    return component(name, one.kind(name), one.starts[name], **more)
 
 
 def _forward(one: Lane, tensors: Tensors) -> dict[str, object]:
     pointers = Pointers()
     tokens, params, labels = tensors.tokens(pointers, tensors.forward_inputs, tensors.forward_params)
     outputs = [f for o in tensors.outputs for f in lane_fields(pointers.add(f"out_{o.name}"), o.scalars, o.kind, "y_")]
-    rows = {role: tensors.rows(pointers, role, tensors.live) for role in ("initial", "final", "saved")}
+    inner = list(pointers.names)
+    saved = tensors.rows(pointers, "saved", tensors.live)
+    inner += dict.fromkeys(f.pointer for f in saved.values())
+    initial, final = (tensors.rows(pointers, role, tensors.live) for role in ("initial", "final"))
     live = [
-        _component(one, s, carry=pointers.add(f"carry_{s}"), **{role: rows[role][s] for role in rows}) for s in one.live
+        _component(one, s, saved=saved[s], initial=initial[s], final=final[s], carry=pointers.add(f"carry_{s}"))
+        for s in one.live
     ]
-    element = [_component(one, s) for s in one.element]
-    read = {k[1] for k in one.readout.arguments if k[0] == "prev"}
+    env = _environment(one)
     return {
         "pointers": pointers.text(),
+        "tile_pointers": ", ".join(p for p in inner if p not in {f.pointer for f in params}),
+        "carried": listed("h_", one.live),
+        "param_values": "".join(f" {f.value}," for f in params),
         "maps": _maps(labels),
-        "labels": labels,
+        "map_names": "".join(f"Q_{x}, D_{x}, " for x in labels),
+        "labels": tensors.labels(tensors.forward_inputs),
+        "param_labels": tensors.labels(tensors.forward_params),
         "params": params,
         "tokens": tokens,
         "outputs": outputs,
-        "lane": _lane_context(one, live, element),
-        "previous": [c for c in live if c.name in read],
+        "lane": _lane_context(one, live, {}),
+        "stages": [stage_context(one, s, env, bool(previous(one, s))) for s in one.stages],
     }
 
 
@@ -156,7 +137,6 @@ def _segments(one: Lane, tensors: Tensors) -> dict[str, object]:
     initial = tensors.rows(carry, "initial", tensors.live)
     carries = {s: carry.add(f"carry_{s}") for s in one.live}
     live = [_component(one, s, fold=folds[s], initial=initial[s], carry=carries[s]) for s in one.live]
-    element = [_component(one, s, fold=folds[s]) for s in one.element]
     return {
         "fold_pointers": fold.text(),
         "carry_pointers": carry.text(),
@@ -164,7 +144,7 @@ def _segments(one: Lane, tensors: Tensors) -> dict[str, object]:
         "labels": labels,
         "params": params,
         "tokens": tokens,
-        "lane": _lane_context(one, live, element),
+        "lane": _lane_context(one, live, folds),
     }
 
 
@@ -181,7 +161,7 @@ def _step(one: Lane, tensors: Tensors) -> dict[str, object]:
         "params": params,
         "tokens": tokens,
         "outputs": outputs,
-        "lane": _lane_context(one, live, [_component(one, s) for s in one.element]),
+        "lane": _lane_context(one, live, {}),
     }
 
 
@@ -293,16 +273,16 @@ def _back_context(one: Lane, back: Backward, folds: dict[str, str]) -> SimpleNam
         gradient=back.gradient,
         env=env,
         env_next=shift,
-        env_join=_named(sides, {"left": "h_", "right": "c_"}),
-        env_inner=_named(sides, {"left": "q_", "right": "g_"}),
+        env_join=renamed(sides, {"left": "h_", "right": "c_"}),
+        env_inner=renamed(sides, {"left": "q_", "right": "g_"}),
         params=[env[k] for k in back.transition.arguments if k[0] == "param"],
         slopes=slopes,
         cotangents=cotangents,
         entries=entries,
-        elements=_list("a_", names),
-        inner=_list("g_", names),
-        outer=_list("c_", names),
-        carried=_list("h_", names),
-        joined=_list("f_", names),
+        elements=listed("a_", names),
+        inner=listed("g_", names),
+        outer=listed("c_", names),
+        carried=listed("h_", names),
+        joined=listed("f_", names),
         first=back.first[1] if back.first else None,
     )

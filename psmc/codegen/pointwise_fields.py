@@ -34,10 +34,6 @@ class Field:
     def line(self, row: str) -> str:
         return self._address(f"{row} * {self.width} + {self.flat}")
 
-    def end(self, row: str) -> str:
-        """One row, from a tile."""
-        return self._address(f"{row} * {self.width} + t * 0 + {self.flat}[:, None, :]")
-
     def _address(self, place: str) -> str:
         if not self.pair:
             return f"{self.pointer} + {place}"

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from psmc.codegen.pointwise_stages import Stage, stages, whole
 from psmc.codegen.triton_expr import Key, LaneFunction, number, print_function, reads
 from psmc.derive.adjoint import Adjoint, adjoint
 from psmc.derive.names import declared_names, fresh_name
@@ -24,7 +25,6 @@ from psmc.derive.vjp import vjp
 from psmc.ir import Aggregator, Assign, Block, Const, DimValue, Expr, Kind, Ref
 from psmc.ir.query import restrict
 from psmc.ir.rewrite import inline, map_values, refs, transform
-from psmc.structure.live import element_state
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Lane:
     """`agg`: the spec over real scalars; `parts`: a declared complex tensor's two scalars. Functions:
 
     lift       inputs, params -> the components of `element`
-    combine    two of them -> one;  advance: its `live` part
     readout    inputs, params, state, prev -> outputs
+
+    `whole` scans everything at once, `stages` the same in turn.
     """
 
     agg: Aggregator
@@ -43,9 +44,9 @@ class Lane:
     starts: Mapping[str, str]
     counts: bool  # the declared start is combined with the first token
     lift: LaneFunction
-    combine: LaneFunction
-    advance: LaneFunction
     readout: LaneFunction
+    whole: Stage
+    stages: tuple[Stage, ...]
     back: Backward | None
 
     def kind(self, component: str) -> Kind:
@@ -88,28 +89,24 @@ def lane(agg: Aggregator, live: Sequence[str]) -> Lane:
     """`agg` must be licensed (plan.pointwise)."""
     real, parts = realify(agg)
     real = _scalar(real)
-    whole = tuple(s for c in live for s in parts.get(c, (c,)))
-    element = element_state(real, whole)
-    assert isinstance(real.combine, Block)
+    carried = tuple(s for c in live for s in parts.get(c, (c,)))
+    single = whole(real, carried)
     kinds = {c.name: c.kind for c in real.state}
     tokens = _tokens(real)
-    left: list[Key] = [("left", c, 0) for c in element]
-    right: list[Key] = [("right", c, 0) for c in element]
-    before: list[Key] = [("prev", c, 0) for c in whole]
-    after: list[Key] = [("state", c, 0) for c in whole]
-    advance = restrict(real.combine, whole)
+    before: list[Key] = [("prev", c, 0) for c in carried]
+    after: list[Key] = [("state", c, 0) for c in carried]
     return Lane(
         agg=real,
         parts=parts,
-        live=whole,
-        element=element,
+        live=carried,
+        element=single.names,
         starts={c.name: number(c.start.value).removesuffix(".0" if c.kind == "int" else "") for c in real.state},
         counts=any(c.initial is not None for c in real.state),
-        lift=print_function("lane_lift", restrict(real.leaf, element), tokens, kinds),
-        combine=print_function("lane_combine", restrict(real.combine, element), [*left, *right], kinds, whole=True),
-        advance=print_function("lane_advance", advance, [*left, *right], kinds),
+        lift=print_function("lane_lift", restrict(real.leaf, single.names), tokens, kinds),
         readout=print_function("lane_readout", real.output, [*tokens, *after, *before]),
-        back=_backward(real, whole, tokens) if any(kinds[c] == "real" for c in whole) else None,
+        whole=single,
+        stages=stages(real, carried, tokens),
+        back=_backward(real, carried, tokens) if any(kinds[c] == "real" for c in carried) else None,
     )
 
 

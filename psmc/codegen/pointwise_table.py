@@ -99,6 +99,18 @@ class Tensors:
             found |= {f.name: f for f in lane_fields(pointers.add(f"{role}_{t.name}"), t.scalars, t.kind, "")}
         return found
 
+    def streams(self) -> tuple[int, int]:
+        """How many tiles the forward and the backward load at a time."""
+        back = self.one.back
+        assert back is not None
+        here, after = reading(back.direct) | reading(back.gradient), reading(back.transition)
+        states = {("state", k[1]) for k in here if k[0] == "state"} | {("state", k[1]) for k in after if k[0] == "prev"}
+        states |= {k[:2] for k in here if k[0] == "prev"} | {("after", k[1]) for k in after if k[0] == "state"}
+        given = {*back.moved.values(), back.first}
+        inputs = [k for keys in (here, after) for k in keys if k[0] == "input" and k not in given]
+        forward = {k for k in reading(self.one.lift) | reading(self.one.readout) if k[0] == "input"}
+        return len(forward), len(inputs) + len(states)
+
     def reused(self) -> list[tuple[int, int, bool]]:
         """(live component, output, whatever its dtype): outputs that are a component, so that it need not be saved."""
         back = self.one.back
@@ -147,7 +159,7 @@ def table(plan: PointwisePlan, tensors: Tensors) -> str:
         ("smooth_scalars", repr(len(smooth))),
         ("reused", repr(tuple(r for r in tensors.reused() if r[0] in {t.place for t in tensors.states}))),
         ("counts", repr(one.counts)),
-        ("tiles", _tiles(plan)),
+        ("tiles", _tiles(plan, tensors)),
     ]
     body = "".join(f"        {key}={value},\n" for key, value in rows)
     return f"KERNELS = PointwiseKernels(\n    SimpleNamespace(\n{body}    )\n)"
@@ -157,9 +169,11 @@ def _rows(values: Iterable[object]) -> str:
     return "(" + "".join(f"{v!r}, " for v in values).rstrip() + ")"
 
 
-def _tiles(plan: PointwisePlan) -> str:
-    def one(tiles: tuple[tuple[int, Tile], ...]) -> str:
-        each = (f"{size}: ({t.rows}, {t.chunks}, {t.lanes}, {t.warps}, {t.stages}, {t.vector})" for size, t in tiles)
+def _tiles(plan: PointwisePlan, tensors: Tensors) -> str:
+    def one(tiles: tuple[tuple[int, Tile], ...], streams: int) -> str:
+        found = ((size, tile.with_streams(size, streams)) for size, tile in tiles)
+        each = (f"{size}: ({t.rows}, {t.chunks}, {t.lanes}, {t.warps}, {t.stages}, {t.vector})" for size, t in found)
         return "{" + ", ".join(each) + "}"
 
-    return f'{{"forward": {one(plan.forward)}, "backward": {one(plan.backward)}}}'
+    forward, backward = tensors.streams()
+    return f'{{"forward": {one(plan.forward, forward)}, "backward": {one(plan.backward, backward)}}}'

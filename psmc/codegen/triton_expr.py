@@ -123,7 +123,8 @@ def number(expr: Expr) -> str:
 def helper_texts(functions: Iterable[LaneFunction]) -> list[str]:
     """The small functions that these call, each before its callers."""
     used = {name for f in functions for name in f.helpers}
-    ordered = dict.fromkeys(["lane_larger", "lane_smaller", "lane_expm1", "lane_log1p", *HELPERS])
+    basic = ("lane_exp", "lane_larger", "lane_smaller", "lane_sigmoid", "lane_turn", "lane_expm1", "lane_log1p")
+    ordered = dict.fromkeys([*basic, *HELPERS])
     sized = sorted(n for n in used if n not in HELPERS)
     makers = {"lane_exp_sum": exp_sum, "lane_power": whole_power}
     made = [makers[kind](int(size)) for kind, size in (n.rsplit("_", 1) for n in sized)]
@@ -180,7 +181,7 @@ class _Printer:
             return args[1] if args[0].number else args[2]
         if node.op == "exp" and needs_safe_exp(terms := signed_terms(node.args[0], self.definition)):
             name = f"lane_exp_sum_{len(terms)}"
-            self.helpers.add(name)
+            self.helpers |= {name, "lane_exp"}
             shown = [self.show(t) for _, t in terms]
             signed = [t.text if sign > 0 else f"-{t.within(UNARY)}" for (sign, _), t in zip(terms, shown, strict=True)]
             return _Text(f"{name}({', '.join(signed)})", ATOM)

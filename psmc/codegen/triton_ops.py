@@ -40,30 +40,30 @@ SCALAR_OPS: dict[str, Row] = {
     "mul": Row("{0} * {1}", PRODUCT, (PRODUCT, UNARY)),
     "div": Row("{0} / {1}", PRODUCT, (PRODUCT, UNARY)),
     "neg": Row("-{0}", UNARY, (UNARY,)),
-    "pow": _helper("lane_power", 2),
+    "pow": _helper("lane_power", 2, needs="lane_exp"),
     "where": Row("tl.where({0}, {1}, {2})"),
     "max": _helper("lane_larger", 2),
     "min": _helper("lane_smaller", 2),
     "abs": _call("abs"),
     "sign": _helper("lane_sign"),
     "clamp": Row("lane_smaller(lane_larger({0}, {1}), {2})", helper="lane_smaller lane_larger"),
-    "exp": _call("exp"),
-    "expm1": _helper("lane_expm1"),
+    "exp": _helper("lane_exp"),
+    "expm1": _helper("lane_expm1", needs="lane_exp"),
     "log": _call("log"),
     "log1p": _helper("lane_log1p"),
     "sqrt": _call("sqrt"),
     "rsqrt": _call("rsqrt"),
-    "sin": _call("sin"),
-    "cos": _call("cos"),
-    "tanh": _helper("lane_tanh", needs="lane_expm1"),
-    "sigmoid": _call("sigmoid"),
-    "logsigmoid": _helper("lane_logsigmoid", needs="lane_log1p"),
-    "softplus": Row("-lane_logsigmoid(-{0})", UNARY, (UNARY,), "lane_log1p lane_logsigmoid"),
+    "sin": _helper("lane_sin", needs="lane_turn"),
+    "cos": _helper("lane_cos", needs="lane_turn"),
+    "tanh": _helper("lane_tanh", needs="lane_exp lane_expm1"),
+    "sigmoid": _helper("lane_sigmoid", needs="lane_exp"),
+    "logsigmoid": _helper("lane_logsigmoid", needs="lane_exp lane_log1p"),
+    "softplus": Row("-lane_logsigmoid(-{0})", UNARY, (UNARY,), "lane_exp lane_log1p lane_logsigmoid"),
     "relu": Row("lane_larger({0}, 0)", helper="lane_larger"),
-    "silu": _helper("lane_silu"),
+    "silu": _helper("lane_silu", needs="lane_exp lane_sigmoid"),
     "gelu": _helper("lane_gelu"),
     "erf": _call("erf"),
-    "logaddexp": _helper("lane_logaddexp", 2, needs="lane_log1p"),
+    "logaddexp": _helper("lane_logaddexp", 2, needs="lane_exp lane_log1p"),
     "stop": Row("{0}", 0, (0,)),
     "real": Row("{0}", 0, (0,)),
     "imag": Row("0.0"),
@@ -71,15 +71,47 @@ SCALAR_OPS: dict[str, Row] = {
 }
 
 HELPERS: dict[str, str] = {
+    "lane_exp": '''\
+def lane_exp(x):
+    return tl.exp2(x * 1.4426950408889634)
+''',
     "lane_larger": '''\
 def lane_larger(a, b):
-    """max(a, b); of equal ones the left."""
-    return tl.where((a >= b) | (a != a), a, b)
+    """max(a, b), NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 ''',
     "lane_smaller": '''\
 def lane_smaller(a, b):
-    """min(a, b); of equal ones the left."""
-    return tl.where((a <= b) | (a != a), a, b)
+    """min(a, b), NaN if either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+''',
+    "lane_sigmoid": '''\
+def lane_sigmoid(x):
+    """1 / (1 + exp(-x)): the square of a reciprocal root is cheaper than a quotient."""
+    root = tl.rsqrt(1 + lane_exp(-x))
+    return root * root
+''',
+    "lane_turn": '''\
+def lane_turn(x, shift):
+    """sin(x + shift pi / 2): the angle is brought to [-pi/4, pi/4] in three exact parts, then a polynomial (Cephes).
+    Angles beyond 1e7 have lost their phase in fp32 anyway."""
+    turns = tl.floor(x * 0.6366197723675814 + 0.5)
+    a = x - turns * 1.5703125 - turns * 4.837512969970703125e-4 - turns * 7.549789948768648e-8
+    z = a * a
+    sine = a + a * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    cosine = 1 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    quarter = turns.to(tl.int32) + shift
+    value = tl.where((quarter & 1) == 0, sine, cosine)
+    value = tl.where((quarter & 2) == 0, value, -value)
+    return tl.where(value > 1, 1.0, tl.where(value < -1, -1.0, value))
+''',
+    "lane_sin": '''\
+def lane_sin(x):
+    return lane_turn(x, 0)
+''',
+    "lane_cos": '''\
+def lane_cos(x):
+    return lane_turn(x, 1)
 ''',
     "lane_sign": '''\
 def lane_sign(x):
@@ -89,7 +121,7 @@ def lane_sign(x):
 def lane_expm1(x):
     """exp(x) - 1; its series near 0."""
     series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
-    return tl.where(tl.abs(x) < 0.35, series, tl.exp(x) - 1)
+    return tl.where(tl.abs(x) < 0.35, series, lane_exp(x) - 1)
 ''',
     "lane_log1p": '''\
 def lane_log1p(x):
@@ -105,11 +137,11 @@ def lane_tanh(x):
 ''',
     "lane_logsigmoid": '''\
 def lane_logsigmoid(x):
-    return tl.where(x < 0, x, 0.0) - lane_log1p(tl.exp(-tl.abs(x)))
+    return tl.where(x < 0, x, 0.0) - lane_log1p(lane_exp(-tl.abs(x)))
 ''',
     "lane_silu": '''\
 def lane_silu(x):
-    return x * tl.sigmoid(x)
+    return x * lane_sigmoid(x)
 ''',
     "lane_gelu": '''\
 def lane_gelu(x):
@@ -119,12 +151,12 @@ def lane_gelu(x):
     "lane_logaddexp": '''\
 def lane_logaddexp(a, b):
     """log(exp(a) + exp(b)); the same infinity twice gives it back."""
-    return tl.where(a == b, a + 0.6931471805599453, tl.where(a < b, b, a) + lane_log1p(tl.exp(-tl.abs(a - b))))
+    return tl.where(a == b, a + 0.6931471805599453, tl.where(a < b, b, a) + lane_log1p(lane_exp(-tl.abs(a - b))))
 ''',
     "lane_power": '''\
 def lane_power(x, y):
     """x ** y; a negative base wants a whole exponent."""
-    size = tl.where(y == 0, 1.0, tl.exp(y * tl.log(tl.abs(x))))
+    size = tl.where(y == 0, 1.0, lane_exp(y * tl.log(tl.abs(x))))
     odd = y - 2 * tl.floor(y / 2)
     signed = tl.where(odd == 0, size, tl.where(odd == 1, -size, float("nan")))
     return tl.where(x < 0, signed, size)
@@ -139,7 +171,7 @@ def exp_sum(arity: int) -> str:
     return (
         f"def lane_exp_sum_{arity}({', '.join(names)}):\n"
         f'    """exp({" + ".join(names)}); 0 where a term is -inf, whatever the others are."""\n'
-        f"    return tl.where({gone}, 0.0, tl.exp({' + '.join(names)}))\n"
+        f"    return tl.where({gone}, 0.0, lane_exp({' + '.join(names)}))\n"
     )
 
 

@@ -8,7 +8,7 @@ times as much. `benchmarks/pointwise_tiles.py` measures them again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from psmc.ir import Aggregator, Block, DimValue, Extern, Index, IndexValue, Ref
 from psmc.ir.rewrite import inline, refs, walk
@@ -17,6 +17,7 @@ from psmc.structure.live import relevant
 from psmc.structure.report import Structure
 
 _REGISTERS = (320, 180)  # values of a thread, fp32 forward, and backward or 2-byte; more make it spill
+_SHARED = 52 * 1024  # bytes of loads in flight of a program, so that four fit a multiprocessor
 _MAX_SCAN = 12  # scalars that one scan carries
 
 
@@ -30,6 +31,11 @@ class Tile:
     warps: int
     stages: int
     vector: int
+
+    def with_streams(self, size: int, streams: int) -> Tile:
+        """The tile of a kernel that loads `streams` tensors of `size` bytes an entry; if many, two are in flight."""
+        whole = self.rows * self.chunks * self.lanes * size * streams
+        return replace(self, stages=3 if 2 * whole <= _SHARED else 2)
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,14 @@ def _size(agg: Aggregator, structure: Structure) -> str | None:
 
 def plan(agg: Aggregator, structure: Structure) -> PointwisePlan:
     """Tiles for fp32 and for 2-byte reals, from how many values a program holds at once."""
-    inputs = len(agg.leaf_inputs)
-    element = sum(2 if agg.component(c).kind == "complex" else 1 for c in structure.element)
-    live = sum(2 if agg.component(c).kind == "complex" else 1 for c in structure.live)
-    outputs = len(agg.output.results)
-    forward = inputs + element + outputs
+    wide = [t for t in (*agg.leaf_inputs, *agg.params) if t.kind == "complex"]
+    inputs = len(agg.leaf_inputs) + len(agg.params) + len(wide)
+    width = {"complex": 2, "int": 2}
+    element = sum(width.get(agg.component(c).kind, 1) for c in structure.element)
+    live = sum(width.get(agg.component(c).kind, 1) for c in structure.live)
+    outputs = sum(width.get(a.value.kind, 1) for a in agg.output.results)
+    saved = 0 if all(x.ring == "add mul" for x in structure.layers) else live
+    forward = inputs + element + outputs + saved + 2 * (len(structure.layers) - 1)
     backward = inputs + outputs + live * live + live
     why = (
         f"pointwise: {element} scalars an element, {live} carried; lanes are independent, one pass over time",

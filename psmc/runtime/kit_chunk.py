@@ -26,7 +26,7 @@ from psmc.runtime.kit_cut import Cut
 from psmc.runtime.kit_decay import Decay, Step, apply_pairs, before_token, decay_of, pair_products
 from psmc.runtime.kit_layer import RECOMPUTE_BYTES, SEGMENT_BYTES
 
-CHUNK = 64  # tokens
+CHUNK = {"cpu": 32, "cuda": 64}  # tokens: what a cache likes; as few launches as that allows
 
 Rows = tuple[Tensor, ...]  # the columns of a factor, [B, T, G, width] each
 
@@ -70,7 +70,8 @@ def chunk_scan(
     batch, length, lanes, _ = f.c[0].shape
     if length == 0:
         return [f.c[0] for _ in f.q], [f.c[0] for _ in f.p], start
-    cut = Cut(length, size or _size(length, cu_seqlens), cu_seqlens)
+    kind = "cpu" if start.device.type == "cpu" else "cuda"
+    cut = Cut(length, size or _size(length, cu_seqlens, kind), cu_seqlens)
     if valid is not None:
         on = valid[..., None, None]
         f = f.map(lambda x, fill: torch.where(on, x, fill))
@@ -78,9 +79,9 @@ def chunk_scan(
     runs = None if reset is None else cut.split(reset, False)
     item = f.c[0].element_size() * batch * lanes
     per_chunk = item * cut.size * (cut.size + sum(x.shape[-1] for rows in f[2:] for x in rows))
-    kind = "cpu" if start.device.type == "cpu" else "cuda"
     some = max(1, min(cut.count, SEGMENT_BYTES[kind] // max(per_chunk, 1)))
-    recompute = per_chunk * cut.count > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
+    kept = 4 * per_chunk * cut.count  # about that many tensors of each size are kept for backward
+    recompute = kept > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
     carry = start if cut.row is None else torch.zeros_like(start[:1])
     found: list[list[Tensor]] = []
     after: list[Tensor] = []
@@ -94,10 +95,10 @@ def chunk_scan(
     return joined[: len(f.q)], joined[len(f.q) :], final
 
 
-def _size(length: int, cu_seqlens: Tensor | None) -> int:
+def _size(length: int, cu_seqlens: Tensor | None, kind: str) -> int:
     """Tokens a chunk: not many more than a sequence has on average, since its last chunk may be next to empty."""
     mean = length if cu_seqlens is None else max(1, length // max(1, cu_seqlens.numel() - 1))
-    return min(CHUNK, 1 << (mean - 1).bit_length())
+    return min(CHUNK[kind], 1 << (mean - 1).bit_length())
 
 
 def _few_chunks(f: Factors, runs: Tensor | None, cut: Cut, some: int) -> Any:

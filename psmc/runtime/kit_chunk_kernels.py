@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from psmc.runtime.kit_bind import spread
+from psmc.runtime.kit_chunk_layer import LayerFactors, matrix_layer, simple_layer
 from psmc.runtime.kit_chunk_views import (
     Lanes,
     _block,
@@ -42,14 +41,17 @@ class ChunkKernels:
 
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
-        shift: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None,
+        shift: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None, number: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in `dtype` (q's), and the last state [N, G, K, V] in fp32.
 
         q, b [B, T, G, K], c [B, T, G, V]; log: log of the decay, None, [B, T, G] or [B, T, G, K]; start [N, G, K, V] or
-        None; cu: N + 1 offsets of sequences in a batch of 1. Differentiable in q, b, c, log and start.
+        None; cu: N + 1 offsets of sequences in a batch of 1; number: [B, T, G], multiplies b (log not over K).
+        Differentiable in q, b, c, log, start and number.
         """
-        found: tuple[Tensor, Tensor] = _ChunkScan.apply(self, q, b, c, log, start, cu, shift, scale, dtype or q.dtype)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor] = _ChunkScan.apply(
+            self, q, b, c, log, start, cu, shift, scale, dtype or q.dtype, number
+        )  # type: ignore[no-untyped-call]
         return found
 
     def layer(
@@ -65,15 +67,17 @@ class ChunkKernels:
     ) -> list[Tensor] | None:  # fmt: skip
         """One token, in place: each component's readout [B, 1, G, V] as its state [rows, G, K, V] moves on, in the rows
         that `slots` [B] names. None: not for the kernel."""
-        f = _LayerFactors(call, layer, tuple(outer), found, None, None)
+        f = LayerFactors(call, layer, tuple(outer), found, None, None)
         sides = [(n, shift) for n, shift in (("q0", 0), ("p0", 1)) if n in f]
-        if not _simple(layer, f) or layer.columns != 1 or len(layer.reads) != 1 or len(sides) != 1:
+        if not simple_layer(layer, f) or layer.columns != 1 or len(layer.reads) != 1 or len(sides) != 1:
             return None
         if not all(self.takes(s.shape[2], s.shape[3], s.device) and s.dtype == torch.float32 for s in states):
             return None
         name, shift = sides[0]
         dtype = call.dtype if all(p[0] in layer.shown for p in layer.reads[0].parts) else torch.float32
         q, b, log = _laid(f.rows(name)), _laid(f.rows("b0")), f.log()
+        number = f.number(0)
+        b = b if number is None else b * number.unsqueeze(-1)
         outputs = []
         for j, state in enumerate(states):
             c = _laid(f.rows(f"c0_{j}" if j else "c0", layer.vectors[j]))
@@ -93,7 +97,7 @@ class ChunkKernels:
 
     def forward(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None, shift: int,
-        scale: float, dtype: torch.dtype,
+        scale: float, dtype: torch.dtype, number: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         how = self.plan("forward", q, b, c, log, cu)
         n = how.lanes
@@ -104,11 +108,11 @@ class ChunkKernels:
         pairs = self._pairs(q, b, log, shift, how)
         begin, last = start, final
         if how.segments > 1:
-            begin = self._starts(b, c, log, start, final, False, shift, 1.0, how)
+            begin = self._starts(b, c, log, start, final, False, shift, 1.0, how, number)
             last = None  # type: ignore[assignment]
         grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
         self.table.forward[grid](
-            q, b, c, log, pairs, begin, y, last, None, n.cu, n.first, *_strides(q, b, c, log), n.tokens,
+            q, b, c, log, number, pairs, begin, y, last, None, n.cu, n.first, *_strides(q, b, c, log, number), n.tokens,
             how.segments, how.segment, n.lanes, scale, how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk,
             how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -117,8 +121,9 @@ class ChunkKernels:
     def backward(
         self, dy: Tensor, d_final: Tensor | None, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None,
         start: Tensor | None, cu: Tensor | None, shift: int, scale: float, d_log: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-        """Gradients of q, b, c, log (in fp32; None if not wanted) and start (in fp32)."""
+        number: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        """Gradients of q, b, c, log (in fp32; None if not wanted), start and number (in fp32)."""
         how = self.plan("gradients", q, b, c, log, cu)
         n = how.lanes
         dq, db, dc = (
@@ -127,30 +132,33 @@ class ChunkKernels:
         )
         d_start = _matrices(n, n.sequences, q)
         dlog = torch.zeros(log.shape, dtype=torch.float32, device=q.device) if log is not None and d_log else None
+        dn = None if number is None else torch.zeros(number.shape, dtype=torch.float32, device=q.device)
         if not dy.numel():
-            return dq, db, dc, dlog, d_start.zero_() if d_final is None else d_final.float()
+            return dq, db, dc, dlog, d_start.zero_() if d_final is None else d_final.float(), dn
         dy = dy.contiguous()
-        states = self.states(b, c, log, start, None, False, shift, 1.0, cu, how.bt)
+        states = self.states(b, c, log, start, None, False, shift, 1.0, cu, how.bt, number)
         costates = self.states(q, dy, log, d_final, d_start, True, shift, scale, cu, how.bt)
         pairs = self._pairs(q, b, log, shift, how)
         grid = (n.chunks * n.lanes,)
-        shared = (*_strides(q, b, c, log), n.tokens, n.lanes, scale)
+        shared = (n.tokens, n.lanes, scale)
+        strides = _strides(q, b, c, log)
         kinds = (how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages)
         self.table.gradients[grid](
-            q, b, c, log, pairs, dy, states, costates, dq, db, dc, dlog, n.cu, n.first, n.owner, *shared, *kinds,
+            q, b, c, log, number, pairs, dy, states, costates, dq, db, dc, dlog, dn, n.cu, n.first, n.owner, *strides,
+            *_places(number), *shared, *kinds,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         if how.decay == 2:
             inner = self.plan("inner", q, b, c, log, cu, how.bt)
             self.table.inner[grid](
-                q, b, c, log, dy, dq, db, dlog, n.cu, n.first, n.owner, *shared, shift, how.precision, n.key,
+                q, b, c, log, dy, dq, db, dlog, n.cu, n.first, n.owner, *strides, *shared, shift, how.precision, n.key,
                 n.value, how.bt, how.bk, _block(n.value), 16, num_warps=inner.warps,
             )  # fmt: skip
-        return dq, db, dc, dlog, d_start
+        return dq, db, dc, dlog, d_start, dn
 
     def states(
         self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, back: bool,
-        shift: int, scale: float, cu: Tensor | None, bt: int = 0,
+        shift: int, scale: float, cu: Tensor | None, bt: int = 0, number: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The state before each chunk (behind it, if `back`), [chunks, G, K, V] as operands; into `end`: the last."""
         how = self.plan("states", x, x, z, log, cu, bt)
@@ -158,14 +166,14 @@ class ChunkKernels:
         states = torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=how.operand, device=x.device)
         if how.segments > 1:
             end = _matrices(n, n.sequences, x) if end is None else end
-            start = self._starts(x, z, log, start, end, back, shift, scale, how)
+            start = self._starts(x, z, log, start, end, back, shift, scale, how, number)
             end = None
-        self._walk(x, z, log, start, end, None, states, back, shift, scale, how)
+        self._walk(x, z, log, start, end, None, states, back, shift, scale, how, number)
         return states
 
     def _starts(
         self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, last: Tensor, back: bool, shift: int,
-        scale: float, how: SimpleNamespace,
+        scale: float, how: SimpleNamespace, number: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """What each segment starts from, [N, S, G, K, V]; into `last`: where the last ends."""
         n = how.lanes
@@ -174,7 +182,7 @@ class ChunkKernels:
         left = torch.empty(n.sequences, how.segments, n.lanes, width, dtype=torch.float32, device=x.device)
         own = self.plan("states", x, x, z, log, n.cu, how.bt)
         own.segments, own.segment = how.segments, how.segment
-        self._walk(x, z, log, None, ends, left, None, back, shift, scale, own)
+        self._walk(x, z, log, None, ends, left, None, back, shift, scale, own, number)
         block = min(1024, _block(n.key * n.value))
         self.table.join[(n.sequences * n.lanes * -(-n.key * n.value // block),)](
             start, ends, left, starts, last, how.segments, n.lanes, back, how.decay, n.key, n.value, block
@@ -184,12 +192,13 @@ class ChunkKernels:
     def _walk(
         self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, left: Tensor | None,
         states: Tensor | None, back: bool, shift: int, scale: float, how: SimpleNamespace,
+        number: Tensor | None,
     ) -> None:  # fmt: skip
         n = how.lanes
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
         self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
-            x, z, log, start, end, left, states, n.cu, n.first, *_places(x), *_places(z), *_places(log), n.tokens,
+            x, z, log, number, start, end, left, states, n.cu, n.first, *_strides(x, z, log, number), n.tokens,
             how.segments, how.segment, n.lanes, scale, back, how.decay, shift, how.precision, n.key, n.value, how.bt,
             bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -252,134 +261,32 @@ class ChunkKernels:
         return -(-tokens // each), each
 
 
-def matrix_layer(
-    kernels: ChunkKernels, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
-    start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
-) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
-    """The linear readouts of a layer, [B, T, G, V] of each component, and the components' last states [N, G, K, V];
-    None: not for the kernels.
-
-    sizes: outer and key; widths: of the components over the value; found: the factors that are not plain; start: [N, G,
-    K, all widths]; mask, reset: [B, T] bool. Readouts of S and of prev.S, and columns of the injection, add up, and
-    components share no column: one scan for each.
-    """
-    outer, key = tuple(sizes[:-1]), sizes[-1]
-    f = _LayerFactors(call, layer, outer, found, mask, reset)
-    if not _simple(layer, f) or not all(kernels.takes(key, width, call.device) for width in widths):
-        return None
-    dtypes = [call.dtype if all(p[0] in layer.shown for p in r.parts) else torch.float32 for r in layer.reads]
-    columns = [f.rows(f"b{k}") for k in range(layer.columns)]
-    log = f.log()
-    queries = [
-        [(f.rows(n), s, f.scale(n)) for n, s in ((f"q{r}", 0), (f"p{r}", 1)) if n in f] for r in range(len(dtypes))
-    ]
-    outputs: list[list[Tensor]] = [[] for _ in queries]
-    states = []
-    starts = [None] * len(widths) if start is None else torch.split(start, widths, -1)
-    for j, begin in enumerate(starts):
-        values = [f.rows(f"c{k}_{j}" if j else f"c{k}", layer.vectors[j]) for k in range(layer.columns)]
-        final: Tensor | None = None
-        for r, query in enumerate(queries):
-            total: Tensor | None = None
-            for q, shift, scale in query:
-                q = f.fresh(q) if shift else q
-                ends = []
-                for k, (b, c) in enumerate(zip(columns, values, strict=True)):
-                    y, end = kernels.scan(q, b, c, log, None if k else begin, cu, shift, scale, dtypes[r])
-                    total = y if total is None else total + y
-                    ends.append(end)
-                final = sum(ends[1:], ends[0]) if final is None else final
-            assert total is not None
-            outputs[r].append(total)
-        assert final is not None
-        states.append(final)
-    return outputs, states
-
-
-def _simple(layer: Any, f: _LayerFactors) -> bool:
-    """Whether the kernels know this kind of layer."""
-    other = any(name in f for name in ("log_value", "decay", "decay_key", "decay_value"))
-    if other or layer.rank or not layer.reads or any(r.extra for r in layer.reads):
-        return False
-    return all(f.call.leading) and f.call.compute == torch.float32
-
-
-class _LayerFactors:
-    """A layer's factors as [B, T, G, width]: plain ones in their own dtype, others in that of the outputs."""
-
-    def __init__(
-        self, call: Any, layer: Any, outer: tuple[int, ...], found: dict[str, Tensor], mask: Tensor | None,
-        reset: Tensor | None,
-    ) -> None:  # fmt: skip
-        self.call, self.outer, self.found, self.plain = call, outer, found, layer.plain
-        self.scales = layer.scales(call.n)
-        self.mask, self.reset = mask, reset
-        self.shape = (*call.leading, prod(call.lanes) * prod(outer))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.found or name in self.plain
-
-    def scale(self, name: str) -> float:
-        return float(self.scales.get(name, 1.0))
-
-    def rows(self, name: str, vector: bool = False) -> Tensor:
-        """`vector`: without a width of its own, which is 1 then."""
-        if name in self.plain:
-            x = self.call.inputs[self.plain[name]]
-            x = spread(x, x.dim() - len(self.outer) - (not vector), self.call.lanes)
-        else:
-            x = self.found[name]
-            if name[:3] != "log":
-                x = x.to(self.call.dtype)
-        own = () if vector else x.shape[-1:]
-        x = x.expand(*self.call.leading, *self.call.lanes, *self.outer, *own).reshape(*self.shape, *own)
-        x = x.unsqueeze(-1) if vector and name[:3] != "log" else x
-        return x if self.mask is None or name[:3] == "log" else torch.where(self.mask[..., None, None], x, 0.0)
-
-    def log(self) -> Tensor | None:
-        """[B, T, G] or [B, T, G, K]; 0 at tokens that do not count, -inf before a restart."""
-        log = self.rows("log", True) if "log" in self else self.rows("log_key") if "log_key" in self else None
-        if self.mask is not None and log is not None:
-            log = torch.where(self._over(self.mask, log), log, 0.0)
-        if self.reset is not None:
-            if log is None:
-                log = torch.zeros((), device=self.call.device).expand(self.shape)
-            log = torch.where(self._over(self.reset, log), -torch.inf, log)
-        return log
-
-    def fresh(self, p: Tensor) -> Tensor:
-        """Queries of prev.S, which is nothing at a restart."""
-        return p if self.reset is None else torch.where(self.reset[..., None, None], 0.0, p)
-
-    @staticmethod
-    def _over(flag: Tensor, like: Tensor) -> Tensor:
-        return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
-
-
 class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, kernels: ChunkKernels, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None,
-        cu: Tensor | None, shift: int, scale: float, dtype: torch.dtype,
+        cu: Tensor | None, shift: int, scale: float, dtype: torch.dtype, number: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         q, b, c = _laid(q), _laid(b), _laid(c)
         log = None if log is None else _laid(log)
+        number = None if number is None else _laid(number)
         start = None if start is None else start.float().contiguous()
         ctx.kernels, ctx.shift, ctx.scale = kernels, shift, scale
-        ctx.save_for_backward(q, b, c, log, start, cu)
+        ctx.save_for_backward(q, b, c, log, start, cu, number)
         ctx.set_materialize_grads(False)
-        return kernels.forward(q, b, c, log, start, cu, shift, scale, dtype)
+        return kernels.forward(q, b, c, log, start, cu, shift, scale, dtype, number)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        q, b, c, log, start, cu = ctx.saved_tensors
+        q, b, c, log, start, cu, number = ctx.saved_tensors
         dy, d_final = grads
         if dy is None:
             dy = torch.zeros(*c.shape[:3], c.shape[3], dtype=q.dtype, device=q.device)
         d_final = None if d_final is None else d_final.float().contiguous()
-        dq, db, dc, dlog, d_start = ctx.kernels.backward(
-            dy, d_final, q, b, c, log, start, cu, ctx.shift, ctx.scale, ctx.needs_input_grad[4]
+        dq, db, dc, dlog, d_start, dn = ctx.kernels.backward(
+            dy, d_final, q, b, c, log, start, cu, ctx.shift, ctx.scale, ctx.needs_input_grad[4], number
         )
         dlog = None if dlog is None else dlog.to(log.dtype)
-        return None, dq, db, dc, dlog, d_start if ctx.needs_input_grad[5] else None, *[None] * 4
+        dn = None if dn is None or number is None else dn.to(number.dtype)
+        return None, dq, db, dc, dlog, d_start if ctx.needs_input_grad[5] else None, *[None] * 4, dn

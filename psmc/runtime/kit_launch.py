@@ -25,6 +25,7 @@ class PointwiseKernels:
         self.table = table
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
+        self.segment_tiles = 16  # a segment has at least as many
         self._lanes: dict[Any, LaneShape] = {}
 
     def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
@@ -59,9 +60,9 @@ class PointwiseKernels:
             carry: list[Tensor | None] = [None] * len(table.live_scalars)
             if span.segments > 1:
                 carry = self._carries(span, lanes, inputs, params, begin, kinds, cu, joined)
-            tensors = [*outputs, *begin, *finals, *(saved.get(name) for name, _ in table.live)]
+            tensors = [*outputs, *(saved.get(name) for name, _ in table.live), *begin, *finals]
             table.forward_kernel[span.grid](
-                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, *span.tile,
+                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, span.even, *span.tile,
                 num_warps=span.warps,
             )  # fmt: skip
         return outputs, finals, [saved[name] for name in names]
@@ -159,13 +160,14 @@ class PointwiseKernels:
         processors = self.processors or _processors(inputs[0].device)
         segments, each = 1, length
         if programs < 2 * processors:
-            segments = min(-(-4 * processors // programs), length // (16 * tokens))
+            segments = min(-(-4 * processors // programs), length // (self.segment_tiles * tokens))
             if segments > 3:
                 each = -(-length // (segments * tokens)) * tokens
             segments = -(-length // each) if each else 1
         return SimpleNamespace(
             tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
             grid=(programs * segments,), numbers=(length, lanes.count // vector, segments, each),
+            even=lanes.count % width == 0,
         )  # fmt: skip
 
     def _kinds(self, code: Tensor | None, cu: Tensor | None, rows: int, length: int, joined: bool) -> Tensor | None:

@@ -44,7 +44,8 @@ class Chunked(NamedTuple):
     [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and c of a vector.
     orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
     plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
-    numbers that multiply some of them. shown: linear parts that are outputs as they stand.
+    numbers that multiply some of them. b0 is to be multiplied by n0 [..., *outer], where it is there. shown: linear
+    parts that are outputs as they stand.
     """
 
     components: tuple[str, ...]
@@ -193,6 +194,9 @@ def _chunked(
             return _linear_parts(call, layer, single, done[0], outer), _matrix_states(call, layer, ordered, done[1])
     scales = layer.scales(call.n)
     found = {**found, **{k: getattr(tokens, x) * scales.get(k, 1) for k, x in layer.plain.items()}}
+    for k in range(layer.columns):
+        if f"n{k}" in found:
+            found[f"b{k}"] = found[f"b{k}"] * found[f"n{k}"].unsqueeze(-1)
     if len(slots) > 1:
         found = {**found, **{f"c{k}": _side_by_side(found, f"c{k}", layer.vectors) for k in range(layer.columns)}}
 

@@ -1,0 +1,120 @@
+"""One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psmc.runtime.kit_bind import spread
+
+
+def matrix_layer(
+    kernels: Any, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
+    start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
+    """The linear readouts of a layer, [B, T, G, V] of each component, and the components' last states [N, G, K, V];
+    None: not for the kernels.
+
+    sizes: outer and key; widths: of the components over the value; found: the factors that are not plain; start: [N, G,
+    K, all widths]; mask, reset: [B, T] bool. Readouts of S and of prev.S, and columns of the injection, add up, and
+    components share no column: one scan for each.
+    """
+    outer, key = tuple(sizes[:-1]), sizes[-1]
+    f = LayerFactors(call, layer, outer, found, mask, reset)
+    if not simple_layer(layer, f) or not all(kernels.takes(key, width, call.device) for width in widths):
+        return None
+    dtypes = [call.dtype if all(p[0] in layer.shown for p in r.parts) else torch.float32 for r in layer.reads]
+    columns = [f.rows(f"b{k}") for k in range(layer.columns)]
+    numbers = [f.number(k) for k in range(layer.columns)]
+    log = f.log()
+    queries = [
+        [(f.rows(n), s, f.scale(n)) for n, s in ((f"q{r}", 0), (f"p{r}", 1)) if n in f] for r in range(len(dtypes))
+    ]
+    outputs: list[list[Tensor]] = [[] for _ in queries]
+    states = []
+    starts = [None] * len(widths) if start is None else torch.split(start, widths, -1)
+    for j, begin in enumerate(starts):
+        values = [f.rows(f"c{k}_{j}" if j else f"c{k}", layer.vectors[j]) for k in range(layer.columns)]
+        final: Tensor | None = None
+        for r, query in enumerate(queries):
+            total: Tensor | None = None
+            for q, shift, scale in query:
+                q = f.fresh(q) if shift else q
+                ends = []
+                for k, (b, c, n) in enumerate(zip(columns, values, numbers, strict=True)):
+                    y, end = kernels.scan(q, b, c, log, None if k else begin, cu, shift, scale, dtypes[r], n)
+                    total = y if total is None else total + y
+                    ends.append(end)
+                final = sum(ends[1:], ends[0]) if final is None else final
+            assert total is not None
+            outputs[r].append(total)
+        assert final is not None
+        states.append(final)
+    return outputs, states
+
+
+def simple_layer(layer: Any, f: LayerFactors) -> bool:
+    """Whether the kernels know this kind of layer."""
+    other = any(name in f for name in ("log_value", "decay", "decay_key", "decay_value"))
+    if other or layer.rank or not layer.reads or any(r.extra for r in layer.reads):
+        return False
+    return all(f.call.leading) and f.call.compute == torch.float32
+
+
+class LayerFactors:
+    """A layer's factors as [B, T, G, width]: plain ones in their own dtype, others in that of the outputs."""
+
+    def __init__(
+        self, call: Any, layer: Any, outer: tuple[int, ...], found: dict[str, Tensor], mask: Tensor | None,
+        reset: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.call, self.outer, self.found, self.plain = call, outer, found, layer.plain
+        self.scales = layer.scales(call.n)
+        self.mask, self.reset = mask, reset
+        self.shape = (*call.leading, prod(call.lanes) * prod(outer))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.found or name in self.plain
+
+    def scale(self, name: str) -> float:
+        return float(self.scales.get(name, 1.0))
+
+    def rows(self, name: str, vector: bool = False) -> Tensor:
+        """`vector`: without a width of its own, which is 1 then."""
+        if name in self.plain:
+            x = self.call.inputs[self.plain[name]]
+            x = spread(x, x.dim() - len(self.outer) - (not vector), self.call.lanes)
+        else:
+            x = self.found[name]
+            if name[0] not in "ln":
+                x = x.to(self.call.dtype)
+        own = () if vector else x.shape[-1:]
+        x = x.expand(*self.call.leading, *self.call.lanes, *self.outer, *own).reshape(*self.shape, *own)
+        x = x.unsqueeze(-1) if vector and name[0] not in "ln" else x
+        return x if self.mask is None or name[0] in "ln" else torch.where(self.mask[..., None, None], x, 0.0)
+
+    def number(self, k: int) -> Tensor | None:
+        """What multiplies b of column k, [B, T, G]."""
+        return self.rows(f"n{k}", True) if f"n{k}" in self else None
+
+    def log(self) -> Tensor | None:
+        """[B, T, G] or [B, T, G, K]; 0 at tokens that do not count, -inf before a restart."""
+        log = self.rows("log", True) if "log" in self else self.rows("log_key") if "log_key" in self else None
+        if self.mask is not None and log is not None:
+            log = torch.where(self._over(self.mask, log), log, 0.0)
+        if self.reset is not None:
+            if log is None:
+                log = torch.zeros((), device=self.call.device).expand(self.shape)
+            log = torch.where(self._over(self.reset, log), -torch.inf, log)
+        return log
+
+    def fresh(self, p: Tensor) -> Tensor:
+        """Queries of prev.S, which is nothing at a restart."""
+        return p if self.reset is None else torch.where(self.reset[..., None, None], 0.0, p)
+
+    @staticmethod
+    def _over(flag: Tensor, like: Tensor) -> Tensor:
+        return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
