@@ -61,7 +61,7 @@ def emit(
         spec=_docstring(spec_text),
         summary=[*_proof_lines(declared, proof), f"Plan: {plan.name}. " + "; ".join(plan.why) + "."],
         command=f"psmc compile {file}",
-        imports=imports(paste((*files, "kit_launch")) if kernels and not matrices else pasted, extra),
+        imports=imports(paste((*files, "kit_lanes", "kit_launch")) if kernels and not matrices else pasted, extra),
         public=public,
         mathematics=functions.strip() + "\n",
         kernels=kernels.strip(),
