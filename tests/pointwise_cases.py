@@ -32,6 +32,20 @@ from typing import Any
 import torch
 from torch import Tensor
 """
+# Scanned in stages, with a whole number among the components that are read before their token.
+COUNTED = """
+aggregator counted {
+  input x
+  state m = -inf, s = 0, n : int in [0, 99] = 0
+  lift { m = x; s = 1; n = 1 }
+  combine (l, r) {
+    m = max(l.m, r.m)
+    s = l.s * exp(l.m - m) + r.s * exp(r.m - m)
+    n = l.n + r.n
+  }
+  output y = log(s) + m, late = prev.s * x, count = s * n, before = prev.n + x, seen = prev.n
+  associative: yes
+}"""
 _FOLDER = Path(tempfile.mkdtemp(prefix="psmc_pointwise_"))
 _MODULES: dict[str, ModuleType] = {}
 

@@ -26,20 +26,24 @@ POINTERS = {"p_kind": "*i8", "p_code": "*i8", "p_fold_kind": "*i8", "p_fold_cut"
 PLAIN = ("carry", "p_kind", "p_cut", "p_fold_kind", "p_fold_cut", "p_cu", "initial", "p_slots")
 
 
-def compiled(kernel, tile: tuple[int, ...], dtype: str, everything: bool):
-    """`everything`: with masks, packed sequences, segments and an initial state; else the plain case."""
+def compiled(kernel, tile: tuple[int, ...], dtype: str, everything: bool, ints: tuple[str, ...] = ()):
+    """`everything`: with masks, packed sequences, segments and an initial state; else the plain case. `ints`: names of
+    whole-number components and outputs."""
     rows, chunks, lanes, warps, stages, vector = tile
-    constants = {"R": rows, "W": chunks, "BT": 256, "BC": lanes, "NS": stages, "V": vector, "JOINED": everything, "EVEN": not everything}
+    constants = {"R": rows, "W": chunks, "BT": 256, "BC": lanes, "NS": stages, "V": vector}
+    constants |= {"JOINED": everything, "EVEN": not everything}
     signature, fixed, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants or name[:2] in ("Q_", "D_"):
             signature[name], fixed[place,] = "constexpr", constants.get(name, 1)
         elif not name.startswith("p_"):
+            assert name.isupper(), f"{name}: a number or a constant?"
             signature[name] = "i32"
         elif not everything and any(word in name for word in PLAIN) and "carry_kernel" not in kernel.__name__:
             signature[name], fixed[place,] = "constexpr", None
         else:
-            signature[name] = POINTERS.get(name, "*fp32" if FP32.search(name) else f"*{dtype}")
+            whole = name.rsplit("_", 1)[-1] in ints
+            signature[name] = "*i64" if whole else POINTERS.get(name, "*fp32" if FP32.search(name) else f"*{dtype}")
             attributes[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, fixed, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})

@@ -27,7 +27,7 @@ else:
     import tempfile
 
     import torch
-    from pointwise_cases import Case, example, kernels, scan_rows, spec
+    from pointwise_cases import COUNTED, Case, example, kernels, scan_rows, spec
 
     from psmc.codegen.triton_expr import helper_texts, print_function
     from psmc.ir import OPS, Assign, Block, Op, Ref
@@ -86,6 +86,13 @@ else:
         agg = spec(text)
         Case(agg, 1, 35, lanes=(2,), initial=agg.inputs[0].name != "x").check()
         Case(agg, 1, 35, lanes=(), masked=True, resets=True).check()
+
+    def test_an_int_component_in_staged_scans() -> None:
+        agg = spec(COUNTED)
+        Case(agg, 1, 35, lanes=(2,)).check()
+        Case(agg, 2, 19, lanes=(1,), initial=True, masked=True, resets=True).check()
+        Case(agg, 1, 22, lanes=(1,), cu=[0, 1, 1, 18, 22], masked=True, resets=True).check()
+        Case(agg, 1, 37, lanes=(1,), masked=True, resets=True).check(split=True)
 
     def test_complex() -> None:
         Case(example("lru"), 1, 19, lanes=(2,), initial=True).check()
@@ -151,7 +158,7 @@ else:
         text += f"@triton.jit\ndef run(p, q, N: tl.constexpr):\n    o = tl.arange(0, N)\n{loads}"
         text += f"    tl.store(q + o, lane({', '.join(names)}))\n" if function.results else ""
         if not function.results:  # the imaginary part of a real
-            assert op == "imag" and function.constants == (("o", "0.0"),)
+            assert op == "imag" and function.constants == (("o", "0.0", "tl.float32"),)
             return
         grid = [x for x in SAMPLES if x > 0 or op not in POSITIVE]
         grid = [x + 1.0001 for x in grid if x > -1] if op == "log1p" else grid
