@@ -1,4 +1,4 @@
-"""README's tables, printed from benchmarks/results/*.json between its two markers.
+"""The documents' tables, printed from benchmarks/results/*.json between the two markers of each document.
 
     python benchmarks/tables.py [--check]
 
@@ -6,7 +6,7 @@ A file is {"commit", "device", "versions", "command", "rows": [...]}. Rows with 
 "pass" ("fwd", "bwd", "fwd+bwd", "step"), "tile" (block sizes), "floor_ms", "floor" (what bounds it: "bytes", "flops",
 "exp"), "peers": {name: ms},
 "peer_error": {name: text}, "peak_mib"; keys that do not apply are left out. Any other rows are shown as they are, a
-column a key.
+column a key; rows that name a "table" are shown in that one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks/tables.py: begin -->", "<!-- benchmarks/tables.py: end -->"
 NOTHING = "No measurements are committed yet."
 TITLES = {
@@ -31,6 +30,9 @@ TITLES = {
     "decode": "One token",
     "tree": "Trees",
 }
+# Where a topic's tables stand, if not in README.
+ELSEWHERE = {"proofs": "docs/proofs.md", "reassociation": "docs/proofs.md", "pointwise_tiles": "docs/measurements.md"}
+DOCUMENTS = ("README.md", *dict.fromkeys(ELSEWHERE.values()))
 Row = Mapping[str, Any]
 
 
@@ -96,15 +98,19 @@ def section(path: Path) -> list[str]:
         raise ValueError(f"{path.name}: {error!r}; expected commit, device, versions, command, rows") from error
     if "copy_gb_s" in record:
         source += f"; device copy {record['copy_gb_s']} GB/s"
-    is_timed = rows and all("pass" in r and ("ms" in r or "error" in r) for r in rows)
     title = TITLES.get(path.stem, path.stem.replace("_", " ").capitalize())
-    return [f"**{title}.** {source}", "", *(timed(rows) if is_timed else plain(rows)), ""]
+    lines = [f"**{title}.** {source}", ""]
+    for name in dict.fromkeys(r.get("table", "") for r in rows):
+        mine = [{k: v for k, v in r.items() if k != "table"} for r in rows if r.get("table", "") == name]
+        is_timed = all("pass" in r and ("ms" in r or "error" in r) for r in mine)
+        lines += [*([f"{name}:", ""] if name else []), *(timed(mine) if is_timed else plain(mine)), ""]
+    return lines
 
 
-def tables(results: Path = RESULTS) -> str:
-    """Everything between the markers."""
-    sections = [line for path in sorted(results.glob("*.json")) for line in section(path)]
-    return "\n".join(sections or [NOTHING, ""])
+def tables(document: str = "README.md", results: Path = RESULTS) -> str:
+    """Everything between the markers of a document."""
+    paths = [p for p in sorted(results.glob("*.json")) if ELSEWHERE.get(p.stem, "README.md") == document]
+    return "\n".join([line for path in paths for line in section(path)] or [NOTHING, ""])
 
 
 def updated(text: str, found: str) -> str:
@@ -117,18 +123,20 @@ def updated(text: str, found: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document differs")
     options = parser.parse_args(argv)
-    text = README.read_text(encoding="utf-8")
-    try:
-        new = updated(text, tables())
-    except ValueError as error:
-        print(f"tables: {error}", file=sys.stderr)
-        return 2
-    if options.check:
-        return int(new != text)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    stale = False
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        try:
+            new = updated(text, tables(document))
+        except ValueError as error:
+            print(f"{document}: {error}", file=sys.stderr)
+            return 2
+        stale |= new != text
+        if not options.check:
+            (ROOT / document).write_text(new, encoding="utf-8")
+    return int(stale and options.check)
 
 
 if __name__ == "__main__":

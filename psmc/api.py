@@ -16,6 +16,7 @@ from psmc.diagnostics import PsmcError, fail
 
 if TYPE_CHECKING:
     from psmc.algebra.verdict import Proof
+    from psmc.duality.evidence import Evidence
     from psmc.frontend.decorator import Extern
     from psmc.ir import Aggregator
     from psmc.pipeline import Compilation
@@ -81,7 +82,7 @@ def realise(compilation: Compilation, extern: Callable[..., Any] | None = None) 
             fail(
                 "PSM292", f"'{compilation.declared.name}' takes its rule from Python.",
                 compilation.declared.where("combine"), label="this rule",
-                helps=("pass it: psmc.load(path, extern=my_combine).",),
+                helps=("pass it: psmc.load(path, extern=my_combine), or --extern blocks.py:my_combine to psmc test.",),
             )  # fmt: skip
         found = found(extern)
     elif extern is not None:
@@ -128,6 +129,12 @@ class Described:
         if self._extern is None:
             return partial(reference.fold, self.declared)
         return partial(reference.fold, self.declared, extern=self._extern)
+
+    def evidence(self, **options: Any) -> Evidence:
+        """Both laws tried on random elements, `psmc.duality.evidence`: all there is for a rule from Python."""
+        from psmc.duality.evidence import evidence
+
+        return evidence(self, **options)
 
 
 def _described(

@@ -1,4 +1,4 @@
-"""README shows the committed measurements, as benchmarks/tables.py prints them, and the printing is right."""
+"""The documents show the committed measurements, as benchmarks/tables.py prints them, and the printing is right."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]], **extra: Any) -> 
     (folder / f"{name}.json").write_text(json.dumps({**HEAD, **extra, "rows": rows}), encoding="utf-8")
 
 
-def test_readme_is_up_to_date() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert SCRIPT["updated"](text, SCRIPT["tables"]()) == text, "run `make tables`"
+@pytest.mark.parametrize("document", SCRIPT["DOCUMENTS"])
+def test_documents_are_up_to_date(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert SCRIPT["updated"](text, SCRIPT["tables"](document)) == text, "run `make tables`"
 
 
 def test_committed_results_are_readable() -> None:
@@ -29,7 +30,7 @@ def test_committed_results_are_readable() -> None:
 
 
 def test_no_results(tmp_path: Path) -> None:
-    assert SCRIPT["NOTHING"] in SCRIPT["tables"](tmp_path)
+    assert SCRIPT["NOTHING"] in SCRIPT["tables"]("README.md", tmp_path)
 
 
 def test_timed_rows(tmp_path: Path) -> None:
@@ -39,7 +40,7 @@ def test_timed_rows(tmp_path: Path) -> None:
         {**same, "pass": "fwd+bwd", "ms": 4.0, "floor_ms": 1.0, "peer_error": {"theirs": "out of memory"}},
     ]
     write(tmp_path, "pointwise", rows, copy_gb_s=4000)
-    lines = SCRIPT["tables"](tmp_path).splitlines()
+    lines = SCRIPT["tables"]("README.md", tmp_path).splitlines()
     assert lines[0].startswith("**Pointwise scans.** a GPU; torch 2.0; commit abc1234; `python x.py`;")
     assert lines[0].endswith("device copy 4000 GB/s")
     assert lines[2] == "| spec | shape | dtype | pass | psmc ms | of the floor | theirs ms |"
@@ -49,16 +50,24 @@ def test_timed_rows(tmp_path: Path) -> None:
 
 def test_other_rows_are_shown_as_they_are(tmp_path: Path) -> None:
     write(tmp_path, "host", [{"what": "a | b", "us": 12.3456}, {"what": "c", "error": None, "right": True}])
-    lines = SCRIPT["tables"](tmp_path).splitlines()
+    lines = SCRIPT["tables"]("README.md", tmp_path).splitlines()
     assert lines[0].startswith("**Host.**")
     assert lines[2:6] == ["| what | us | right |", "| --- | --- | --- |", "| a \\| b | 12.3 |  |", "| c |  | yes |"]
+
+
+def test_rows_that_name_a_table(tmp_path: Path) -> None:
+    write(tmp_path, "proofs", [{"table": "Mutants", "kind": "a", "n": 3}, {"table": "Monoids", "made": "b"}])
+    assert SCRIPT["NOTHING"] in SCRIPT["tables"]("README.md", tmp_path)
+    lines = SCRIPT["tables"]("docs/proofs.md", tmp_path).splitlines()
+    assert lines[2:7] == ["Mutants:", "", "| kind | n |", "| --- | --- |", "| a | 3 |"]
+    assert lines[8:10] == ["Monoids:", ""]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json"])
 def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "broken.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"broken\.json"):
-        SCRIPT["tables"](tmp_path)
+        SCRIPT["tables"]("README.md", tmp_path)
 
 
 def test_markers() -> None:

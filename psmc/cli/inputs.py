@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from psmc.cli import console
 from psmc.diagnostics import PsmcError, fail
@@ -37,20 +37,24 @@ def existing(path: Path) -> Path:
             "PSM102", f"{path} is a Python file; psmc reads {SUFFIX} files",
             helps=("a class under @psmc.aggregator is proved and compiled when Python imports it.",),
         )  # fmt: skip
-    if path.exists():
-        return path
+    return path if path.exists() else fail_missing(path)
+
+
+def fail_missing(path: Path) -> NoReturn:
+    """Raises PsmcError PSM102, with the names that come close."""
     close = similar(path)
     hint = f"did you mean {' or '.join(close)}?" if close else "check the path; psmc new NAME writes a first spec."
     fail("PSM102", f"{path}: there is no such file", helps=(hint,))
 
 
 def similar(path: Path) -> list[str]:
-    """Specs in the same directory with a name like this one's."""
+    """Files of the same kind (specs, if it has none) in the same directory with a name like this one's."""
+    suffix = path.suffix or SUFFIX
     try:
-        stems = sorted(p.stem for p in path.parent.iterdir() if p.suffix == SUFFIX)
+        stems = sorted(p.stem for p in path.parent.iterdir() if p.suffix == suffix)
     except OSError:
         return []
-    return [str(path.parent / (stem + SUFFIX)) for stem in get_close_matches(path.stem, stems, 2)]
+    return [str(path.parent / (stem + suffix)) for stem in get_close_matches(path.stem, stems, 2)]
 
 
 def one_file(name: str) -> Path:
@@ -76,4 +80,4 @@ def say_json(data: Any) -> None:
     console.say(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-__all__ = ["PsmcError", "existing", "one_file", "say_json", "similar", "specs", "write"]
+__all__ = ["PsmcError", "existing", "fail_missing", "one_file", "say_json", "similar", "specs", "write"]

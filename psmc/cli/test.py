@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from psmc.cli import console, inputs
+from psmc.cli import console, externs, inputs
+from psmc.diagnostics import fail
 
 if TYPE_CHECKING:
     from psmc.duality import Row, Setting
+    from psmc.duality.evidence import Evidence
     from psmc.pipeline import Compilation
 
 _DTYPES = ("fp64", "fp32", "bf16", "fp16")
@@ -44,7 +47,8 @@ class _List(click.ParamType[Any]):
 @click.command(
     epilog="\b\nExamples:\n  psmc test gla.psm\n"
     "  psmc test gla.psm --device cuda --dtype fp32,bf16 -T 1,65,1000 --lanes 16\n"
-    "  psmc test gla.psm --dim K=64 --dim V=64 --json > duality.json",
+    "  psmc test gla.psm --dim K=64 --dim V=64 --json > duality.json\n"
+    "  psmc test blocks.psm --extern blocks.py:join --dim D=8 --dtype fp32",
 )
 @click.argument("file", metavar="FILE")
 @click.option("--name", metavar="AGG", help="Only this aggregator of the file.")
@@ -54,11 +58,12 @@ class _List(click.ParamType[Any]):
 @click.option("-B", "batch", type=click.IntRange(1), default=2, show_default=True, metavar="N", help="Rows.")
 @click.option("--lanes", type=_List(least=1), default="3", show_default=True, metavar="N,N", help="Heads or channels.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=N", help="Size of a dim that the spec leaves open.")
+@click.option("--extern", metavar="FILE.py:NAME", help="The rule of 'combine extern'; the file is run.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N")
 @click.option("--json", "as_json", is_flag=True, help="Print every row as JSON.")
 def command(
     file: str, name: str | None, device: str, dtype: tuple[str, ...], lengths: tuple[int, ...], batch: int,
-    lanes: tuple[int, ...], dims: tuple[str, ...], seed: int, as_json: bool,
+    lanes: tuple[int, ...], dims: tuple[str, ...], extern: str | None, seed: int, as_json: bool,
 ) -> int:  # fmt: skip
     """Check on this machine that every way to run a spec gives the same.
 
@@ -72,7 +77,8 @@ def command(
 
     Outputs, final state and all gradients are compared with the sequential fold in fp64; errors are relative to the
     largest value. The limit is some units of rounding, or 16 times what the fold itself loses in that dtype. The
-    distance between scan and steps is what reassociating floats costs this spec.
+    distance between scan and steps is what reassociating floats costs this spec. Where nothing is proved (a rule from
+    Python, 'associative: assume') both laws are tried on random elements too.
     """
     from psmc import pipeline
 
@@ -86,14 +92,18 @@ def command(
 
     sizes = _sizes(dims, chosen)
     setting = Setting(device, dtype, lengths, batch, lanes, sizes, seed=seed)
-    results = [(each, _run(each, setting)) for each in chosen]
+    rule = None if extern is None else _widened(externs.load(extern))
+    results = [(each, *_run(each, setting, rule)) for each in chosen]
     if as_json:
-        data = [_as_data(each, rows, setting) for each, rows in results]
+        data = [_as_data(each, rows, tried, setting) for each, rows, tried in results]
         inputs.say_json({"results": data})
     else:
-        for each, rows in results:
+        for each, rows, tried in results:
             _show(each, rows, setting)
-    return 0 if all(row.passed for _, rows in results for row in rows) else 1
+            if tried is not None:
+                console.say(console.verdict("PASS" if tried.associative and tried.identity else "FAIL") + f" {tried}")
+    held = all(row.passed for _, rows, _ in results for row in rows)
+    return 0 if held and all(tried is None or (tried.associative and tried.identity) for *_, tried in results) else 1
 
 
 def _require(device: str) -> None:
@@ -115,13 +125,31 @@ def _sizes(dims: tuple[str, ...], chosen: Iterable[Compilation]) -> dict[str, in
     return out
 
 
-def _run(found: Compilation, setting: Setting) -> list[Row]:
+def _widened(rule: Callable[..., Any]) -> Callable[..., Any]:
+    from psmc.duality.widened import Widened
+
+    return Widened(rule)
+
+
+def _run(found: Compilation, setting: Setting, rule: Callable[..., Any] | None) -> tuple[list[Row], Evidence | None]:
+    """The comparisons, and evidence for laws that are vouched for."""
     from psmc.api import realise
     from psmc.duality import count, duality
+    from psmc.duality.evidence import evidence
 
-    agg = realise(found)
-    with console.progress(found.declared.name, count(setting)) as progress:
-        return list(duality(agg, setting, begin=progress.step))
+    agg = realise(found, rule)
+    try:
+        with console.progress(found.declared.name, count(setting)) as progress:
+            rows = list(duality(agg, setting, begin=progress.step))
+        tried = evidence(agg, sizes=dict(setting.sizes or {})) if found.declared.claim == "assume" else None
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        if rule is None:
+            raise
+        fail(
+            "PSM296", f"the rule of '{found.declared.name}' raised {externs.last_line(error)}",
+            helps=("it is called on dicts of tensors [batch, *lanes, *dims]; --dim sets sizes.",),
+        )  # fmt: skip
+    return rows, tried
 
 
 def _show(found: Compilation, rows: list[Row], setting: Setting) -> None:
@@ -189,7 +217,7 @@ def _explain(row: Row) -> str:
     return f"{row.path} in {row.dtype}, T {row.length}, {row.data} data: " + "; ".join(what)
 
 
-def _as_data(found: Compilation, rows: list[Row], setting: Setting) -> dict[str, Any]:
+def _as_data(found: Compilation, rows: list[Row], tried: Evidence | None, setting: Setting) -> dict[str, Any]:
     return {
         "aggregator": found.declared.name,
         "plan": found.plan.name,
@@ -198,6 +226,7 @@ def _as_data(found: Compilation, rows: list[Row], setting: Setting) -> dict[str,
         "reassociation": {
             d: max((r.reassociation or 0.0 for r in rows if r.dtype == d), default=0.0) for d in setting.dtypes
         },
+        "evidence": None if tried is None else asdict(tried),
         "rows": [_row_data(row) for row in rows],
     }
 

@@ -129,6 +129,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM293": ("rule that is not wanted", "'extern' is for aggregators that say 'combine extern'."),
     "PSM294": ("file that cannot be written", "The place is no directory, is full, or may not be written to."),
     "PSM295": ("file that exists", "psmc new never overwrites a file, except with --force."),
+    "PSM296": ("rule that fails", "What '--extern' names could not be loaded, or raised when it was called."),
     "PSM301": (
         "claim refuted",
         "'associative: yes' and 'assume' are refused where a counterexample exists: (a∘b)∘c and a∘(b∘c) differ there.",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from psmc.duality.draw import Tensors, complex_of
+from psmc.ir import Extern
 from psmc.ir.query import taps
 
 
@@ -36,6 +37,8 @@ def balanced(
 
     def join(l: Tensors, r: Tensors, rule: Any) -> Tensors:  # noqa: E741
         lead = next(iter(r.values())).shape[:2]
+        if isinstance(agg.declared.combine, Extern):  # a rule from Python need not broadcast
+            l = {k: v.expand(*lead, *v.shape[2:]) for k, v in l.items()}  # noqa: E741
         return full(rule(SimpleNamespace(**l), SimpleNamespace(**r), p, n), lead)
 
     def halves(e: Tensors) -> Tensors:
