@@ -13,10 +13,12 @@ from psmc.cli import console, inputs
 from psmc.diagnostics import Diagnostic, PsmcError
 
 if TYPE_CHECKING:
-    from psmc.algebra.verdict import Verdict
+    from psmc.algebra.smt import Opinion
+    from psmc.algebra.verdict import Proof, Verdict
     from psmc.pipeline import Compilation
 
 _HEADINGS = ("file", "aggregator", "claim", "associativity", "identity", "seconds")
+_SECOND = "second opinion"
 
 
 @click.command(
@@ -28,7 +30,8 @@ _HEADINGS = ("file", "aggregator", "claim", "associativity", "identity", "second
     "--budget", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True, metavar="SECONDS",
     help="Time for the proof of one aggregator; what is open then is 'unknown'.",
 )  # fmt: skip
-def command(files: tuple[str, ...], as_json: bool, budget: float) -> int:
+@click.option("--second-opinion", "second", is_flag=True, help="Ask z3 too, at small sizes: it must not contradict.")
+def command(files: tuple[str, ...], as_json: bool, budget: float, second: bool) -> int:
     """Prove or refute what specs claim.
 
     FILE is a .psm file, or a directory of them. Every aggregator gets a row: is its combine associative over the reals,
@@ -36,16 +39,22 @@ def command(files: tuple[str, ...], as_json: bool, budget: float) -> int:
     hand. The exit code is 1 if a claim does not hold.
     """
     paths = inputs.specs(files)
+    if second:
+        _require_z3()
     rows: list[Row] = []
     with console.progress("checking", len(paths)) as progress:
         for path in paths:
             progress.step(path.name)
-            rows += check_file(path, budget)
+            rows += check_file(path, budget, second)
     failed = [d for row in rows for d in row.diagnostics]
     if as_json:
         _say_json(rows)
     else:
-        console.table(_HEADINGS, [row.cells() for row in rows], right=("seconds",))
+        headings = (*_HEADINGS, _SECOND) if second else _HEADINGS
+        console.table(headings, [row.cells()[: len(headings)] for row in rows], right=("seconds",))
+        for row in rows:
+            if row.opinion is not None and row.opinion.word == "undecided":
+                console.say(f"{row.cells()[1]}: z3 does not decide: {row.opinion.reason}")
         console.say(_summary(rows))
     if failed:
         console.complain("")
@@ -62,10 +71,12 @@ class Row:
     diagnostics: tuple[Diagnostic, ...] = ()
     seconds: float = 0.0
     verdicts: dict[str, Verdict | None] = field(default_factory=dict)
+    opinion: Opinion | None = None
+    asked: bool = False
 
     def cells(self) -> tuple[str, ...]:
         if self.found is None:
-            return (self.file, "-", "-", self.diagnostics[0].code, "-", f"{self.seconds:.2f}")
+            return (self.file, "-", "-", self.diagnostics[0].code, "-", f"{self.seconds:.2f}", "-")
         agg = self.found.declared
         laws = [_word(self.verdicts.get(law)) for law in ("associativity", "identity")]
         if not self.verdicts:  # it could not be lifted
@@ -74,7 +85,8 @@ class Row:
             laws = [f"order: {agg.order}", "-"]
         elif None in self.verdicts.values():
             laws = ["assumed", "assumed"]
-        return (self.file, agg.name, agg.claim, *laws, f"{self.seconds:.2f}")
+        second = "-" if self.opinion is None else self.opinion.word
+        return (self.file, agg.name, agg.claim, *laws, f"{self.seconds:.2f}", second)
 
     def as_data(self) -> dict[str, Any]:
         """As `psmc check --json` documents it; null where a law is not claimed or nothing is known."""
@@ -93,7 +105,7 @@ class Row:
             "residual": "; ".join(residuals) or None,
             "repair": self._repair(),
             "seconds": round(self.seconds, 3),
-        }
+        } | ({"second_opinion": _opinion_data(self.opinion)} if self.asked else {})
 
     def _repair(self) -> str | None:
         """The statement to write instead, where a claim is refuted and a repair proves."""
@@ -102,7 +114,7 @@ class Row:
         return None if fix is None else fix.text
 
 
-def check_file(path: Path, budget: float) -> list[Row]:
+def check_file(path: Path, budget: float, second: bool = False) -> list[Row]:
     """A row an aggregator; one row for a file that cannot be read or parsed."""
     from psmc import pipeline
 
@@ -111,21 +123,60 @@ def check_file(path: Path, budget: float) -> list[Row]:
         found = pipeline.read(inputs.one_file(str(path)), budget)
     except PsmcError as error:
         return [Row(str(path), None, error.diagnostics, time.perf_counter() - begun)]
-    return [_check(str(path), each) for each in found]
+    return [_check(str(path), each, second) for each in found]
 
 
-def _check(file: str, found: Compilation) -> Row:
+def _check(file: str, found: Compilation, second: bool) -> Row:
     begun = time.perf_counter()
     try:
         proof, wrong = found.proof, found.diagnostic
     except PsmcError as error:  # a recurrence that cannot be lifted
-        return Row(file, found, error.diagnostics, time.perf_counter() - begun)
-    verdicts = {"associativity": proof.associativity, "identity": proof.identity}
-    return Row(file, found, () if wrong is None else (wrong,), time.perf_counter() - begun, verdicts)
+        return Row(file, found, error.diagnostics, time.perf_counter() - begun, asked=second)
+    verdicts: dict[str, Verdict | None] = {"associativity": proof.associativity, "identity": proof.identity}
+    opinion = _second_opinion(found, proof) if second else None
+    if opinion is not None and opinion.word == "contradicts":
+        wrong = _contradicted(found, opinion)
+        verdicts = {law: None if v is None else _unknown(opinion.reason) for law, v in verdicts.items()}
+    found_wrong = () if wrong is None else (wrong,)
+    return Row(file, found, found_wrong, time.perf_counter() - begun, verdicts, opinion, second)
+
+
+def _require_z3() -> None:
+    from psmc.algebra.smt import available
+
+    if not available():
+        raise click.UsageError("--second-opinion asks z3, which is not installed: pip install 'psmc[proofs]'.")
+
+
+def _second_opinion(found: Compilation, proof: Proof) -> Opinion | None:
+    from psmc.algebra.smt import opinion
+
+    return opinion(found.agg, proof, found.budget)
+
+
+def _contradicted(found: Compilation, opinion: Opinion) -> Diagnostic:
+    """Two methods disagree: neither is believed."""
+    return Diagnostic(
+        "PSM901",
+        f"a bug of psmc: the proof and z3 disagree about '{found.declared.name}', so nothing is claimed.",
+        found.agg.where("combine", "claim", "name"),
+        notes=(opinion.reason + ("" if opinion.reason.endswith(".") else "."),),
+        helps=("please report it, with the spec.",),
+    )
+
+
+def _opinion_data(opinion: Opinion | None) -> dict[str, str | None] | None:
+    return None if opinion is None else {"verdict": opinion.word, "reason": opinion.reason or None}
 
 
 def _word(verdict: Verdict | None) -> Any:
     return None if verdict is None else type(verdict).__name__.lower()
+
+
+def _unknown(reason: str) -> Verdict:
+    from psmc.algebra.verdict import Unknown
+
+    return Unknown("", reason)
 
 
 def _residual(verdict: Verdict | None) -> str:
