@@ -171,6 +171,16 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM605": ("state that does not fit", "A state is what init_state, a call or a step returned for such inputs."),
     "PSM606": ("wrong cu_seqlens", "N + 1 token offsets; the sequences are packed in a batch of 1."),
     "PSM607": ("tokens without a product", "Only an associative rule has a product of tokens."),
+    "PSM651": ("attention that cannot be built", "A width divides into heads; positions are 'rotary' or 'learned'."),
+    "PSM652": (
+        "prefix-scannable model that cannot be built",
+        "Chunks have from 1 token on; plans, identities and what is kept are named ones; a call has tokens.",
+    ),
+    "PSM653": ("generation that cannot start", "A prompt is [B, T] with T from 1 on; temperature is from 0 on."),
+    "PSM654": (
+        "spec that cannot be a mixer",
+        "ScanMixer projects tokens to the real and complex inputs of a compiled aggregator; its dims need sizes.",
+    ),
     "PSM690": (
         "arguments do not fit the spec",
         "The reference fold was called with tensors that the spec does not allow.",

@@ -1,0 +1,179 @@
+"""Transformer layers over a window: pre-norm, scaled dot-product attention, keys and values kept for decoding.
+
+Rotary positions (Su et al. 2021, arXiv 2104.09864) are the default: they have no parameters, need no largest length,
+and only distances enter. In the windows [left | right] of a prefix-scannable model, whose length is fixed, learned
+positions say as much; they are an option of `Trunk`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from psmc.diagnostics import fail
+from psmc.nn.state import State, write_token
+
+
+def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary positions on x [..., E], E even; `positions` broadcasts over x's axes but the last."""
+    half = x.shape[-1] // 2
+    rates = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = positions.to(torch.float32).unsqueeze(-1) * rates
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+
+class Attention(nn.Module):
+    """Multi-head softmax attention, [B, T, dim] -> [B, T, dim]; causal ones also token by token, as a mixer."""
+
+    def __init__(self, dim: int, heads: int, *, causal: bool = True, rotary: bool = True) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads or (rotary and dim // heads % 2):
+            fail(
+                "PSM651", f"attention of width {dim} cannot have {heads} heads.",
+                helps=("dim / heads must be a whole number" + (", and even (rotary positions)." if rotary else "."),),
+            )  # fmt: skip
+        self.dim, self.heads, self.causal, self.rotary = dim, heads, causal, rotary
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, H, T, E] of x [B, T, dim]; positions [T] or [B, 1, T]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return (rotate(q, positions), rotate(k, positions), v) if self.rotary else (q, k, v)
+
+    def attend(self, x: Tensor, keep: int | None = None, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """(outputs of the last `keep` positions, keys, values); the first position is number `start`."""
+        length = x.shape[1]
+        keep = length if keep is None else keep
+        q, k, v = self.project(x, torch.arange(start, start + length, device=x.device))
+        if not self.causal:
+            q = q[:, :, length - keep :]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)[:, :, -keep:]
+        return self.out(y.transpose(1, 2).flatten(2)), k, v
+
+    def attend_token(self, x: Tensor, keys: Tensor, values: Tensor, first: Sequence[int], at: Sequence[int]) -> Tensor:
+        """One token [B, dim] at places `at` of the caches [B, S, H, E], which are written; it sees first .. at."""
+        place = torch.tensor(at, device=x.device)[:, None, None]
+        q, k, v = self.project(x.unsqueeze(1), place)
+        write_token(keys, at, k.squeeze(2).to(keys.dtype))
+        write_token(values, at, v.squeeze(2).to(values.dtype))
+        low, high = min(first), max(at) + 1
+        mask = None
+        if len(set(first)) > 1 or len(set(at)) > 1:
+            slots = torch.arange(low, high, device=x.device)
+            begin = torch.tensor(list(first), device=x.device)[:, None, None, None]
+            mask = (slots >= begin) & (slots <= place[:, None])
+        k, v = (c[:, low:high].transpose(1, 2).to(q.dtype) for c in (keys, values))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(1))  # type: ignore[no-any-return]
+
+    # --- as a mixer -----------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x)[0]
+
+    def init_state(self, batch: int) -> State:
+        w = self.qkv.weight
+        empty = w.new_zeros(batch, 0, self.heads, self.dim // self.heads)
+        return {"k": empty, "v": empty, "position": torch.zeros(batch, dtype=torch.int64)}
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, State]:
+        """All tokens at once, and the cache after them."""
+        y, k, v = self.attend(x)
+        position = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64)
+        return y, {"k": k.transpose(1, 2), "v": v.transpose(1, 2), "position": position}
+
+    def step(self, x: Tensor, state: State, in_place: bool = False) -> tuple[Tensor, State]:
+        """One token [B, dim]. The cache doubles when it is full, so that a token costs no copy of it on average."""
+        at: list[int] = state["position"].tolist()
+        room = state["k"].shape[1]
+        if max(at) >= room:
+            more = max(32, room)
+            keys, values = (F.pad(state[n], (0, 0, 0, 0, 0, more)) for n in "kv")
+        else:
+            keys, values = (state[n] if in_place else state[n].clone() for n in "kv")
+        y = self.attend_token(x, keys, values, [0] * len(at), at)
+        return y, {"k": keys, "v": values, "position": state["position"] + 1}
+
+
+class Layer(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, dim: int, heads: int, *, causal: bool, rotary: bool = True, expand: float = 4.0) -> None:
+        super().__init__()
+        hidden = round(expand * dim)
+        self.norm, self.attention = nn.LayerNorm(dim), Attention(dim, heads, causal=causal, rotary=rotary)
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.wide, self.narrow = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def run(self, x: Tensor, keep: int | None = None, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        y, k, v = self.attention.attend(self.norm(x), keep, start)
+        x = x[:, x.shape[1] - y.shape[1] :] + y
+        return x + self.narrow(F.gelu(self.wide(self.mlp_norm(x)))), k, v
+
+    def run_token(self, x: Tensor, keys: Tensor, values: Tensor, first: Sequence[int], at: Sequence[int]) -> Tensor:
+        x = x + self.attention.attend_token(self.norm(x), keys, values, first, at)
+        return x + self.narrow(F.gelu(self.wide(self.mlp_norm(x))))  # type: ignore[no-any-return]
+
+
+class Trunk(nn.Module):
+    """Layers over windows of at most `window` positions, and a norm behind them: outputs are of one scale however often
+    they go through it."""
+
+    def __init__(
+        self, dim: int, heads: int, layers: int, window: int, *, causal: bool, positions: str = "rotary",
+        expand: float = 4.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if positions not in ("rotary", "learned"):
+            fail("PSM651", f"positions are 'rotary' or 'learned', not {positions!r}.")
+        self.window = window
+        self.layers = nn.ModuleList(
+            Layer(dim, heads, causal=causal, rotary=positions == "rotary", expand=expand) for _ in range(layers)
+        )
+        self.places = nn.Parameter(torch.randn(window, dim) * 0.1) if positions == "learned" else None
+        self.norm = nn.LayerNorm(dim)
+        with torch.no_grad():  # the residual stream starts with the variance of its input, whatever the depth
+            for layer in self.stack():
+                layer.attention.out.weight.mul_((2 * layers) ** -0.5)
+                layer.narrow.weight.mul_((2 * layers) ** -0.5)
+
+    def stack(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    def _placed(self, x: Tensor, start: int) -> Tensor:
+        return x if self.places is None else x + self.places[start : start + x.shape[1]]
+
+    def forward(self, x: Tensor, keep: int | None = None, start: int = 0) -> Tensor:
+        """[N, L, dim] -> the last `keep` positions, [N, keep, dim]; the last layer computes no others."""
+        x = self._placed(x, start)
+        for n, layer in enumerate(self.stack()):
+            x = layer.run(x, keep if n == len(self.layers) - 1 else None, start)[0]
+        return self.norm(x if keep is None else x[:, -keep:])  # type: ignore[no-any-return]
+
+    def fill(self, x: Tensor, cache: Tensor, start: int = 0) -> Tensor:
+        """As `forward`, writing keys and values [N, layers, 2, window, H, E] at the positions of x."""
+        x = self._placed(x, start)
+        stop = start + x.shape[1]
+        for n, layer in enumerate(self.stack()):
+            x, k, v = layer.run(x, None, start)
+            cache[:, n, 0, start:stop], cache[:, n, 1, start:stop] = k.transpose(1, 2), v.transpose(1, 2)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def empty_cache(self, batch: int) -> Tensor:
+        attention = self.stack()[0].attention
+        shape = (batch, len(self.layers), 2, self.window, attention.heads, attention.dim // attention.heads)
+        return attention.qkv.weight.new_zeros(shape)
+
+    def token(self, x: Tensor, cache: Tensor, first: Sequence[int], at: Sequence[int]) -> Tensor:
+        """One position [N, dim] at places `at`, seeing first .. at; the cache is written in place."""
+        if self.places is not None:
+            x = x + self.places[torch.tensor(list(at), device=x.device)]
+        for n, layer in enumerate(self.stack()):
+            x = layer.run_token(x, cache[:, n, 0], cache[:, n, 1], first, at)
+        return self.norm(x)  # type: ignore[no-any-return]
