@@ -1,6 +1,6 @@
 """What another order of combines costs: every associative example in fp32 and bf16, on a CPU.
 
-    python benchmarks/reassociation.py --out benchmarks/results/reassociation.json [--tokens 512] [--seeds 3] [--spec NAME]
+    python benchmarks/reassociation.py --out benchmarks/results/reassociation.json [--tokens 512] [--seeds 3]
 
 A proof is over the reals; floats reassociate. Errors are relative to the largest value of the fp64 oracle on the same
 rounded inputs, the worst over outputs, draws (mild; and hard: keys that repeat, gates from 1e-3 to 50) and seeds:
