@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -13,6 +13,7 @@ from psmc.algebra.prover import prove
 from psmc.algebra.repair import Repair, repair
 from psmc.algebra.report import diagnostic_for
 from psmc.algebra.verdict import Proof
+from psmc.confirm import confirmed, noted
 from psmc.derive.lifting import lifted
 from psmc.diagnostics import Diagnostic, PsmcError, fail
 from psmc.frontend import psm
@@ -41,14 +42,19 @@ class Compilation:
 
     @cached_property
     def proof(self) -> Proof:
+        return self._checked[0]
+
+    @cached_property
+    def _checked(self) -> tuple[Proof, Mapping[str, str]]:
+        """The proof, its counterexamples held against fp64, and what that has to say of them."""
         if self.agg.combine is None:
-            return Proof(None, None)
-        return prove(self.agg, self.budget)
+            return Proof(None, None), {}
+        return confirmed(self.agg, prove(self.agg, self.budget))
 
     @cached_property
     def diagnostic(self) -> Diagnostic | None:
         """The error that the proof amounts to under the claim."""
-        return diagnostic_for(self.agg, self.proof, lambda agg, proof: self.repair)
+        return noted(diagnostic_for(self.agg, self.proof, lambda agg, proof: self.repair), *self._checked)
 
     @cached_property
     def repair(self) -> Repair | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from psmc import reference
-from psmc.algebra import exact, intervals, normal
+from psmc.algebra import exact, floats, intervals, normal
 from psmc.codegen import torch_code, torch_ops, triton_ops
 from psmc.codegen.torch_value import Like
 from psmc.derive import vjp as vjp_rows
@@ -90,6 +90,7 @@ TABLES: dict[str, tuple[Iterable[str], set[str]]] = {
     "normal forms": (normal.RULES, set()),
     "intervals": (intervals.TABLE, set()),
     "exact values": (exact.TABLE, set()),
+    "plain floats": (floats.TABLE, set()),
     "printed triton": (triton_ops.SCALAR_OPS, {"complex"}),
     "printed triton, numbers": (triton_ops.NUMBER_OPS, {"complex"}),
 }

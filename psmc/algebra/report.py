@@ -11,6 +11,7 @@ from psmc.algebra.verdict import Counterexample, Proof, Refuted, Unknown
 from psmc.diagnostics import Diagnostic, Label, PsmcError
 from psmc.ir import Aggregator, Block
 
+_AT_INFINITY = "write the rule so that it has a value there, as logaddexp(x, y) or where(...) have at infinity"
 _HALF = {"lift": "a lifted token may lie outside", "combine": "combine may leave it"}
 
 
@@ -20,10 +21,13 @@ def diagnostic_for(
     """The error that a proof amounts to under the spec's claim, if it is one; `find` looks for a repair to offer.
 
     PSM301 the claim (yes or assume) is refuted, PSM302 the identity element is wrong, PSM303 `yes` could not be proved,
-    PSM304 the identity could not be proved under `yes`.
+    PSM304 the identity could not be proved under `yes`, PSM901 two methods contradict each other.
     """
     if agg.claim == "no":
         return None
+    for verdict in (proof.associativity, proof.identity):
+        if isinstance(verdict, Unknown) and "PSM901" in verdict.residual:
+            return _contradiction(agg, verdict)
     if isinstance(proof.associativity, Refuted):
         return _refuted(agg, proof.associativity.counterexample, find(agg, proof))
     if isinstance(proof.identity, Refuted):
@@ -76,16 +80,18 @@ def _refuted(agg: Aggregator, found: Counterexample, repaired: Repair | None) ->
 
 
 def _wrong_identity(agg: Aggregator, found: Counterexample, repaired: Repair | None) -> Diagnostic:
-    side = "e∘x = x" if found.law == "left identity" else "x∘e = x"
+    side = "e∘x" if found.law == "left identity" else "x∘e"
+    fails = f"{side} = x fails" if found.left is not None else f"{side} has no value"
     return Diagnostic(
         "PSM302",
-        f"the declared identity element is not one: {side} fails for '{found.component}'.",
+        f"the declared identity element is not one: {fails} for '{found.component}'.",
         agg.where(f"identity {found.component}", f"state {found.component}", "combine", "name"),
         "not the identity of 'combine'",
         _claim(agg, "claimed here"),
         (found.text, *_interval_notes(agg)),
         (
             *_repair_lines(repaired),
+            *((_AT_INFINITY,) if found.left is None else ()),
             f"change the value behind '=' of '{found.component}', or the rule: combining with it must change nothing",
             f"if only some values of '{found.component}' can occur, declare their interval on the state: "
             "it is used where lift lands in it and combine keeps it",
@@ -99,7 +105,7 @@ def _undecided(agg: Aggregator, code: str, message: str, verdict: Unknown) -> Di
         notes.append(f"left to show: {verdict.residual}")
     advice = "declare intervals on the state and the params where values are known to be positive or bounded"
     if verdict.undefined:
-        advice = "write the rule so that it has a value there, as logaddexp(x, y) or where(...) have at infinity"
+        advice = _AT_INFINITY
     return Diagnostic(
         code,
         message,
@@ -111,6 +117,16 @@ def _undecided(agg: Aggregator, code: str, message: str, verdict: Unknown) -> Di
             "write 'associative: assume' to vouch for it yourself",
             advice,
         ),
+    )
+
+
+def _contradiction(agg: Aggregator, verdict: Unknown) -> Diagnostic:
+    return Diagnostic(
+        "PSM901",
+        f"a bug of psmc: two methods disagree about '{agg.name}', so nothing is claimed.",
+        agg.where("combine", "claim", "name"),
+        notes=(verdict.reason + ".", verdict.residual),
+        helps=("please report it, with the spec.",),
     )
 
 
