@@ -13,18 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from psmc.algebra import floats
-from psmc.algebra.exact import Position, positions
+from psmc.algebra.exact import Position
 from psmc.algebra.floats import Float, Floats
 from psmc.algebra.numbers import Complex
 from psmc.algebra.verdict import Counterexample, Proof, Refuted, Unknown, Verdict
 from psmc.diagnostics import Diagnostic
 from psmc.ir import Aggregator, Block
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Element: TypeAlias = "dict[str, Floats]"
 Runner: TypeAlias = "Callable[[Block, Mapping[tuple[str, str], Floats]], Element]"
@@ -126,28 +123,10 @@ def _plain(sizes: Mapping[str, int], noise: random.Random | None = None) -> Runn
 def _oracle(sizes: Mapping[str, int]) -> Runner | None:
     """The reference interpreter, or None where torch is not installed."""
     try:
-        import torch
-
-        from psmc import reference
+        from psmc.reference.cells import cells_runner
     except (ImportError, OSError):
         return None
-
-    def tensor(array: Floats) -> Tensor:
-        axes = tuple(1 + max(p[n] for p in array) for n in range(len(next(iter(array)))))
-        values = [array[p] for p in sorted(array)]
-        kind = complex if any(isinstance(v, complex) for v in values) else type(values[0])
-        dtype = {complex: torch.complex128, int: torch.int64}.get(kind, torch.float64)
-        return torch.tensor(values, dtype=dtype).reshape(axes)
-
-    def run(block: Block, store: Mapping[tuple[str, str], Floats]) -> Element:
-        env = reference.Env({(*key, 0): tensor(a) for key, a in store.items()}, sizes)
-        out = reference.run(block, env)
-        return {
-            a.name: {p: out[a.name][p].item() for p in positions(tuple(i.dim for i in a.indices), sizes)}
-            for a in block.results
-        }
-
-    return run
+    return cells_runner(sizes)
 
 
 def _noise(agg: Aggregator, found: Counterexample, sizes: Mapping[str, int]) -> float:
