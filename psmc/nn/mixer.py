@@ -76,8 +76,9 @@ class ScanMixer(nn.Module):
             for o in self.scan.spec.outputs
         )
         self.into = nn.Linear(dim, total, bias=False)
-        with torch.device("cpu"):
-            bias = torch.cat([s.range.input_bias(s.width, generator) for s in self.slots])
+        with torch.device("cpu"):  # what is unbounded needs none
+            rows = [s.range.input_bias(s.width, generator) for s in self.slots if not s.free]
+            bias = torch.cat(rows) if rows else torch.empty(0)
         self.bias = nn.Parameter(bias.to(self.into.weight.device))
         self.gate = nn.Linear(dim, self.outputs, bias=False) if gate else None
         self.norm = nn.LayerNorm(self.outputs)
@@ -148,10 +149,10 @@ class ScanMixer(nn.Module):
         return self._leave(x, y), after
 
     def _inputs(self, z: Tensor) -> dict[str, Tensor]:
-        z = z + self.bias
-        found = {}
+        """What the spec reads, all of one dtype; what is bounded is computed in the parameters'."""
+        found, bias = {}, iter(self.bias.split([s.width for s in self.slots if not s.free]))
         for slot, part in zip(self.slots, z.split([s.width for s in self.slots], -1), strict=True):
-            value = slot.range.place(part)
+            value = part if slot.free else slot.range.place(part + next(bias)).to(z.dtype)
             if slot.complex:
                 value = torch.complex(*value.to(_wide(value.dtype)).chunk(2, -1))
             value = value.unflatten(-1, (*slot.lanes, *slot.dims) or (1,))

@@ -55,7 +55,7 @@ class Vocabulary(nn.Module):
         if vocab < 1 or dim < 1:
             fail("PSM652", f"a vocabulary of {vocab} tokens and width {dim}: both must be from 1 on.")
         self.table = nn.Embedding(vocab, dim)
-        nn.init.normal_(self.table.weight, std=dim**-0.5)
+        nn.init.normal_(self.table.weight, std=0.02)  # logits start near 0, and the norm takes care of the inputs
         self.norm, self.last = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.head = None if classes is None else nn.Linear(dim, classes)
 
@@ -151,7 +151,7 @@ def parameters_of(model: nn.Module) -> int:
 
 
 def width_for(params: int, make: Callable[[int], nn.Module], multiple: int = 8) -> int:
-    """The width, a multiple of `multiple`, at which make(width) is closest to `params` parameters; no weights are made."""
+    """The width, a multiple of `multiple`, at which make(width) is closest to `params` parameters; nothing is made."""
 
     def count(width: int) -> int:
         with torch.device("meta"):
