@@ -119,7 +119,6 @@ def _probe(
 def _folded(root: Expr, ring: Semiring) -> Expr:
     """Units and zeros of the semiring taken out."""
     done: dict[Expr, Expr] = {}
-    inverse = {"mul": "div", "add": "sub"}[ring.times]
     for node in walk(root):
         new = with_children(node, done.__getitem__)
         match new:
@@ -127,11 +126,12 @@ def _folded(root: Expr, ring: Semiring) -> Expr:
                 new = ring.add(a, b) or ring.zero
             case Op(op=op, args=(a, b)) if op == ring.times:
                 new = ring.mul(a, b)
-            case Op(op=op, args=(a, _)) if op == inverse and a == ring.zero:
+            case Op(op=op, args=(a, _)) if op == ring.inverse and a == ring.zero:
                 new = ring.zero
             case Op(op=op, args=args):
-                new = make(op, *args)
-            case Reduce(op=op, body=body) if op == ring.reduce and body == ring.zero:
+                found = ring.reduction(new)
+                new = ring.zero if found is not None and found[1] == ring.zero else make(op, *args)
+            case Reduce(body=body) if not ring.dual and ring.reduction(new) and body == ring.zero:
                 new = ring.zero
         done[node] = new
     return done[root]
@@ -197,8 +197,7 @@ def composed(group: Affine, pair: Pair, read: Read) -> Expr:
             at = group.entries
             later = read("right", (x, z), _renamed(at[x, z].indices, {group.column: inner}))
             earlier = read("left", (z, y), _renamed(at[z, y].indices, {group.indices[group.acted]: inner}))
-            assert ring.reduce is not None
-            term = Reduce(ring.reduce, inner, ring.mul(later, earlier))
+            term = ring.over(inner, ring.mul(later, earlier))
         total = ring.add(total, term)
     assert total is not None
     return total
@@ -222,9 +221,8 @@ def past(group: Affine, name: str, read: Read) -> Expr:
             term = ring.mul(before, decay) if ring.times == "add" else ring.mul(decay, before)
         else:
             subs = _renamed(group.indices, {group.indices[group.acted]: group.column})
-            assert ring.reduce is not None
             matrix = read("right", (name, source), entry.indices)
-            term = Reduce(ring.reduce, group.column, ring.mul(matrix, group.state("left", source, subs)))
+            term = ring.over(group.column, ring.mul(matrix, group.state("left", source, subs)))
         total = ring.add(total, term)
     assert total is not None
     return total

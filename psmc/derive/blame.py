@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
+from psmc.derive.moebius import MayVanishError
 from psmc.derive.semiring import NotAffineError, NotPositiveError
 from psmc.diagnostics import fail
-from psmc.ir import Aggregator, Assign, Expr, Op, Ref
-from psmc.ir.rewrite import walk
+from psmc.ir import Aggregator, Assign, Expr, Op, Reduce, Ref
+from psmc.ir.rewrite import refs, walk
 from psmc.ir.text import show
 from psmc.source import Span
 
 _LEFT = "if no parallel form exists, run it token by token: 'associative: no' with 'order: left'."
-_INTERVAL = "say that it is positive, with an interval: 'input decay in (0, inf)'."
-_PLAIN = "composed, the maps of two tokens must be a map of the same form; affine ones are: S = A * S + b."
+_PLAIN = (
+    "composed, the maps of two tokens must be a map of the same form. Such are A * S + b, also with (max, +) or "
+    "(max, min) in place of (+, *), (a * S + b) / (c * S + d), and clamp(a * S + b, lo, hi) with a > 0."
+)
+_CHOICE = "choose by the inputs; of the state, max, min, clamp and relu can be lifted."
+_OUTSIDE = "apply it where the state is read, in 'output', or to the inputs."
+_ADVICE = {
+    **{op: _CHOICE for op in ("where", "lt", "le", "gt", "ge", "eq", "ne")},
+    **{op: _OUTSIDE for op in ("tanh", "sigmoid", "silu", "gelu", "erf", "softplus", "logsigmoid", "sin", "cos", "exp",
+                               "log", "sqrt", "rsqrt", "abs", "sign", "stop", "expm1", "log1p")},
+}  # fmt: skip
+# Where (+, *) stops at this operator, the class that gets further.
+_FURTHER = {"max": "clamped", "min": "clamped", "clamp": "clamped", "relu": "clamped", "div": "fractional-linear"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a recurrence is not of a class: `kind` is a semiring in op names, 'max add', or a class of maps."""
+
+    kind: str
+    error: NotAffineError
 
 
 def _span(agg: Aggregator, name: str) -> Span | None:
     return agg.where(f"recurrence {name}", "recurrence", "name")
 
 
-def not_affine(agg: Aggregator, updates: Sequence[Assign], failures: Sequence[NotAffineError]) -> NoReturn:
-    """PSM401. Of the failures in each semiring the one that got closest to the whole term is told."""
-    error = failures[0]
-    if isinstance(error.node, Op) and error.node.op in ("max", "min", "logaddexp"):
-        others = [f for f in failures if f.node is not error.node]
-        error = next((f for f in others if isinstance(f, NotPositiveError)), others[0] if others else error)
+def not_affine(agg: Aggregator, updates: Sequence[Assign], failures: Sequence[Failure]) -> NoReturn:
+    """PSM401. Of the failures in each class the one that got closest to the whole term is told."""
+    error = _closest(agg, updates, failures)
     name = next((u.name for u in updates if error.node in walk(u.value)), updates[0].name)
     fail(
         "PSM401",
@@ -34,8 +52,42 @@ def not_affine(agg: Aggregator, updates: Sequence[Assign], failures: Sequence[No
         _term(_span(agg, name), error.node),
         label=f"because of {_short(error.node)}",
         notes=(_PLAIN,),
-        helps=((_INTERVAL,) if isinstance(error, NotPositiveError) else ()) + (_LEFT,),
+        helps=(*_advice(error), _LEFT),
     )
+
+
+def _advice(error: NotAffineError) -> tuple[str, ...]:
+    if isinstance(error, NotPositiveError):
+        return (f"say that {_short(error.factor)} is positive, with an interval: {_declared(error.factor)}.",)
+    if isinstance(error, MayVanishError):
+        return (f"say that {_short(error.node)} is not 0, with an interval: {_declared(error.node)}.",)
+    op = error.node.op if isinstance(error.node, Op) else ""
+    return (_ADVICE[op],) if op in _ADVICE else ()
+
+
+def _declared(node: Expr) -> str:
+    """An interval on what it reads."""
+    read = next((r for r in refs(node) if r.space in ("input", "param")), None)
+    return "'input decay in (0, inf)'" if read is None else f"'{read.space} {read.name} in (0, inf)'"
+
+
+def _closest(agg: Aggregator, updates: Sequence[Assign], failures: Sequence[Failure]) -> NotAffineError:
+    first = failures[0].error
+    node = first.node
+    op = node.op if isinstance(node, Op) else ""
+    whole = [f.error for f in failures if f.kind == "finite" and agg.component(updates[0].name).kind == "int"]
+    if whole and len(updates[0].indices) == 1 and (isinstance(node, Ref) or _ADVICE.get(op) == _CHOICE):
+        return whole[-1]
+    own = {u.name: u.indices for u in updates}
+    read = [r for u in updates for r in refs(u.value) if r.space == "prev" and r.name in own]
+    if op in _FURTHER and all(r.subs == own[r.name] for r in read):
+        further = [f.error for f in failures if f.kind == _FURTHER[op]]
+        if further:
+            return further[-1]
+    if op in ("max", "min", "logaddexp") or isinstance(node, Reduce):
+        others = [f.error for f in failures if f.error.node is not node]
+        return next((e for e in others if isinstance(e, NotPositiveError)), others[0] if others else first)
+    return first
 
 
 def _term(statement: Span | None, node: Expr) -> Span | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psmc.derive.semiring import PLUS_TIMES, Semiring
 from psmc.derive.simplify import ONE, ZERO, make, simplify
-from psmc.ir import Const, Expr, Eye, Index, Op, Reduce, Sub
+from psmc.ir import Const, Expr, Eye, Index, Op, Sub
 from psmc.ir.canonical import tighten
 from psmc.ir.rewrite import rename, transform, walk
 
@@ -19,8 +19,9 @@ def contract(root: Expr, ring: Semiring = PLUS_TIMES) -> Expr:
 def _rule(node: Expr, ring: Semiring) -> Expr | None:
     if isinstance(node, Eye):
         return _eye(node)
-    if isinstance(node, Reduce) and node.op == ring.reduce and _unit_inside(node.body, node.index):
-        return _product_over(node.index, ((ring.times, node.body),), ring)
+    found = ring.reduction(node)
+    if found is not None and _unit_inside(found[1], found[0]):
+        return _product_over(found[0], ((ring.times, found[1]),), ring)
     return None
 
 
@@ -79,21 +80,19 @@ def _product_over(index: Index, factors: _Factors, ring: Semiring) -> Expr:
                 return make("neg", put(a))
             case Op(op="where", args=(test, a, b)) if index not in test.free:
                 return make("where", test, put(a), put(b))
-            case Reduce(op=reduce, index=inner, body=body) if reduce == ring.reduce:
-                others = (*factors[:n], *factors[n + 1 :])
-                if not any(inner in f.free for _, f in others):
-                    return _reduced(inner, put(body), ring)
+        if (found := ring.reduction(node)) is not None:
+            others = (*factors[:n], *factors[n + 1 :])
+            if not any(found[0] in f.free for _, f in others):
+                return _reduced(found[0], put(found[1]), ring)
     return _reduced(index, _chain(factors, ring), ring)
 
 
 def _reduced(index: Index, body: Expr, ring: Semiring) -> Expr:
-    assert ring.reduce is not None
-    return body if body == ring.zero else Reduce(ring.reduce, index, body)
+    return body if body == ring.zero else ring.over(index, body)
 
 
 def _flat(op: str, node: Expr, ring: Semiring) -> _Factors:
-    inverse = {"mul": "div", "add": "sub"}[ring.times]
-    if op == ring.times and isinstance(node, Op) and node.op in (ring.times, inverse):
+    if op == ring.times and isinstance(node, Op) and node.op in (ring.times, ring.inverse):
         return (*_flat(ring.times, node.args[0], ring), *_flat(node.op, node.args[1], ring))
     return ((op, node),)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from psmc.derive.simplify import HALF, ONE, ZERO, make
-from psmc.ir import Const, Expr, Op
+from psmc.ir import Const, Expr, Infinity, Op
 
 IsPositive = Callable[[Expr], bool]
 _Rule = Callable[[tuple[Expr, ...], IsPositive], "Expr | None"]
@@ -27,6 +27,17 @@ def log_decay(expr: Expr, is_positive: IsPositive = lambda _: False) -> Expr | N
             if rule is not None:
                 return rule(args, is_positive)
     return Op("log", (expr,)) if is_positive(expr) else None
+
+
+def log_transition(expr: Expr, is_positive: IsPositive = lambda _: False) -> Expr | None:
+    """The same where `expr` is a choice between decays and 0, whose log is -inf."""
+    match expr:
+        case Const(value=0):
+            return Infinity(True)
+        case Op(op="where", args=(test, a, b)):
+            x, y = (log_transition(z, is_positive) for z in (a, b))
+            return None if x is None or y is None else make("where", test, x, y)
+    return log_decay(expr, is_positive)
 
 
 def _both(op: str) -> _Rule:

@@ -1,7 +1,10 @@
 """Semirings in which a recurrence can be affine, and the split of an expression into a homogeneous part and the rest.
 
 In a semiring (⊕, ⊗) a map s ↦ A ⊗ s ⊕ b composes to (A2 A1, A2 b1 ⊕ b2). (+, *) covers the affine models, (max, +)
-running maxima with a decay (the stabiliser of an exponential gate), (logaddexp, +) log-sum-exp, (max, *) positive ones.
+running maxima with a decay (the stabiliser of an exponential gate), (logaddexp, +) log-sum-exp, (max, *) peaks that
+leak, (max, min) bottlenecks and, on 0 and 1, reachability.
+
+A minimum over an index is written as -max[i] -(...); semirings whose ⊕ is min read and write it like that.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from psmc.derive.simplify import ONE, ZERO, make
-from psmc.ir import Expr, Eye, Infinity, Op, Reduce, Ref, Sub
+from psmc.ir import Expr, Eye, Index, Infinity, Op, Reduce, Ref, Sub
 from psmc.ir.rewrite import walk
 
 IsState = Callable[[Ref], bool]
@@ -18,9 +21,10 @@ IsState = Callable[[Ref], bool]
 
 @dataclass(frozen=True)
 class Semiring:
-    """⊕ is `plus`, ⊗ is `times`; `reduce` is ⊕ over an index, if the language has it.
+    """⊕ is `plus`, ⊗ is `times`; `reduce` is ⊕ over an index, if the language has it, and of negated terms if `dual`.
 
-    With `positive_factors`, ⊗ keeps ⊕ only for factors that are > 0; `is_positive` decides which are.
+    With `positive_factors`, ⊗ keeps ⊕ only for some factors; `is_positive` decides which are: > 0, or where the zero is
+    a number (`non_negative`: states and injections are >= 0 as well) >= 0.
     """
 
     plus: str
@@ -30,6 +34,29 @@ class Semiring:
     reduce: str | None = None
     positive_factors: bool = False
     is_positive: Callable[[Expr], bool] = field(default=lambda _: False, compare=False)
+    dual: bool = False
+    non_negative: bool = False
+
+    @property
+    def inverse(self) -> str | None:
+        """The operator that undoes ⊗."""
+        return {"mul": "div", "add": "sub"}.get(self.times)
+
+    def over(self, index: Index, body: Expr) -> Expr:
+        """⊕ over `index`."""
+        assert self.reduce is not None
+        if self.dual:
+            return make("neg", Reduce(self.reduce, index, make("neg", body)))
+        return Reduce(self.reduce, index, body)
+
+    def reduction(self, node: Expr) -> tuple[Index, Expr] | None:
+        """The inverse of `over`: the index and body where `node` is a ⊕ over an index."""
+        match node:
+            case Op(op="neg", args=(Reduce(op=op, index=index, body=body),)) if self.dual and op == self.reduce:
+                return index, negated(body)
+            case Reduce(op=op, index=index, body=body) if not self.dual and op == self.reduce:
+                return index, body
+        return None
 
     def unit(self, row: Sub, col: Sub) -> Expr:
         """The identity matrix at (row, col)."""
@@ -52,15 +79,33 @@ class Semiring:
         return a if b == self.one else make(self.times, a, b)
 
 
+_NEVER, _EVER = Infinity(True), Infinity(False)
 PLUS_TIMES = Semiring("add", "mul", ZERO, ONE, "sum")
-MAX_PLUS = Semiring("max", "add", Infinity(True), ZERO, "max")
-MIN_PLUS = Semiring("min", "add", Infinity(False), ZERO)
-LOG_PLUS = Semiring("logaddexp", "add", Infinity(True), ZERO)
-MAX_TIMES = Semiring("max", "mul", Infinity(True), ONE, None, True)
-MIN_TIMES = Semiring("min", "mul", Infinity(False), ONE, None, True)
+MAX_PLUS = Semiring("max", "add", _NEVER, ZERO, "max")
+MIN_PLUS = Semiring("min", "add", _EVER, ZERO, "max", dual=True)
+LOG_PLUS = Semiring("logaddexp", "add", _NEVER, ZERO)
+PEAK = Semiring("max", "mul", ZERO, ONE, "max", True, non_negative=True)
+MAX_TIMES = Semiring("max", "mul", _NEVER, ONE, None, True)
+MIN_TIMES = Semiring("min", "mul", _EVER, ONE, None, True)
+MAX_MIN = Semiring("max", "min", _NEVER, _EVER, "max")
+MIN_MAX = Semiring("min", "max", _EVER, _NEVER, "max", dual=True)
 
 # Tried in this order; a component that never meets max, min or logaddexp is judged by the first.
-SEMIRINGS = (PLUS_TIMES, MAX_PLUS, MIN_PLUS, LOG_PLUS, MAX_TIMES, MIN_TIMES)
+SEMIRINGS = (PLUS_TIMES, MAX_PLUS, MIN_PLUS, LOG_PLUS, PEAK, MAX_TIMES, MIN_TIMES, MAX_MIN, MIN_MAX)
+
+
+def negated(node: Expr) -> Expr:
+    """-node, the sign moved to where terms do not carry it as a sum."""
+    match node:
+        case Op(op="sub", args=(a, b)):
+            return make("sub", b, a)
+        case Op(op="add", args=(a, b)):
+            return make("add", negated(a), negated(b))
+        case Op(op="max" | "min" as op, args=(a, b)):
+            return make("min" if op == "max" else "max", negated(a), negated(b))
+        case Op(op="where", args=(test, a, b)):
+            return make("where", test, negated(a), negated(b))
+    return make("neg", node)
 
 
 class NotAffineError(Exception):
@@ -73,10 +118,15 @@ class NotAffineError(Exception):
 
 
 class NotPositiveError(NotAffineError):
-    """It would be, were `node`'s factor known to be positive."""
+    """It would be, were `factor` in `node` known to be positive."""
+
+    def __init__(self, node: Expr, factor: Expr) -> None:
+        super().__init__(node, "a factor not known to be positive does not pass through a maximum or minimum")
+        self.factor = factor
 
 
 Parts = tuple[Expr | None, Expr | None]
+_Done = dict[Expr, Parts | NotAffineError]
 
 
 def split(root: Expr, is_state: IsState, ring: Semiring = PLUS_TIMES) -> Parts:
@@ -84,34 +134,51 @@ def split(root: Expr, is_state: IsState, ring: Semiring = PLUS_TIMES) -> Parts:
 
     Raises NotAffineError.
     """
-    done: dict[Expr, Parts] = {}
+    done: _Done = {}
     for node in walk(root):
-        done[node] = _split(node, is_state, ring, done)
-    return done[root]
+        try:
+            done[node] = _split(node, is_state, ring, done)
+        except NotAffineError as error:  # of no matter where -max[i] -x is a minimum
+            done[node] = error
+    return _of(done, root)
 
 
-def _split(node: Expr, is_state: IsState, ring: Semiring, done: dict[Expr, Parts]) -> Parts:
+def _of(done: _Done, node: Expr) -> Parts:
+    found = done[node]
+    if isinstance(found, NotAffineError):
+        raise found
+    return found
+
+
+def _split(node: Expr, is_state: IsState, ring: Semiring, done: _Done) -> Parts:
+    if ring.dual and (least := ring.reduction(node)) is not None:
+        return _reduced(least[0], split(least[1], is_state, ring), node, ring)
     match node:
         case Ref(subs=subs):
-            if any(isinstance(s, Expr) and done[s][0] is not None for s in subs):
+            if any(isinstance(s, Expr) and _of(done, s)[0] is not None for s in subs):
                 raise NotAffineError(node, "a gather at a position that depends on the state")
             return (node, None) if is_state(node) else (None, node)
         case Eye(row=row, col=col):
-            if any(isinstance(s, Expr) and done[s][0] is not None for s in (row, col)):
+            if any(isinstance(s, Expr) and _of(done, s)[0] is not None for s in (row, col)):
                 raise NotAffineError(node, "a position that depends on the state")
         case Reduce(op=op, index=index, body=body):
-            hom, rest = done[body]
-            if hom is None:
-                return None, node
-            if op != ring.reduce:
+            parts = _of(done, body)
+            if parts[0] is not None and (op != ring.reduce or ring.dual):
                 raise NotAffineError(node, f"{op} over '{index.name}' of the state is not affine")
-            return Reduce(op, index, hom), None if rest is None else Reduce(op, index, rest)
+            return _reduced(index, parts, node, ring)
         case Op(op=op, args=args):
-            parts = [done[a] for a in args]
-            if all(hom is None for hom, _ in parts):
+            of = [_of(done, a) for a in args]
+            if all(hom is None for hom, _ in of):
                 return None, node
-            return _operator(node, op, parts, ring)
+            return _operator(node, op, of, ring)
     return None, node
+
+
+def _reduced(index: Index, parts: Parts, node: Expr, ring: Semiring) -> Parts:
+    hom, rest = parts
+    if hom is None:
+        return None, node
+    return ring.over(index, hom), None if rest is None else ring.over(index, rest)
 
 
 def _operator(node: Op, op: str, parts: list[Parts], ring: Semiring) -> Parts:
@@ -125,6 +192,9 @@ def _operator(node: Op, op: str, parts: list[Parts], ring: Semiring) -> Parts:
         if parts[0][0] is not None:
             raise NotAffineError(node, "a choice that depends on the state is not affine")
         test, a, b = node.args[0], parts[1], parts[2]
+        if ring.positive_factors and not ring.non_negative and any((a[n] is None) != (b[n] is None) for n in (0, 1)):
+            # The zero is infinite: no factor, and as an injection it would meet factors and their gradients.
+            raise NotAffineError(node, "a choice between a map with a bound and one without")
         hom, rest = (make("where", test, a[n] or ring.zero, b[n] or ring.zero) for n in (0, 1))
         return hom, None if rest == ring.zero else rest
     rules = _PLUS_TIMES if ring.times == "mul" and ring.plus == "add" else _SCALING[ring.times]
@@ -174,8 +244,8 @@ def _scale(node: Op, parts: list[Parts], ring: Semiring) -> Parts:
     free = r1 if h1 is None else r2
     assert free is not None
     state = (h2, r2) if h1 is None else (h1, r1)
-    if ring.positive_factors and not ring.is_positive(free):
-        raise NotPositiveError(node, "a factor not known to be positive does not pass through a maximum or minimum")
+    if ring.positive_factors and not ring.is_positive(free if node.op != "div" else Op("div", (ONE, free))):
+        raise NotPositiveError(node, free)
     left = h1 is None
     hom, rest = (None if x is None else make(node.op, *((free, x) if left else (x, free))) for x in state)
     return hom, rest
@@ -194,4 +264,6 @@ _PLUS_TIMES: dict[str, _Rule] = {"sub": _sub, "neg": _neg, "complex": _complex, 
 _SCALING: dict[str, dict[str, _Rule]] = {
     "add": {"add": _scale, "sub": _unscale},
     "mul": {"mul": _scale, "div": _unscale},
+    "min": {"min": _scale},
+    "max": {"max": _scale},
 }

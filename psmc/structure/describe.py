@@ -15,6 +15,8 @@ _RINGS = {
     "logaddexp add": "(logaddexp, +)",
     "max mul": "(max, *)",
     "min mul": "(min, *)",
+    "max min": "(max, min)",
+    "min max": "(min, max)",
 }
 _DECAYS = {
     "none": "none (D = 1)",
