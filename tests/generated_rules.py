@@ -128,7 +128,70 @@ BASE = [
         {"a": ("[i]", "l.a[i] * r.a[i]"), "S": ("[i, j]", "r.a[i] * l.S[i, j] + r.S[i, j]")},
         ("K", "V"),
     ),
+    # the Heisenberg group, quaternions, 2x2 matrices over (max, +) and (min, max) written out
+    Rule(
+        {"x": ("", "0"), "y": ("", "0"), "z": ("", "0")},
+        {"x": ("", "l.x + r.x"), "y": ("", "l.y + r.y"), "z": ("", "l.z + r.z + l.x * r.y")},
+    ),
+    Rule(
+        {"w": ("", "1"), "x": ("", "0"), "y": ("", "0"), "z": ("", "0")},
+        {
+            "w": ("", "l.w * r.w - l.x * r.x - l.y * r.y - l.z * r.z"),
+            "x": ("", "l.w * r.x + l.x * r.w + l.y * r.z - l.z * r.y"),
+            "y": ("", "l.w * r.y - l.x * r.z + l.y * r.w + l.z * r.x"),
+            "z": ("", "l.w * r.z + l.x * r.y - l.y * r.x + l.z * r.w"),
+        },
+    ),
+    *(
+        Rule(
+            {"a": ("", one), "b": ("", zero), "c": ("", zero), "d": ("", one)},
+            {
+                "a": ("", plus.format(times.format("l.a", "r.a"), times.format("l.b", "r.c"))),
+                "b": ("", plus.format(times.format("l.a", "r.b"), times.format("l.b", "r.d"))),
+                "c": ("", plus.format(times.format("l.c", "r.a"), times.format("l.d", "r.c"))),
+                "d": ("", plus.format(times.format("l.c", "r.b"), times.format("l.d", "r.d"))),
+            },
+        )
+        for plus, times, zero, one in (
+            ("max({}, {})", "({} + {})", "-inf", "0"),
+            ("min({}, {})", "max({}, {})", "inf", "-inf"),
+        )
+    ),
 ]
+
+# What acts (component, identity, rule), on what (rule, identity), and how: x -> a·x is an endomorphism of the latter.
+ACTIONS = [
+    ("a", "", "1", "l.a * r.a", "{x} + {y}", "0", "{a} * {x}"),
+    ("a", " in (0, inf)", "1", "l.a * r.a", "max({x}, {y})", "-inf", "{a} * {x}"),
+    ("a", " in (0, inf)", "1", "l.a * r.a", "min({x}, {y})", "inf", "{a} * {x}"),
+    ("t", "", "0", "l.t + r.t", "max({x}, {y})", "-inf", "({x} + {a})"),
+    ("t", "", "0", "l.t + r.t", "min({x}, {y})", "inf", "({x} + {a})"),
+    ("t", "", "0", "l.t + r.t", "logaddexp({x}, {y})", "-inf", "({x} + {a})"),
+    ("t", "", "0", "l.t + r.t", "{x} + {y}", "0", "exp({a}) * {x}"),
+    ("t", "", "0", "l.t + r.t", "max({x}, {y})", "-inf", "exp({a}) * {x}"),
+    ("a", " in (0, 1]", "1", "l.a * r.a", "{x} + {y}", "0", "{a} * {x}"),
+    ("n", ":int", "0", "l.n + r.n", "{x} + {y}", "0", "2 ^ {a} * {x}"),
+    ("z", ":complex", "1", "l.z * r.z", "{x} + {y}", "0", "{a} * {x}"),
+    ("a", "", "1", "l.a * r.a", "where({y} == 0, {x}, {y})", "0", "{x}"),
+]
+
+
+def semidirect(rng: random.Random) -> Rule:
+    """(a, x)∘(b, y) = (a b, b·x ∘ y); every component that is acted on may be a vector or a matrix."""
+    name, kind, one, rule, monoid, zero, action = rng.choice(ACTIONS)
+    shape, at, dims = rng.choice((("", "", ()), ("", "", ()), ("[K]", "[i]", ("K",)), ("[K, V]", "[i, j]", ("K", "V"))))
+    spread = bool(dims) and rng.random() < 0.5  # the actor is a vector too
+    own, own_at = (("[K]", "[i]") if spread else ("", ""))
+    acted = action.format(a=f"r.{name}{own_at}", x=f"l.x{at}")
+    complex_ = ":complex" if "complex" in kind else ""
+    return Rule(
+        {name: (own + kind, one), "x": (shape + complex_, zero)},
+        {
+            name: (own_at, rule.replace(f".{name}", f".{name}{own_at}")),
+            "x": (at, monoid.format(x=acted, y=f"r.x{at}")),
+        },
+        dims,
+    )
 
 
 def product(x: Rule, y: Rule) -> Rule:
@@ -152,28 +215,51 @@ def segmented(rule: Rule) -> Rule:
     return replace(rule, state=state, results={**results, "flag": ("", "max(l.flag, r.flag)")})
 
 
-# x -> (forward, backward, image of the identity), for scalar components without an interval
+# x -> (forward, backward, interval of what is stored), applied to every real component
 BIJECTIONS = {
-    "shift": ("({} + 2)", "({} - 2)"),
-    "scale": ("({} * 3)", "({} / 3)"),
-    "mirror": ("(-{})", "(-({}))"),
-    "cubic shear": ("({} * 0.5 - 1)", "(2 * ({} + 1))"),
-    "exponential": ("log({})", "exp({})"),
+    "shift": ("({} + 2)", "({} - 2)", ""),
+    "scale": ("({} * 3)", "({} / 3)", ""),
+    "mirror": ("(-{})", "(-({}))", ""),
+    "affine": ("({} * 0.5 - 1)", "(2 * ({} + 1))", ""),
+    "exponential": ("log({})", "exp({})", " in (0, inf)"),
+    "expm1": ("log1p({})", "expm1({})", " in (-1, inf)"),
+    "logistic": ("(log({0}) - log(1 - {0}))", "sigmoid({})", " in (0, 1)"),
 }
+# y -> y + f(x) for another component x
+SHEARS = {"square": "{}^2", "cube": "{}^3", "exp": "exp({})", "product": "{} * {}"}
 
 
 def conjugated(rule: Rule, name: str) -> Rule:
     """x' = φ⁻¹(φ x ∘ φ y) on every real component; the stored value is φ⁻¹ of the old one."""
-    forward, backward = BIJECTIONS[name]
+    forward, backward, interval = BIJECTIONS[name]
     state, results = {}, {}
-    positive = name == "exponential"
     for n, (indices, value) in rule.results.items():
         shape, identity = rule.state[n]
         for side in "lr":
             for other, (o_indices, _) in rule.results.items():
                 value = _wrapped(value, f"{side}.{other}", bool(o_indices), forward)
         results[n] = (indices, backward.format(f"({value})"))
-        state[n] = (shape + (" in (0, inf)" if positive else ""), backward.format(identity))
+        state[n] = (shape + interval, backward.format(identity))
+    return replace(rule, state=state, results=results)
+
+
+def sheared(rule: Rule, name: str, rng: random.Random) -> Rule | None:
+    """Conjugated by (x, y) -> (x, y + f(x)), for two real scalar components; None if there are no two."""
+    able = [n for n, (shape, identity) in rule.state.items() if not shape and "inf" not in identity]
+    if len(able) < 2:
+        return None
+    x, y = rng.sample(able, 2)
+    bump = SHEARS[name]
+    bump = bump.replace("{}", "{0}")
+
+    def at_image(value: str) -> str:
+        for side in "lr":
+            value = _wrapped(value, f"{side}.{y}", False, f"({{}} + {bump.format(f'{side}.{x}')})")
+        return value
+
+    results = {n: (i, at_image(v)) for n, (i, v) in rule.results.items()}
+    results[y] = ("", f"{results[y][1]} - {bump.format(f'({results[x][1]})')}")
+    state = {**rule.state, y: ("", f"{rule.state[y][1]} - {bump.format(f'({rule.state[x][1]})')}")}
     return replace(rule, state=state, results=results)
 
 
@@ -195,24 +281,34 @@ def plain_real(rule: Rule) -> bool:
     return not any(" in " in shape or ":" in shape for shape, _ in rule.state.values())
 
 
+CONSTRUCTIONS = ("product", "opposite", "segmented", "conjugated", "sheared", "conjugated", "sheared", "semidirect")
+_SIZE = 4  # components of what is still enlarged
+
+
 def random_rule(seed: int) -> tuple[str, Rule]:
     """(how it was made, the rule)."""
     rng = random.Random(seed)
-    rule = rng.choice(BASE)
-    how = f"base {BASE.index(rule)}"
-    for _ in range(rng.choice((0, 1, 1, 2, 2))):
-        construction = rng.choice(("product", "opposite", "segmented", "conjugated"))
-        if construction == "product" and len(rule.state) <= 4:
-            rule = product(rule, rng.choice(BASE))
+    rule = rng.choice(BASE) if rng.random() < 0.7 else semidirect(rng)
+    how = ["base" if rule in BASE else "semidirect"]
+    for _ in range(rng.choice((0, 1, 1, 2, 2, 3))):
+        construction = rng.choice(CONSTRUCTIONS)
+        found: Rule | None = None
+        if construction == "product" and len(rule.state) <= _SIZE:
+            found = product(rule, rng.choice(BASE))
+        elif construction == "semidirect" and len(rule.state) <= _SIZE:
+            found = product(rule, semidirect(rng))
         elif construction == "opposite":
-            rule = opposite(rule)
-        elif construction == "segmented" and "flag" not in rule.state and len(rule.state) <= 4:
-            rule = segmented(rule)
+            found = opposite(rule)
+        elif construction == "segmented" and "flag" not in rule.state and len(rule.state) <= _SIZE:
+            found = segmented(rule)
         elif construction == "conjugated" and plain_real(rule):
-            name = rng.choice(sorted(BIJECTIONS))
-            rule = conjugated(rule, name)
-            construction = name
-        else:
-            continue
-        how += f", {construction}"
-    return how, rule
+            construction = rng.choice(sorted(BIJECTIONS))
+            found = conjugated(rule, construction)
+        elif construction == "sheared":
+            construction = rng.choice(sorted(SHEARS))
+            found = sheared(rule, construction, rng)
+            construction += " shear"
+        if found is not None:
+            rule = found
+            how.append(construction)
+    return ", ".join(how), rule

@@ -19,20 +19,22 @@ from psmc.algebra.linear import feasible
 from psmc.algebra.normal import Normaliser, integral
 from psmc.algebra.powers import guard_of
 from psmc.algebra.ring import OutOfBudgetError, Ring, SplitError, UndefinedError
-from psmc.algebra.terms import ONE, Atom, Poly, total
+from psmc.algebra.terms import ONE, Atom, Mono, Poly, total
 from psmc.ir import Expr, Index
 from psmc.ir.rewrite import rename
 
 MAX_CASES = 4000
 MAX_DEPTH = 40
 _MAX_CLEARINGS = 24
+_REPORT = 16
 
 
 @dataclass
 class Outcome:
     """Whether left = right. `cases`: how many were needed; `residual`: left - right where the proof stopped.
 
-    `undefined`: the law could not be evaluated there (0/0, inf - inf).
+    `undefined`: one side has no value there (0/0, inf - inf). `denominators`: what was divided by and may be 0;
+    `thin`: assumptions of cases of measure 0 in which a side has no value. Equality is claimed elsewhere.
     """
 
     equal: bool
@@ -41,23 +43,28 @@ class Outcome:
     facts: Facts | None = None
     reason: str = ""
     undefined: bool = False
+    denominators: tuple[Poly, ...] = ()
+    thin: tuple[Poly, ...] = ()
 
 
-def decide(left: Expr, right: Expr, ring: Ring) -> Outcome:
-    """Prove left = right under the ring's facts."""
-    search = _Search(ring)
+def decide(left: Expr, right: Expr, ring: Ring, report: Callable[[int], None] | None = None) -> Outcome:
+    """Prove left = right under the ring's facts. `report` is told how many cases have been looked at."""
+    search = _Search(report)
     search.run(left, right, ring, 0)
+    search.outcome.denominators = tuple(ring.denominators[k] for k in sorted(ring.denominators))
     return search.outcome
 
 
 class _Search:
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, report: Callable[[int], None] | None) -> None:
         self.outcome = Outcome(True, cases=0)
-        self.ring = ring
+        self.report = report
 
     def run(self, left: Expr, right: Expr, ring: Ring, depth: int) -> bool:
         """One case; False once a case failed."""
         self.outcome.cases += 1
+        if self.report is not None and self.outcome.cases % _REPORT == 0:
+            self.report(self.outcome.cases)
         if self.outcome.cases > MAX_CASES or depth > MAX_DEPTH:
             raise OutOfBudgetError("too many cases")
         try:
@@ -79,6 +86,10 @@ class _Search:
                 return self._fail(ring, None, "a condition under a reduction could not be split on")
             guard = split.guard
         except UndefinedError as error:
+            thin = _equations(ring)
+            if thin:
+                self.outcome.thin = (*self.outcome.thin, *(p for p in thin if p not in self.outcome.thin))
+                return True
             self.outcome.undefined = True
             return self._fail(ring, None, str(error))
         return self._split(left, right, ring, guard, depth)
@@ -109,6 +120,15 @@ class _Search:
             if not self.run(left, right, branch, depth + 1):
                 return False
         return True
+
+
+def _equations(ring: Ring) -> tuple[Poly, ...]:
+    """P with P = 0 in this case, where that fixes a real or complex quantity: a set of measure 0."""
+    return tuple(
+        Poly({Mono(((atom, Fraction(1)),)): Fraction(1)}) - value
+        for atom, value in sorted(ring.facts.values.items(), key=lambda kv: kv[0].key)
+        if atom.args[1] in ("real", "complex")
+    )
 
 
 def _tightened(poly: Poly, strict: bool) -> tuple[Poly, bool]:

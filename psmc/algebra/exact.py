@@ -7,6 +7,7 @@ a proof.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from fractions import Fraction
 from itertools import product as positions_of
 
@@ -14,6 +15,8 @@ from psmc.algebra import numbers as nu
 from psmc.algebra.numbers import INF, NEG_INF, ONE, ZERO, Complex, Number, Real, real
 from psmc.algebra.ring import UndefinedError
 from psmc.ir import Assign, Block, Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref, Sub
+from psmc.ir.query import needs_safe_exp, signed_terms
+from psmc.ir.rewrite import instantiate
 
 Position = tuple[int, ...]
 Array = dict[Position, "Number | None"]  # None: no value there
@@ -22,10 +25,13 @@ Store = Mapping[tuple[str, str], Array]  # (space, name) -> array
 
 
 class Evaluator:
-    """Evaluates expressions over `store`; lets of `block` are computed where they are read."""
+    """Evaluates expressions over `store`; lets of `block` are computed where they are read.
 
-    def __init__(self, sizes: Sizes, store: Store, lets: Mapping[str, Assign]) -> None:
-        self.sizes, self.store, self.lets = sizes, store, lets
+    `plain`: exp(x - m) at x = -inf is what IEEE arithmetic makes of it, not the 0 of the language.
+    """
+
+    def __init__(self, sizes: Sizes, store: Store, lets: Mapping[str, Assign], *, plain: bool = False) -> None:
+        self.sizes, self.store, self.lets, self.plain = sizes, store, lets, plain
         self._done: dict[tuple[Expr, tuple[tuple[Index, int], ...]], Number | bool | UndefinedError] = {}
 
     def at(self, assign: Assign, position: Position) -> Number:
@@ -73,9 +79,22 @@ class Evaluator:
                 return out
             case Op(op="where", args=(condition, x, y)):
                 return self.value(x if self.value(condition, where) else y, where)
+            case Op(op="exp", args=(argument,)) if not self.plain and self._gone(argument, where):
+                return ZERO
             case Op(op=op, args=args):
                 return TABLE[op](*(self.value(a, where) for a in args))
         raise AssertionError(expr)
+
+    def _gone(self, argument: Expr, where: dict[Index, int]) -> bool:
+        """Whether a term of a sum under exp is -inf."""
+        terms = signed_terms(argument, self._definition)
+        return needs_safe_exp(terms) and any(
+            isinstance(v := self.value(t, where), Decimal) and v.is_infinite() and (v > 0) == (sign < 0)
+            for sign, t in terms
+        )
+
+    def _definition(self, ref: Ref) -> Expr | None:
+        return instantiate(self.lets[ref.name], ref.subs) if ref.name in self.lets else None
 
     def _sub(self, sub: Sub, where: Mapping[Index, int]) -> int:
         if isinstance(sub, Index):
@@ -92,9 +111,9 @@ def positions(dims: tuple[str, ...], sizes: Sizes) -> Iterator[Position]:
     return positions_of(*(range(sizes[d]) for d in dims))
 
 
-def run(block: Block, sizes: Sizes, store: Store) -> dict[str, Array]:
+def run(block: Block, sizes: Sizes, store: Store, *, plain: bool = False) -> dict[str, Array]:
     """All results of a block; entries without a value are None."""
-    evaluator = Evaluator(sizes, store, {a.name: a for a in block.lets})
+    evaluator = Evaluator(sizes, store, {a.name: a for a in block.lets}, plain=plain)
     out: dict[str, Array] = {}
     for assign in block.results:
         array: Array = {}

@@ -157,7 +157,15 @@ def _term(ring: Ring, lits: Sequence[Poly], bound: Sequence[Index]) -> Term:
 def _drops(ring: Ring, q: Poly, p: Poly, first: bool) -> bool:
     """min(p, q) = q: p may go. Of two equal ones the later goes."""
     ring.tick()
-    return is_positive(ring, p - q, strict=False) and (first or not is_positive(ring, q - p, strict=False))
+    return _never_below(ring, p, q) and (first or not _never_below(ring, q, p))
+
+
+def _never_below(ring: Ring, p: Poly, q: Poly) -> bool:
+    """Certainly p ≥ q."""
+    found = ring.above.get((p, q))
+    if found is None:
+        found = ring.above[p, q] = is_positive(ring, p - q, strict=False)
+    return found
 
 
 def _unique(ring: Ring, terms: Iterable[Term]) -> list[Term]:
@@ -173,7 +181,7 @@ def _absorb(ring: Ring, terms: list[Term]) -> list[Term]:
     def below(t: Term, other: Term) -> bool:
         ring.tick()
         return not t.bound and not other.bound and all(
-            any(u == v or is_positive(ring, v - u, strict=False) for u in t.lits) for v in other.lits
+            any(u == v or _never_below(ring, v, u) for u in t.lits) for v in other.lits
         )  # fmt: skip
 
     kept: list[Term] = []

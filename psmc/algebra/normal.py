@@ -14,6 +14,7 @@ from psmc.algebra.knowledge import is_positive
 from psmc.algebra.ring import Ring, SplitError, UndefinedError
 from psmc.algebra.terms import UNIT, ZERO, Atom, Bag, Poly, Term, number, total
 from psmc.ir import Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref, Sub
+from psmc.ir.query import needs_safe_exp, signed_terms
 from psmc.ir.rewrite import rename
 
 _HALF = Fraction(1, 2)
@@ -54,9 +55,18 @@ class Normaliser:
                 return self._reduce(op, index, body)
             case Op(op="where", args=(condition, x, y)):
                 return self._where(condition, x, y)
+            case Op(op="exp", args=(argument,)):
+                return self._exp(argument)
             case Op(op=op, args=args):
                 return RULES[op](self.ring, *(self(a) for a in args))
         raise AssertionError(expr)
+
+    def _exp(self, argument: Expr) -> Value:
+        """exp of a sum is 0 where one of its terms is -inf, whatever the others are."""
+        terms = signed_terms(argument)
+        if needs_safe_exp(terms) and any(self(t) == Infinite(-sign) for sign, t in terms):
+            return ZERO
+        return ex.exp(self.ring, self(argument))
 
     def _sub(self, sub: Sub) -> Index | int | Poly:
         return finite(self(sub)) if isinstance(sub, Expr) else sub

@@ -1,24 +1,33 @@
-"""Exact numbers for evaluating the IR: rationals where possible, decimals of 100 digits where a function leaves them.
+"""Exact numbers for evaluating the IR: rationals where possible; where a function leaves them, decimals of 100 digits
+with a bound on their error.
 
-An operation without a value (0/0, inf - inf, log of a negative number, a comparison too close to call) raises
-UndefinedError.
+An operation without a value (0/0, inf - inf, log of a negative number) raises UndefinedError; one that these numbers
+cannot decide (a sign within the error, a number too long) its subclass UnclearError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import ROUND_HALF_EVEN, Context, Decimal, DecimalException
+from decimal import ROUND_HALF_EVEN, ROUND_UP, Context, Decimal, DecimalException
 from fractions import Fraction
+from functools import cache
 from math import isqrt
 from typing import TypeAlias, TypeGuard
 
 from psmc.algebra.ring import UndefinedError
 
 CONTEXT = Context(prec=100, rounding=ROUND_HALF_EVEN, Emin=-(10**6), Emax=10**6)
-# Sums may pass through values 1e60 times the result before rounding could look like a difference.
+_UP = Context(prec=8, rounding=ROUND_UP, Emin=-(10**6), Emax=10**6)  # of errors
+_ULP = Decimal(10) ** (2 - CONTEXT.prec)
+_NOTHING = Decimal(0)
 _SAME, _DIFFERENT = Decimal("1e-60"), Decimal("1e-40")
 _LARGEST_ARGUMENT = 10_000  # of exp: past it numbers get too long to be useful
+_LONGEST = 20_000  # bits of a numerator or denominator
+
+
+class UnclearError(UndefinedError):
+    """There may be a value, but not one that these numbers can tell."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +36,45 @@ class Complex:
     im: Real
 
 
-Real: TypeAlias = "Fraction | Decimal"  # Decimal also holds ±Infinity
+class Ball(Decimal):
+    """All numbers within `error` of a finite decimal."""
+
+    __slots__ = ("error",)
+    error: Decimal
+
+    def __new__(cls, value: Decimal, error: Decimal) -> Ball:
+        new = super().__new__(cls, value)
+        new.error = error
+        return new
+
+
+Real: TypeAlias = "Fraction | Decimal"  # a Decimal is a Ball or ±Infinity
 Number: TypeAlias = "Fraction | Decimal | Complex"
 INF, NEG_INF = Decimal("Infinity"), Decimal("-Infinity")
 ZERO, ONE = Fraction(0), Fraction(1)
 
 
-def _guard(fn: Callable[[], Decimal]) -> Decimal:
+def _ball(fn: Callable[[], Decimal], error: Callable[[Decimal], Decimal]) -> Ball:
+    """The result of `fn`, rounded, and the error that it inherits (of its size)."""
     try:
         out = fn()
-    except DecimalException as error:
-        raise UndefinedError(str(error)) from None
-    if not out.is_finite():
-        raise UndefinedError("out of range")
-    return out
+        size = out.copy_abs()
+        bound = _UP.add(error(size), _UP.multiply(size, _ULP))
+    except DecimalException as problem:
+        raise UnclearError(str(problem)) from None
+    if not out.is_finite() or not bound.is_finite():
+        raise UnclearError("out of range")
+    return Ball(out, bound)
 
 
 def decimal(x: Real) -> Decimal:
     if isinstance(x, Decimal):
         return x
-    return CONTEXT.divide(Decimal(x.numerator), Decimal(x.denominator))
+    return _ball(lambda: CONTEXT.divide(Decimal(x.numerator), Decimal(x.denominator)), lambda _: _NOTHING)
+
+
+def error_of(x: Real) -> Decimal:
+    return x.error if isinstance(x, Ball) else _NOTHING
 
 
 def infinite(x: Number) -> TypeGuard[Decimal]:
@@ -59,18 +87,47 @@ def real(x: Number) -> Real:
     return x
 
 
-def _real_op(exact: Callable[[Fraction, Fraction], Fraction], inexact: Callable[[Decimal, Decimal], Decimal]):  # type: ignore[no-untyped-def]
-    def op(x: Real, y: Real) -> Real:
-        if isinstance(x, Fraction) and isinstance(y, Fraction):
-            return exact(x, y)
-        return _guard(lambda: inexact(decimal(x), decimal(y)))
-
-    return op
+def _exact(x: Fraction) -> Fraction:
+    if max(x.numerator.bit_length(), x.denominator.bit_length()) > _LONGEST:
+        raise UnclearError("a number too long to be useful")
+    return x
 
 
-_add = _real_op(lambda x, y: x + y, CONTEXT.add)
-_mul = _real_op(lambda x, y: x * y, CONTEXT.multiply)
-_div = _real_op(lambda x, y: x / y, CONTEXT.divide)
+def _add(x: Real, y: Real) -> Real:
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return _exact(x + y)
+    a, b = decimal(x), decimal(y)
+    return _ball(lambda: CONTEXT.add(a, b), lambda _: _UP.add(error_of(a), error_of(b)))
+
+
+def _mul(x: Real, y: Real) -> Real:
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return _exact(x * y)
+    a, b = decimal(x), decimal(y)
+    e, f = error_of(a), error_of(b)
+
+    def error(_: Decimal) -> Decimal:
+        return _UP.add(_UP.multiply(a.copy_abs(), f), _UP.multiply(e, _UP.add(b.copy_abs(), f)))
+
+    return _ball(lambda: CONTEXT.multiply(a, b), error)
+
+
+def _div(x: Real, y: Real) -> Real:
+    """y is not 0, beyond its error."""
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return _exact(x / y)
+    a, b = decimal(x), decimal(y)
+    e, f = error_of(a), error_of(b)
+    least = _least_size(b)
+    return _ball(
+        lambda: CONTEXT.divide(a, b), lambda size: _UP.divide(_UP.add(e, _UP.multiply(size, f)), least)
+    )  # fmt: skip
+
+
+def _least_size(x: Decimal) -> Decimal:
+    """A lower bound > 0 on the size of a number that is not 0, beyond its error."""
+    least = CONTEXT.subtract(x.copy_abs(), error_of(x))
+    return CONTEXT.multiply(least, Decimal("0.999999"))
 
 
 def neg(x: Number) -> Number:
@@ -80,7 +137,9 @@ def neg(x: Number) -> Number:
 
 
 def _neg(x: Real) -> Real:
-    return -x if isinstance(x, Fraction) else x.copy_negate()
+    if isinstance(x, Fraction):
+        return -x
+    return Ball(x.copy_negate(), x.error) if isinstance(x, Ball) else x.copy_negate()
 
 
 def add_real(x: Real, y: Real) -> Real:
@@ -88,7 +147,7 @@ def add_real(x: Real, y: Real) -> Real:
         if infinite(x) and infinite(y) and x != y:
             raise UndefinedError("inf - inf")
         return x if infinite(x) else y
-    return _add(x, y)  # type: ignore[no-any-return]
+    return _add(x, y)
 
 
 def mul_real(x: Real, y: Real) -> Real:
@@ -97,7 +156,7 @@ def mul_real(x: Real, y: Real) -> Real:
         if not s:
             raise UndefinedError("0 times infinity")
         return INF if s > 0 else NEG_INF
-    return _mul(x, y)  # type: ignore[no-any-return]
+    return _mul(x, y)
 
 
 def div_real(x: Real, y: Real) -> Real:
@@ -111,6 +170,8 @@ def div_real(x: Real, y: Real) -> Real:
 
 
 def sign(x: Real) -> int:
+    if isinstance(x, Ball) and x.copy_abs() <= _UP.multiply(x.error, Decimal(2)):
+        raise UnclearError("too close to 0 to call")
     return (x > 0) - (x < 0)
 
 
@@ -157,17 +218,27 @@ def compare(x: Real, y: Real) -> int:
     if (isinstance(x, Fraction) and isinstance(y, Fraction)) or infinite(x) or infinite(y):
         return (x > y) - (x < y)
     a, b = decimal(x), decimal(y)
-    if _apart(a, b) <= _SAME:
-        raise UndefinedError("too close to call")
+    if not _told_apart(a, b) or _apart(a, b) <= _SAME:
+        raise UnclearError("too close to call")
     return (a > b) - (a < b)
 
 
 def greatest(x: Real, y: Real) -> Real:
-    return x if x >= y else y
+    return _with_error_of_both(x if x >= y else y, x, y)
 
 
 def least(x: Real, y: Real) -> Real:
-    return x if x <= y else y
+    return _with_error_of_both(x if x <= y else y, x, y)
+
+
+def _with_error_of_both(chosen: Real, x: Real, y: Real) -> Real:
+    """The other one may be the right choice, if their errors overlap."""
+    if infinite(x) or infinite(y) or not (isinstance(x, Ball) or isinstance(y, Ball)):
+        return chosen
+    a, b = decimal(x), decimal(y)
+    if _told_apart(a, b):
+        return chosen
+    return Ball(decimal(chosen), max(error_of(a), error_of(b)))
 
 
 def differ(x: Number, y: Number) -> bool:
@@ -178,7 +249,12 @@ def differ(x: Number, y: Number) -> bool:
     if (isinstance(x, Fraction) and isinstance(y, Fraction)) or infinite(x) or infinite(y):
         return x != y
     a, b = decimal(x), decimal(y)
-    return _apart(a, b) > _DIFFERENT
+    return _told_apart(a, b) and _apart(a, b) > _DIFFERENT
+
+
+def _told_apart(a: Decimal, b: Decimal) -> bool:
+    """Whether their errors do not explain the difference."""
+    return CONTEXT.subtract(a, b).copy_abs() > _UP.multiply(_UP.add(error_of(a), error_of(b)), Decimal(2))
 
 
 def _apart(a: Decimal, b: Decimal) -> Decimal:
@@ -197,33 +273,39 @@ def exp(x: Number) -> Number:
         return Complex(mul_real(real(size), cos(x.im)), mul_real(real(size), sin(x.im)))
     if infinite(x):
         return INF if x > 0 else ZERO
-    if x == 0:
+    if isinstance(x, Fraction) and x == 0:
         return ONE
-    if not -_LARGEST_ARGUMENT < x < _LARGEST_ARGUMENT:
-        raise UndefinedError("out of range")
-    return _guard(lambda: CONTEXT.exp(decimal(x)))
+    a = decimal(x)
+    if not -_LARGEST_ARGUMENT < a < _LARGEST_ARGUMENT or error_of(a) > Decimal("0.5"):
+        raise UnclearError("out of range")
+    return _ball(lambda: CONTEXT.exp(a), lambda size: _UP.multiply(size, _UP.multiply(error_of(a), Decimal(2))))
 
 
 def log(x: Real) -> Real:
     if infinite(x) and x > 0:
         return INF
-    if x == 0:
+    signed = sign(x)
+    if signed == 0:
         return NEG_INF
-    if x < 0:
+    if signed < 0:
         raise UndefinedError("log of a negative number")
-    return ZERO if x == 1 else _guard(lambda: CONTEXT.ln(decimal(x)))
+    if x == 1 and isinstance(x, Fraction):
+        return ZERO
+    a = decimal(x)
+    return _ball(lambda: CONTEXT.ln(a), lambda _: _UP.divide(error_of(a), _least_size(a)))
 
 
 def sqrt(x: Real) -> Real:
     if infinite(x) and x > 0:
         return INF
-    if x < 0:
+    if sign(x) < 0:
         raise UndefinedError("root of a negative number")
     if isinstance(x, Fraction):
         top, bottom = isqrt(x.numerator), isqrt(x.denominator)
         if top * top == x.numerator and bottom * bottom == x.denominator:
             return Fraction(top, bottom)
-    return _guard(lambda: CONTEXT.sqrt(decimal(x)))
+    a = decimal(x)
+    return _ball(lambda: CONTEXT.sqrt(a), lambda size: _UP.divide(error_of(a), size) if a else _NOTHING)
 
 
 def power(x: Number, y: Real) -> Number:
@@ -233,10 +315,11 @@ def power(x: Number, y: Real) -> Number:
             out = mul(out, x)
         return out if y >= 0 else div(ONE, out)
     base = real(x)
-    if base < 0:
+    signed = sign(base)
+    if signed < 0:
         raise UndefinedError("a power of a negative number")
-    if base == 0:
-        if y > 0:
+    if signed == 0:
+        if sign(y) > 0:
             return ZERO
         raise UndefinedError("a power of 0")
     if y == Fraction(1, 2):
@@ -244,51 +327,68 @@ def power(x: Number, y: Real) -> Number:
     return exp(mul_real(y, log(base)))
 
 
-_PI = Decimal(
-    "3.1415926535897932384626433832795028841971693993751058209749445923078164062"
-    "8620899862803482534211706798214808651328230664709384460955058223172535940813"
-)
+@cache
+def _pi(digits: int) -> Decimal:
+    """Machin: π/4 = 4 arctan(1/5) - arctan(1/239)."""
+    c = Context(prec=digits + 10)
+
+    def arctan_inverse(n: int) -> Decimal:
+        power = out = c.divide(Decimal(1), Decimal(n))
+        for k in range(3, 2 * digits + 30, 2):
+            power = c.divide(power.copy_negate(), Decimal(n * n))
+            out = c.add(out, c.divide(power, Decimal(k)))
+        return out
+
+    return c.multiply(
+        Decimal(4), c.subtract(c.multiply(Decimal(4), arctan_inverse(5)), arctan_inverse(239))
+    )
 
 
 def sin(x: Real) -> Real:
-    if x == 0:
+    if isinstance(x, Fraction) and x == 0:
         return ZERO
     return _series(decimal(x), first=1)
 
 
 def cos(x: Real) -> Real:
-    if x == 0:
+    if isinstance(x, Fraction) and x == 0:
         return ONE
     return _series(decimal(x), first=0)
 
 
-def _series(x: Decimal, first: int) -> Decimal:
+def _series(given: Decimal, first: int) -> Decimal:
     """Taylor series of sin (first = 1) or cos (0) after reduction by 2π."""
-    if not x.is_finite() or abs(x) > _LARGEST_ARGUMENT:
-        raise UndefinedError("out of range")
-    c = CONTEXT
-    turn = c.multiply(_PI, Decimal(2))
+    x = given
+    if not x.is_finite() or x.copy_abs() > _LARGEST_ARGUMENT:
+        raise UnclearError("out of range")
+    c = Context(prec=CONTEXT.prec + 20)
+    turn = c.multiply(_pi(c.prec), Decimal(2))
     x = c.subtract(x, c.multiply(turn, c.divide(x, turn).to_integral_value()))
     term = x if first else Decimal(1)
     out, k = term, first
-    while term.copy_abs() > Decimal("1e-110"):
+    least = Decimal(10) ** -c.prec
+    while term.copy_abs() > least:
         term = c.divide(c.multiply(term.copy_negate(), c.multiply(x, x)), Decimal((k + 1) * (k + 2)))
         out, k = c.add(out, term), k + 2
-    return out
+    return _ball(lambda: CONTEXT.plus(out), lambda _: _UP.add(error_of(given), _ULP))
 
 
 def erf(x: Real) -> Real:
-    if x == 0:
+    if isinstance(x, Fraction) and x == 0:
         return ZERO
     if infinite(x):
         return Fraction(sign(x))
-    if not -16 < x < 16:
-        return Decimal(sign(x))  # 1 - erf(16) < 1e-110
-    c = Context(prec=350)
+    error = _UP.multiply(error_of(x), Decimal(2))
+    span = isqrt(int(2.31 * CONTEXT.prec)) + 2  # past it 1 - erf(x) < exp(-x^2) is below the last digit
+    if not -span < x < span:
+        return Ball(Decimal(sign(x)), _UP.add(error, _ULP))
+    c = Context(prec=2 * CONTEXT.prec + 150)  # terms grow up to exp(x^2)
     v = c.plus(decimal(x))
     term, out, k = v, v, 0
-    while term.copy_abs() > Decimal("1e-130"):
+    least = Decimal(10) ** -(CONTEXT.prec + 20)
+    while term.copy_abs() > least:
         k += 1
         term = c.divide(c.multiply(term.copy_negate(), c.multiply(v, v)), Decimal(k))
         out = c.add(out, c.divide(term, Decimal(2 * k + 1)))
-    return CONTEXT.plus(c.divide(c.multiply(out, Decimal(2)), c.sqrt(_PI)))
+    whole = c.divide(c.multiply(out, Decimal(2)), c.sqrt(_pi(c.prec)))
+    return _ball(lambda: CONTEXT.plus(whole), lambda _: _UP.add(error, _ULP))

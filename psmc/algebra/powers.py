@@ -34,6 +34,9 @@ def power(ring: Ring, poly: Poly, k: Fraction, *, non_negative: bool = False) ->
             raise UndefinedError("division by 0")
         return ZERO
     unit, rest = content(ring, poly, of="any" if k.denominator == 1 else "non-negative")
+    if k < 0:
+        for atom, _ in unit[1]:
+            _note_denominator(ring, lone(atom))
     out = _unit_power(ring, unit, k)
     if k.denominator == 1 and rest.constant is not None:
         return out.scaled(rest.constant ** int(k))
@@ -41,12 +44,20 @@ def power(ring: Ring, poly: Poly, k: Fraction, *, non_negative: bool = False) ->
         return out
     if k < 0:
         _refuse_plateaus(ring, rest)
+        _note_denominator(ring, rest)
     if k.denominator != 1 and not non_negative and not im.non_negative(bounds(ring, rest)):
         return mul(ring, out, lone(Atom("pow", (rest, number(k)))))
     if k.denominator == 1:
         sign = _leading_sign(rest)
         rest, out = rest.scaled(sign), out.scaled(sign if int(k) % 2 else Fraction(1))
     return mul(ring, out, monomial(ring, Fraction(1), [(Atom("base", (rest,), rest.real), k)]))
+
+
+def _note_denominator(ring: Ring, poly: Poly) -> None:
+    """Keep what must not be 0 for the two sides to have values, unless it never is."""
+    known = bounds(ring, poly)
+    if not (im.positive(known) or im.positive(im.neg(known))):
+        ring.denominators.setdefault(poly.key, poly)
 
 
 def _refuse_plateaus(ring: Ring, poly: Poly) -> None:
@@ -148,7 +159,15 @@ def content(ring: Ring, poly: Poly, of: Sign = "any") -> tuple[Unit, Poly]:
     unit: Unit = (coef, tuple(factors))
     if not factors and coef == 1:
         return unit, poly
-    return unit, over_unit(ring, poly, unit)
+    rest = over_unit(ring, poly, unit)
+    if any(a.tag == "base" for a, _ in factors) and rest:
+        # Powers of a sum were expanded: what is left may have a unit of its own.
+        (more, others), rest = content(ring, rest, of)
+        powers_: dict[Atom, Fraction] = dict(factors)
+        for atom, p in others:
+            powers_[atom] = powers_.get(atom, Fraction(0)) + p
+        unit = (coef * more, tuple(powers_.items()))
+    return unit, rest
 
 
 def over_unit(ring: Ring, poly: Poly, unit: Unit) -> Poly:
@@ -194,6 +213,8 @@ def log(ring: Ring, poly: Poly) -> Poly:
             out.append(lone(Atom("log", (inner,))).scaled(p))
     if rest.constant != 1:
         known = im.positive(bounds(ring, rest))
+        if not known:
+            _refuse_plateaus(ring, rest)
         out.append(lone(Atom("log" if known else "plog", (rest,))))
     return total(out)
 

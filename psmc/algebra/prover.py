@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from psmc.algebra import laws
 from psmc.algebra.equality import Outcome, decide
 from psmc.algebra.facts import Facts
 from psmc.algebra.intervals import Closure, closure
+from psmc.algebra.parametrise import applies, parametrised, takes_logs
 from psmc.algebra.refute import Law, Refuter, undefined_components
-from psmc.algebra.residual import residual_text
+from psmc.algebra.residual import residual_text, shown
 from psmc.algebra.ring import MAX_WORK, OutOfBudgetError, Ring
 from psmc.algebra.samples import Sampler
 from psmc.algebra.verdict import Counterexample, Proof, Proved, Refuted, Unknown, Verdict
@@ -27,24 +29,52 @@ from psmc.ir import Aggregator, Block, Expr, Interval
 
 # Points that are looked at before a proof is tried, after one failed, and (others) after one succeeded.
 _QUICK, _LONG, _AFTER = range(32), range(32, 1500), range(10_000, 10_024)
-# (split eagerly, write out sums over dims of fixed size, share of what is left of time and work)
-_WAYS = ((False, False, 0.4), (True, False, 0.6), (False, True, 0.5), (True, True, 1.0))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to normal form. `share` is of what is left of the time, and of the work."""
+
+    share: float
+    eager: bool = False  # split on maxima and comparisons as they are met: either can be the shorter way
+    unroll: bool = False  # sums over dims of fixed size written out
+    images: bool = False  # intervals as images of the line
+
+
+_WAYS = (
+    _Way(0.4), _Way(0.5, eager=True),
+    _Way(0.4, images=True), _Way(0.5, eager=True, images=True),
+    _Way(0.5, unroll=True), _Way(1.0, eager=True, unroll=True),
+)  # fmt: skip
+_MAX_CONDITIONS = 6
 _RECURSION = 20_000
 Sides = Mapping[str, tuple[Expr, Expr]]
 
 
-def prove(agg: Aggregator, budget: float = 20.0, *, associativity: bool | None = None) -> Proof:
+@dataclass(frozen=True)
+class Progress:
+    """What is being looked at: a law, a component of the state, and how many cases have been split so far."""
+
+    law: str
+    component: str
+    cases: int
+
+
+def prove(
+    agg: Aggregator, budget: float = 20.0, *, associativity: bool | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Proof:  # fmt: skip
     """Associativity and the identity laws of `agg`, over the (extended) reals and for all sizes of its dims.
 
     `associativity` None: the laws are tried unless the spec claims `no`. An extern rule has neither verdict. Takes at
-    most about `budget` seconds of wall clock; what is open then is `Unknown`.
+    most about `budget` seconds of wall clock; what is open then is `Unknown`. `progress` is called now and then.
     """
     started = time.monotonic()
     if not isinstance(agg.combine, Block):
         return Proof(None, None)
     wanted = agg.claim != "no" if associativity is None else associativity
     with deep_recursion():
-        attempt = _Attempt(agg, started, budget)
+        attempt = _Attempt(agg, started, budget, progress)
         first = attempt.associativity() if wanted else None
         second, breaks = attempt.identity() if wanted else (None, ())
     return Proof(first, second, breaks, time.monotonic() - started)
@@ -71,8 +101,10 @@ def deep_recursion() -> Iterator[None]:
 
 
 class _Attempt:
-    def __init__(self, agg: Aggregator, started: float, budget: float) -> None:
-        self.agg, self.budget = agg, budget
+    def __init__(
+        self, agg: Aggregator, started: float, budget: float, progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.agg, self.budget, self.progress = agg, budget, progress
         self.deadline = started + budget
         self.closure: Closure = closure(agg)
         self.sampler = Sampler.of(agg, self.closure.closed)
@@ -110,6 +142,11 @@ class _Attempt:
             equal = isinstance(outcome, Outcome) and outcome.equal
             return _contradiction(found) if equal else Refuted(found)
         verdict = self._compare(law, operands, sides, deadline)
+        if isinstance(verdict, Unknown) and verdict.undefined and law != "associativity":
+            # On a whole region: e∘x = x is then false there, unless evaluation finds no such point.
+            found = self.refuter.without_value(law, _QUICK, deadline)
+            if found is not None:
+                return Refuted(found)
         proved = isinstance(verdict, Proved)
         found = self.refuter.search(law, _AFTER if proved else _LONG, deadline)
         if found is None:
@@ -118,33 +155,51 @@ class _Attempt:
 
     def _compare(self, law: str, operands: str, sides: Sides, deadline: float) -> Proved | Unknown:
         used: set[str] = set()
-        lines = []
+        lines, conditions = [], []
         for name, (left, right) in sides.items():
-            outcome = self._decide(operands, left, right, deadline, used)
+            outcome = self._decide(operands, left, right, deadline, used, self._report(law, name))
             if isinstance(outcome, Unknown):
-                return outcome
+                return replace(outcome, reason=f"{law} of '{name}': {outcome.reason}")
             if not outcome.equal:
                 reason = f"{law} of '{name}': {outcome.reason}"
                 return Unknown(residual_text(name, outcome), reason, outcome.undefined)
             lines.append(_line(law, name, outcome))
-        return Proved("normal form", (*lines, *self._used_lines(used)))
+            conditions += [f"{shown(p)} = 0" for p in (*outcome.denominators, *outcome.thin)]
+        return Proved("normal form", (*lines, *_condition_lines(law, conditions), *self._used_lines(used)))
 
-    def _decide(self, operands: str, left: Expr, right: Expr, deadline: float, used: set[str]) -> Outcome | Unknown:
-        """First with maxima and comparisons as atoms, then splitting on each as it is met (both need splits in the
-        end, and either can be the shorter way), then with the sums over dims of fixed size written out."""
+    def _report(self, law: str, component: str) -> Callable[[int], None] | None:
+        progress = self.progress
+        if progress is None:
+            return None
+        progress(Progress(law, component, 0))
+        return lambda cases: progress(Progress(law, component, cases))
+
+    def _decide(
+        self, operands: str, left: Expr, right: Expr, deadline: float, used: set[str],
+        report: Callable[[int], None] | None = None,
+    ) -> Outcome | Unknown:  # fmt: skip
+        """One way after another, until one proves it. Of what does not, the first outcome is kept."""
         best: Outcome | Unknown | None = None
-        for eager, unroll, share in _WAYS if self.sizes else _WAYS[:2]:
-            facts = Facts(self._intervals(operands), self.sizes, unroll, used=set())
-            limit = time.monotonic() + share * max(0.0, deadline - time.monotonic())
+        known = self._intervals(operands)
+        disguised = takes_logs(left) or takes_logs(right)
+        for way in sorted(_WAYS, key=lambda w: disguised and not w.images):
+            if (way.unroll and not self.sizes) or (way.images and not any(applies(s, known) for s in (left, right))):
+                continue
+            sides, intervals, replaced = (left, right), known, frozenset[str]()
+            if way.images:
+                (x, new, one), (y, more, two) = (parametrised(s, known) for s in sides)
+                sides, intervals, replaced = (x, y), known | new | more, one | two
+            facts = Facts(intervals, self.sizes, way.unroll, used=set())
+            limit = time.monotonic() + way.share * max(0.0, deadline - time.monotonic())
             try:
-                outcome = decide(left, right, Ring(facts, limit, eager=eager, work=int(share * MAX_WORK)))
+                outcome = decide(*sides, Ring(facts, limit, eager=way.eager, work=int(way.share * MAX_WORK)), report)
             except (OutOfBudgetError, RecursionError) as error:
                 best = best or Unknown("", f"gave up: {error}")
                 continue
             if outcome.equal:
-                used |= facts.used
+                used |= {n for n in facts.used if n in known} | replaced
                 return outcome
-            best = outcome
+            best = outcome if best is None or isinstance(best, Unknown) else best
         assert best is not None
         return best
 
@@ -168,7 +223,7 @@ class _Attempt:
         lines: list[str] = []
         undefined: list[str] = []
         for name, (left, right) in sides.items():
-            outcome = self._decide("", left, right, self.deadline, set())
+            outcome = self._decide("", left, right, self.deadline, set(), self._report("e∘e", name))
             if isinstance(outcome, Unknown):
                 return outcome, undefined
             if outcome.undefined:
@@ -198,6 +253,15 @@ def _contradiction(found: Counterexample) -> Unknown:
         f"PSM901 (a bug of psmc, please report it): normal forms prove what evaluation refutes {found.text}",
         "two methods contradict each other",
     )
+
+
+def _condition_lines(law: str, conditions: list[str]) -> list[str]:
+    """Where a side may have no value, shortest first."""
+    found = sorted(dict.fromkeys(conditions), key=lambda c: (len(c), c))
+    if not found:
+        return []
+    more = f", and {len(found) - _MAX_CONDITIONS} more" if len(found) > _MAX_CONDITIONS else ""
+    return [f"{law}: where both sides have values; not where {' or '.join(found[:_MAX_CONDITIONS])}{more}"]
 
 
 def _line(law: str, name: str, outcome: Outcome) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from psmc.algebra import numbers as nu
-from psmc.algebra.exact import Array, Position, Sizes, positions, run
+from psmc.algebra.exact import Array, Evaluator, Position, Sizes, positions, run
 from psmc.algebra.numbers import Number
+from psmc.algebra.ring import UndefinedError
 from psmc.algebra.samples import Element, Sampler, declared
 from psmc.algebra.values import element_text, formatted, nested, told_apart
 from psmc.algebra.verdict import Counterexample
@@ -40,10 +41,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Difference:
+    """`left` None: no value there, for that `reason`."""
+
     component: str
     position: Position
-    left: Number
+    left: Number | None
     right: Number
+    reason: str = ""
 
 
 class Refuter:
@@ -81,14 +85,50 @@ class Refuter:
     def difference(self, law: Law, point: Point) -> Difference | None:
         """The first place where both sides have values that certainly differ."""
         left, right = self._sides(law, point)
-        for component in self.agg.state:
-            if self.components is not None and component.name not in self.components:
-                continue
-            for position in positions(component.dims, point.sizes):
-                x, y = left[component.name][position], right[component.name][position]
-                if x is not None and y is not None and nu.differ(x, y):
-                    return Difference(component.name, position, x, y)
+        for name, position in self._places(point):
+            x, y = left[name][position], right[name][position]
+            if x is not None and y is not None and nu.differ(x, y):
+                return Difference(name, position, x, y)
         return None
+
+    def _places(self, point: Point) -> Iterator[tuple[str, Position]]:
+        for component in self.agg.state:
+            if self.components is None or component.name in self.components:
+                yield from ((component.name, p) for p in positions(component.dims, point.sizes))
+
+    def without_value(self, law: Law, trials: range, deadline: float) -> Counterexample | None:
+        """An element x that e∘x (or x∘e) has no value for: inf - inf, 0 times infinity, 0/0."""
+        for trial in trials:
+            if time.monotonic() > deadline:
+                return None
+            point = self._point(law, trial)
+            found = self._missing(law, point)
+            if found is not None:
+                return self._counterexample(law, *self._minimised(law, point, found, deadline, self._missing))
+        return None
+
+    def _missing(self, law: Law, point: Point) -> Difference | None:
+        left, right = self._sides(law, point)
+        (x,), e = point.operands, self.identity(point)
+        for name, position in self._places(point):
+            if left[name][position] is None and (value := right[name][position]) is not None:
+                reason = self._reason(point, *((e, x) if law == "left identity" else (x, e)), name, position)
+                if reason:
+                    return Difference(name, position, None, value, reason)
+        return None
+
+    def _reason(self, point: Point, left: Element, right: Element, name: str, position: Position) -> str:
+        """Why left∘right has no value there; empty if it may only be too hard to compute."""
+        assert isinstance(self.agg.combine, Block)
+        rule = self.agg.combine
+        evaluator = Evaluator(point.sizes, self._store(point, left, right), {a.name: a for a in rule.lets})
+        try:
+            evaluator.at(rule.result(name), position)
+        except nu.UnclearError:
+            return ""
+        except UndefinedError as error:
+            return str(error)
+        return ""
 
     def _sides(self, law: Law, point: Point) -> tuple[Element, Element]:
         if law == "associativity":
@@ -101,11 +141,13 @@ class Refuter:
         e = self.identity(point)
         return (self.combine(point, e, x) if law == "left identity" else self.combine(point, x, e)), x
 
-    def combine(self, point: Point, left: Element, right: Element) -> Element:
+    def combine(self, point: Point, left: Element, right: Element, *, plain: bool = False) -> Element:
         assert isinstance(self.agg.combine, Block)
+        return run(self.agg.combine, point.sizes, self._store(point, left, right), plain=plain)
+
+    def _store(self, point: Point, left: Element, right: Element) -> dict[tuple[str, str], Array]:
         store: dict[tuple[str, str], Array] = {("param", n): a for n, a in point.params.items()}
-        store |= {("left", n): a for n, a in left.items()} | {("right", n): a for n, a in right.items()}
-        return run(self.agg.combine, point.sizes, store)
+        return store | {("left", n): a for n, a in left.items()} | {("right", n): a for n, a in right.items()}
 
     def identity(self, point: Point) -> Element:
         store = {("param", n): a for n, a in point.params.items()}
@@ -113,8 +155,12 @@ class Refuter:
 
     # --- minimisation ---------------------------------------------------------------------------
 
-    def _minimised(self, law: Law, point: Point, found: Difference, deadline: float) -> tuple[Point, Difference]:
+    def _minimised(
+        self, law: Law, point: Point, found: Difference, deadline: float,
+        test: Callable[[Law, Point], Difference | None] | None = None,
+    ) -> tuple[Point, Difference]:  # fmt: skip
         """Greedy: each entry takes the simplest value that keeps some difference."""
+        test = test or self.difference
         rank = {n: {v: k for k, v in enumerate(self.sampler.choices(n, point.sizes))} for n in self._names()}
         changed = True
         while changed and time.monotonic() < deadline:
@@ -125,7 +171,7 @@ class Refuter:
                     if value == current or rank[name][value] >= rank[name].get(current, 1000):  # type: ignore[arg-type]
                         break
                     candidate = self._with(point, where, name, position, value)
-                    difference = self.difference(law, candidate)
+                    difference = test(law, candidate)
                     if difference is not None:
                         point, found, changed = candidate, difference, True
                         break
@@ -157,8 +203,12 @@ class Refuter:
         given += [f"{n}={element_text(e, shapes, point.sizes)}" for n, e in shown]
         place = found.component + (f"[{','.join(map(str, found.position))}]" if found.position else "")
         left, right = _SIDES[law]
-        values = told_apart(found.left, found.right)
-        text = f"with {', '.join(given)}: {left} gives {place}={values[0]}, {right} gives {place}={values[1]}."
+        if found.left is None:
+            values = f"{place} no value ({found.reason})", formatted(found.right)
+        else:
+            x, y = told_apart(found.left, found.right)
+            values = f"{place}={x}", y
+        text = f"with {', '.join(given)}: {left} gives {values[0]}, {right} gives {place}={values[1]}."
         if law != "associativity":
             text = text.replace(f", {right} gives {place}=", f", not {place}=")
         return Counterexample(
@@ -182,5 +232,5 @@ class Refuter:
 
 def undefined_components(refuter: Refuter, point: Point, left: Element, right: Element) -> list[str]:
     """Components of left ∘ right that have an entry without a value (floats give NaN there)."""
-    out: Mapping[str, Array] = refuter.combine(point, left, right)
+    out: Mapping[str, Array] = refuter.combine(point, left, right, plain=True)
     return [n for n, array in out.items() if any(v is None for v in array.values())]

@@ -79,6 +79,8 @@ class _Printer:
             self.names[index] = Index(free[0] if free else f"m_{len(used)}", index.dim)
 
     def index(self, index: Index) -> Index:
+        if index not in self.names and index.name.startswith("~"):  # bound further out, by something not shown
+            self.bind((index,))
         return self.names.get(index, index)
 
     def sub(self, sub: Any) -> Sub:

@@ -52,6 +52,8 @@ class Ring:
         self._ticks = [0]  # shared with the rings of all cases
         self.signs: dict[tuple[Poly, bool], bool] = {}
         self._bounds: dict[Poly, Interval] = {}
+        self.above: dict[tuple[Poly, Poly], bool] = {}
+        self.denominators: dict[str, Poly] = {}  # what was divided by and may be 0, by key; shared likewise
 
     def tick(self) -> None:
         self._ticks[0] += 1
@@ -66,7 +68,7 @@ class Ring:
     def under(self, facts: Facts) -> Ring:
         """The same supply of names and time limit, other facts."""
         ring = Ring(facts, self.deadline, eager=self.eager, work=self.work)
-        ring._names, ring._ticks = self._names, self._ticks
+        ring._names, ring._ticks, ring.denominators = self._names, self._ticks, self.denominators
         return ring
 
 

@@ -18,6 +18,7 @@ class Proved:
 class Counterexample:
     """Exact values at which a law fails. `elements` are a, b, c (or x, e): component -> nested list of Fractions.
 
+    `left` None: e∘x (or x∘e) has no value there, although x is an element.
     `text` is the same, formatted so that a person can check both sides by hand.
     """
 

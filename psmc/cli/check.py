@@ -204,8 +204,8 @@ def _counterexample(verdict: Verdict | None) -> dict[str, Any] | None:
 
 
 def _exact(value: object) -> Any:
-    """Exact numbers as text, arrays as nested lists."""
-    return [_exact(v) for v in value] if isinstance(value, list | tuple) else str(value)
+    """Exact numbers as text, arrays as nested lists; null is no value."""
+    return [_exact(v) for v in value] if isinstance(value, list | tuple) else None if value is None else str(value)
 
 
 def _say_json(rows: list[Row]) -> None:
