@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from psmc import reference
+from psmc.codegen.paste import POINTWISE_KIT, imports, paste
 from psmc.codegen.pointwise import print_kernels
 from psmc.derive.lifting import lifted
 from psmc.frontend.psm import parse
@@ -23,15 +24,7 @@ from psmc.source import SourceFile
 from psmc.structure.analyse import analyse
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-HEAD = """\
-from __future__ import annotations
-import math
-from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
-import torch
-from torch import Tensor
-"""
+HEAD = f"from __future__ import annotations\n\n{imports(paste(POINTWISE_KIT))}\n"
 # Scanned in stages, with a whole number among the components that are read before their token.
 COUNTED = """
 aggregator counted {

@@ -20,10 +20,10 @@ from triton.compiler import ASTSource  # noqa: E402
 DUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KERNELS = ("forward", "fold", "carry", "backward", "backward_fold", "backward_carry", "step", "kind")
 SPILL = 64  # bytes of a thread's stack
-FP32 = re.compile(r"initial|final|saved|carry|fold_|state")
+FP32 = re.compile(r"initial|final|saved|carry|fold_|state|next")
 POINTERS = {"p_kind": "*i8", "p_code": "*i8", "p_fold_kind": "*i8", "p_fold_cut": "*i8", "p_cut": "*i8", "p_cu": "*i64",
             "p_slots": "*i64"}  # fmt: skip
-PLAIN = ("carry", "p_kind", "p_cut", "p_fold_kind", "p_fold_cut", "p_cu", "initial", "p_slots")
+PLAIN = ("p_kind", "p_cut", "p_fold_kind", "p_fold_cut", "initial", "p_slots")
 
 
 def compiled(kernel, tile: tuple[int, ...], dtype: str, everything: bool, ints: tuple[str, ...] = ()):
@@ -37,9 +37,9 @@ def compiled(kernel, tile: tuple[int, ...], dtype: str, everything: bool, ints: 
         if name in constants or name[:2] in ("Q_", "D_"):
             signature[name], fixed[place,] = "constexpr", constants.get(name, 1)
         elif not name.startswith("p_"):
-            assert name.isupper(), f"{name}: a number or a constant?"
+            assert name.isupper() or name.startswith("N_"), f"{name}: a number or a constant?"
             signature[name] = "i32"
-        elif not everything and any(word in name for word in PLAIN) and "carry_kernel" not in kernel.__name__:
+        elif not everything and any(word in name for word in PLAIN):
             signature[name], fixed[place,] = "constexpr", None
         else:
             whole = name.rsplit("_", 1)[-1] in ints

@@ -9,7 +9,7 @@ import re
 from psmc.algebra.verdict import Proof, Proved, Refuted, Unknown, Verdict
 from psmc.codegen.chunk_code import print_layers
 from psmc.codegen.chunk_kernels import print_chunk_kernels
-from psmc.codegen.paste import KIT, Pasted, imports, paste
+from psmc.codegen.paste import KIT, POINTWISE_KIT, Pasted, imports, paste
 from psmc.codegen.pointwise import print_kernels
 from psmc.codegen.render import render
 from psmc.codegen.torch_code import function_sources, join, taps
@@ -61,7 +61,7 @@ def emit(
         spec=_docstring(spec_text),
         summary=[*_proof_lines(declared, proof), f"Plan: {plan.name}. " + "; ".join(plan.why) + "."],
         command=f"psmc compile {file}",
-        imports=imports(paste((*files, "kit_lanes", "kit_launch")) if kernels and not matrices else pasted, extra),
+        imports=imports(paste((*files, *POINTWISE_KIT)) if kernels and not matrices else pasted, extra),
         public=public,
         mathematics=functions.strip() + "\n",
         kernels=kernels.strip(),

@@ -22,6 +22,7 @@ KIT = (
     "kit_op",
     "kit",
 )
+POINTWISE_KIT = ("kit_lanes", "kit_calls", "kit_step", "kit_launch")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
-from psmc.codegen.paste import paste
+from psmc.codegen.paste import POINTWISE_KIT, paste
 from psmc.codegen.pointwise_fields import Field, Pointers, lane_fields
 from psmc.codegen.pointwise_lane import Backward, Lane, lane
 from psmc.codegen.pointwise_scan import component, flagged, listed, previous, renamed, stage_context, with_above
@@ -29,7 +29,7 @@ def print_kernels(agg: Aggregator, structure: Structure, plan: PointwisePlan) ->
     texts.append(render("pointwise_segments.py.j2", **_segments(one, tensors)))
     texts.append(render("pointwise_backward.py.j2", **_backward(one, tensors)))
     texts.append(render("pointwise_step.py.j2", **_step(one, tensors)))
-    texts += [paste(("kit_lanes", "kit_launch")).body, table(plan, tensors)]
+    texts += [paste(POINTWISE_KIT).body, table(plan, tensors)]
     return "\n\n".join(_tidy(t) for t in texts) + "\n"
 
 
@@ -153,9 +153,11 @@ def _step(one: Lane, tensors: Tensors) -> dict[str, object]:
     tokens, params, labels = tensors.tokens(pointers, tensors.forward_inputs, tensors.forward_params)
     outputs = [f for o in tensors.outputs for f in lane_fields(pointers.add(f"out_{o.name}"), o.scalars, o.kind, "y_")]
     state = tensors.rows(pointers, "state", tensors.live)
-    live = [_component(one, s, state=state[s]) for s in one.live]
+    after = tensors.rows(pointers, "next", tensors.live)
+    live = [_component(one, s, state=state[s], next=after[s]) for s in one.live]
     return {
         "step_pointers": pointers.text(),
+        "token_labels": tensors.labels(tensors.forward_inputs),
         "maps": _maps(labels),
         "labels": labels,
         "params": params,

@@ -155,6 +155,8 @@ def table(plan: PointwisePlan, tensors: Tensors) -> str:
         ("param_shares", repr(tuple(t.place for t in tensors.param_shares))),
         ("element_scalars", repr(tuple(one.kind(s) for s in one.element))),
         ("live_scalars", repr(tuple(one.kind(s) for s in one.live))),
+        ("live_owners", repr(tuple(at for at, t in enumerate(tensors.live) for _ in t.scalars))),
+        ("smooth_owners", repr(tuple(at for at, t in enumerate(tensors.smooth) for _ in t.scalars))),
         ("entries", repr(len(back.element))),
         ("smooth_scalars", repr(len(smooth))),
         ("reused", repr(tuple(r for r in tensors.reused() if r[0] in {t.place for t in tensors.states}))),

@@ -33,7 +33,7 @@ _REAL_ARGUMENTS = frozenset({"div", "pow", "exp", "expm1", "log", "log1p", "sqrt
 @dataclass(frozen=True)
 class LaneFunction:
     """`arguments`: what to pass, in order. `results`: what it returns; results that read nothing are not among them
-    but in `constants`, (name, number, dtype). `narrow`: results that read params only. `text` is without a decorator."""
+    but in `constants`, (name, number, dtype). `narrow`: results that read params only. `text` has no decorator."""
 
     name: str
     arguments: tuple[Key, ...]

@@ -61,6 +61,8 @@ def check_slots(spec: Spec, slots: Any, call: Call, state: Any) -> int:
         raise ArgumentError(
             f"PSM605: {spec.name}: 'slots' must be an int64 tensor [B] = {list(call.leading)}, not {given}."
         )
+    if slots.device != call.device:
+        raise ArgumentError(f"PSM605: {spec.name}: 'slots' is on {slots.device}, the inputs on {call.device}.")
     rows = [x for x in state.values() if isinstance(x, Tensor) and x.dim()]
     return rows[0].shape[0] if rows else 0
 

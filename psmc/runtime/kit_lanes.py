@@ -45,23 +45,26 @@ class LaneShape:
         sizes = self.full[len(self.lanes) :]
         return [*axes, *((size, held.get(d, 1)) for d, size in zip(self.dims, sizes, strict=True))]
 
-    def arguments(
+    def tensors(
         self, places: tuple[tuple[int, ...], ...], inputs: Sequence[Tensor], params: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[int]]:
-        """The tensors at these places as kernels take them, and their maps, flat."""
-        tensors: list[Tensor] = []
-        maps: list[int] = []
-        for at, x in [*((p, inputs[p]) for p in places[0]), *((self.inputs + p, params[p]) for p in places[1])]:
-            lead = 2 if at < self.inputs else 0
-            lane_map = self.maps[at]
-            if self.kinds[at] == "complex" and not x.is_complex():
-                x = x.to(torch.complex64)
-            if lane_map is None:
-                own = [n for _, n in self.axes[at]]
-                x = x.reshape(*x.shape[:lead], *own).expand(*x.shape[:lead], *(n for n, _ in self.axes[at]))
-            tensors.append(_real(_plain(x)))
-            maps += lane_map or (1, 1)
-        return tensors, maps
+    ) -> list[Any]:
+        """The tensors at these places as kernels take them."""
+        found: list[Any] = [self.tensor(at, inputs[at], 2) for at in places[0]]
+        return found + [self.tensor(self.inputs + at, params[at], 0) for at in places[1]]
+
+    def tensor(self, at: int, x: Tensor, lead: int) -> Tensor:
+        """Contiguous, complex if it is said to be, and expanded if its lanes have no map; `lead` axes before them."""
+        if self.kinds[at] == "complex" and not x.is_complex():
+            x = x.to(torch.complex64)
+        if self.maps[at] is None:
+            axes = self.axes[at]
+            x = x.reshape(*x.shape[:lead], *(n for _, n in axes)).expand(*x.shape[:lead], *(n for n, _ in axes))
+        return _plain(x)
+
+    def flat_maps(self, places: tuple[tuple[int, ...], ...]) -> list[int]:
+        """Q and D of each of the tensors at these places."""
+        found = [self.maps[at] or (1, 1) for at in (*places[0], *(self.inputs + at for at in places[1]))]
+        return [number for pair in found for number in pair]
 
     def reduced(self, grad: Tensor, like: Tensor, own: Sequence[str], lead: int) -> Tensor:
         """A gradient in all lanes summed to the shape and dtype of its tensor."""
@@ -113,13 +116,10 @@ def _empty(shape: tuple[int, ...], kind: str, real: torch.dtype, device: torch.d
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Contiguous, and not a lazy conjugate."""
-    return x.resolve_conj().contiguous()
-
-
-def _real(x: Any) -> Any:
-    """A complex tensor as pairs of reals."""
-    return torch.view_as_real(x) if x is not None and x.is_complex() else x
+    """Contiguous, and nothing left to be done when it is read (a conjugate, a sign)."""
+    if x.is_contiguous() and not x.is_neg() and not x.is_conj():
+        return x
+    return x.resolve_conj().resolve_neg().contiguous()
 
 
 def _power_of_two(n: int) -> int:

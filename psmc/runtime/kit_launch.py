@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from psmc.runtime.kit_lanes import LaneShape, _empty, _plain, _power_of_two, _processors, _real, real_dtype
+from psmc.runtime.kit_calls import Kernel
+from psmc.runtime.kit_lanes import LaneShape, _plain, _processors, real_dtype
+from psmc.runtime.kit_step import Steps
 
-_SHAPES = 256  # remembered shapes
+_SHAPES = 1024  # remembered shapes
+_DTYPES = {"real": torch.float32, "complex": torch.complex64, "int": torch.int64, "bool": torch.bool}
 
 
 class PointwiseKernels:
@@ -28,7 +31,11 @@ class PointwiseKernels:
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
         self.segment_tiles = 16  # a segment has at least as many
+        self.kernels = {k.removesuffix("_kernel"): Kernel(v) for k, v in vars(table).items() if k.endswith("_kernel")}
+        self._plans: dict[Any, Any] = {}
+        self._families: dict[Any, Any] = {}
         self._lanes: dict[Any, LaneShape] = {}
+        self._tuned: Any = None
 
     def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
         """The live components that `scan_forward` saves beside outputs of that dtype; `flagged`: with a mask or resets
@@ -41,33 +48,23 @@ class PointwiseKernels:
         cu: Tensor | None, save: bool,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
         """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [B, T, ...]."""
-        table, lanes = self.table, self._shape(inputs, params)
-        batch, length = inputs[0].shape[:2]
-        rows = batch if cu is None else cu.numel() - 1
-        dtype = real_dtype([*inputs, *params])
+        plan = self._planned(self._forward_plan, inputs, params, initial is not None, code is not None, cu, save)
         device = inputs[0].device
-        outputs = [_empty((batch, length, *lanes.full), kind, dtype, device) for _, kind in table.outputs]
-        finals = [_empty((rows, *lanes.full), kind, torch.float32, device) for _, kind in table.live]
-        names = self.saved_components(dtype, code is not None) if save else ()
-        saved = {
-            name: _empty((batch, length, *lanes.full), kind, torch.float32, device)
-            for name, kind in table.live if name in names
-        }  # fmt: skip
-        if rows and lanes.count:
-            args, maps = lanes.arguments(table.forward, inputs, params)
-            begin = [None] * len(table.live) if initial is None else [_plain(x) for x in initial]
-            joined = initial is not None or table.counts
-            kinds = self._kinds(code, cu, rows, length, joined)
-            span = self._span("forward", lanes, rows, length, inputs)
-            carry: list[Tensor | None] = [None] * len(table.live_scalars)
-            if span.segments > 1:
-                carry = self._carries(span, lanes, inputs, params, begin, kinds, cu, joined)
-            tensors = [*outputs, *(saved.get(name) for name, _ in table.live), *begin, *finals]
-            table.forward_kernel[span.grid](
-                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, span.even, *span.tile,
-                num_warps=span.warps,
-            )  # fmt: skip
-        return outputs, finals, [saved[name] for name in names]
+        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.outputs]
+        finals = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.finals]
+        saved = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.saved]
+        if plan.launch is not None:
+            table = self.table
+            args = plan.lanes.tensors(table.forward, inputs, params)
+            begin = plan.nothing if initial is None else [_plain(x) for x in initial]
+            offsets = _no_offsets(device) if cu is None else cu
+            kinds = self._kinds(plan, code, offsets)
+            carry = [finals[c] for c in table.live_owners]  # read only where there are segments
+            if plan.folds is not None:
+                carry = self._carries(plan, inputs, params, begin, kinds, offsets)
+            kept = [None if at is None else saved[at] for at in plan.kept]
+            plan.launch(*args, *outputs, *kept, *begin, *finals, *carry, kinds, offsets)
+        return outputs, finals, saved
 
     def scan_backward(
         self, d_outputs: list[Tensor], d_finals: list[Tensor], inputs: list[Tensor], params: list[Tensor],
@@ -75,9 +72,8 @@ class PointwiseKernels:
         cu: Tensor | None,
     ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None] | None]:  # fmt: skip
         """Gradients of inputs and params in their own shapes, and of the initial state; None where there is none."""
-        table, lanes = self.table, self._shape(inputs, params)
-        batch, length = inputs[0].shape[:2]
-        rows = batch if cu is None else cu.numel() - 1
+        table = self.table
+        plan = self._planned(self._backward_plan, inputs, params, initial is not None, code is not None, cu, True)
         device = inputs[0].device
         d_inputs: list[Tensor | None] = [None] * len(inputs)
         d_params: list[Tensor | None] = [None] * len(params)
@@ -85,60 +81,186 @@ class PointwiseKernels:
         if initial is not None:
             d_initial = [torch.empty_like(x, memory_format=torch.contiguous_format) if place in table.smooth else None
                          for place, x in enumerate(initial)]  # fmt: skip
-        if not (rows and lanes.count):
+        if plan.launch is None:
             zeros = [torch.zeros_like(x) for x in inputs], [torch.zeros_like(x) for x in params]
             return [*zeros[0]], [*zeros[1]], d_initial
 
-        names = self.saved_components(real_dtype([*inputs, *params]), code is not None)
-        kept = dict(zip(names, saved, strict=True))
+        kept = dict(zip(plan.names, saved, strict=True))
         states = {c: outputs[o] for c, o, _ in table.reused}
         states = {c: kept[name] if (name := table.live[c][0]) in kept else states[c] for c in table.backward[3]}
-        joined = initial is not None or table.counts
-        kinds = self._kinds(code, cu, rows, length, joined)
-        span = self._span("backward", lanes, rows, length, inputs)
-        args, maps = lanes.arguments(table.backward, inputs, params)
+        offsets = _no_offsets(device) if cu is None else cu
+        kinds = self._kinds(plan, code, offsets)
+        args = plan.lanes.tensors(table.backward, inputs, params)
         cotangents = [_plain(d_outputs[o]) for o in table.backward[2]]
         begin = [None if initial is None else _plain(initial[c]) for c in table.backward[3]]
         ends = [_plain(d_finals[c]) for c in table.smooth]
         firsts = [None if d_initial is None else d_initial[c] for c in table.smooth]
-        whole = {x: self._gradient(inputs[x], table.inputs[x][2], lanes.maps[x], (batch, length, *lanes.full))
-                 for x in table.input_shares}  # fmt: skip
-        parts = {p: _empty((rows * span.segments, *lanes.full), table.params[p][2], torch.float32, device)
-                 for p in table.param_shares}  # fmt: skip
-        carry: list[Tensor | None] = [None] * table.smooth_scalars
-        if span.segments > 1:
-            carry = self._backward_carries(span, lanes, inputs, params, d_outputs, states, initial, ends, kinds, cu)
-        tensors = [*cotangents, *states.values(), *begin, *ends, *firsts, *whole.values(), *parts.values()]
-        table.backward_kernel[span.grid](
-            *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, *span.tile,
-            num_warps=span.warps,
-        )  # fmt: skip
-        for x, g in whole.items():
-            d_inputs[x] = lanes.reduced(g, inputs[x], table.inputs[x][1], 2)
-        for p, g in parts.items():
-            d_params[p] = lanes.reduced(g.sum(0), params[p], table.params[p][1], 0)
+        whole = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.whole]
+        parts = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.parts]
+        carry = [ends[c] for c in table.smooth_owners]  # read only where there are segments
+        if plan.folds is not None:
+            carry = self._backward_carries(plan, inputs, params, d_outputs, states, initial, ends, kinds, offsets)
+        tensors = [*cotangents, *states.values(), *begin, *ends, *firsts, *whole, *parts]
+        plan.launch(*args, *tensors, *carry, kinds, offsets)
+        for x, g in zip(table.input_shares, whole, strict=True):
+            d_inputs[x] = plan.lanes.reduced(g, inputs[x], table.inputs[x][1], 2)
+        for p, g in zip(table.param_shares, parts, strict=True):
+            d_params[p] = plan.lanes.reduced(g.sum(0), params[p], table.params[p][1], 0)
         return d_inputs, d_params, d_initial
 
-    def step_in_place(
-        self, state: list[Tensor], inputs: list[Tensor], params: list[Tensor], slots: Tensor | None
-    ) -> list[Tensor]:
-        """The outputs of one token, inputs [B, ...]: row b (or slots[b]) of `state` [rows, ...] moves on in place."""
-        table = self.table
-        batch = inputs[0].shape[0]
-        tokens = [x.unsqueeze(1) for x in inputs]
-        lanes = self._shape(tokens, params)
-        dtype = real_dtype([*inputs, *params])
-        outputs = [_empty((batch, *lanes.full), kind, dtype, inputs[0].device) for _, kind in table.outputs]
-        if batch and lanes.count:
-            args, maps = lanes.arguments(table.forward, tokens, params)
-            block = min(1024, _power_of_two(lanes.count))
-            vector = math.gcd(lanes.count, 4)
-            table.step_kernel[(batch * -(-lanes.count // block),)](
-                *args, *map(_real, outputs), *map(_real, state), slots, lanes.count // vector, *maps, block, vector
-            )
-        return outputs
+    def steps(self, inputs: int) -> Steps:
+        """The step kernel, for a spec with so many inputs."""
+        return Steps(tuple(name for name, _ in self.table.live), inputs, self.table, self.kernels["step"])
 
-    # --- pieces
+    # --- what a shape fixes
+
+    def _planned(
+        self, make: Callable[..., Any], inputs: Sequence[Tensor], params: Sequence[Tensor], initial: bool,
+        flagged: bool, cu: Tensor | None, save: bool,
+    ) -> Any:  # fmt: skip
+        """The plan of a call's shapes. The second shape of a kind of call is the sign that shapes vary: from then on a
+        split of time, which long sequences of few lanes need, must not wait for the compiler."""
+        tuned = self.table.tiles, self.processors, self.segment_tiles
+        if tuned != self._tuned:
+            self._plans.clear()
+            self._families.clear()
+            self._tuned = tuned
+        kind = make.__name__, initial, flagged, save
+        packed = 0 if cu is None else cu.shape[0]
+        key = (kind, packed, *[(x.shape, x.dtype, x.device) for x in inputs], *[(p.shape, p.dtype) for p in params])
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _SHAPES:
+                self._plans.clear()
+            batch, length = inputs[0].shape[:2]
+            rows = batch if cu is None else packed - 1
+            plan = self._plans[key] = make(inputs, params, initial, flagged, rows, length, packed > 0, save)
+            family = (kind, *[(x.shape[2:], x.dtype) for x in inputs], *[(p.shape, p.dtype) for p in params])
+            self._families[family] = count = self._families.get(family, 0) + 1
+            if count == 2 and plan.launch is not None:
+                self._warm(make, plan, inputs, params, initial, flagged)
+        return plan
+
+    def _basis(
+        self, direction: str, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: bool, flagged: bool,
+        rows: int, length: int, packed: bool,
+    ) -> SimpleNamespace:  # fmt: skip
+        """What both directions have in common; `launch` is None if there is nothing to run."""
+        lanes = self._shape(inputs, params)
+        joined = initial or self.table.counts
+        basis = SimpleNamespace(
+            lanes=lanes, rows=rows, length=length, joined=joined, launch=None, folds=None, kinds=None,
+            numbers=None, tile=None, warps=0, segments=1, span=None,
+        )  # fmt: skip
+        if rows and lanes.count:
+            span = basis.span = self._span(direction, lanes, rows, length, inputs)
+            basis.segments = span.segments
+            basis.numbers = (*span.numbers, int(packed))
+            if flagged and not self.table.counts:
+                basis.kinds = self.kernels["kind"].launch(rows, (length, int(packed)), (joined, 256))
+        return basis
+
+    def _forward_plan(
+        self, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: bool, flagged: bool, rows: int, length: int,
+        packed: bool, save: bool,
+    ) -> SimpleNamespace:  # fmt: skip
+        table = self.table
+        plan = self._basis("forward", inputs, params, initial, flagged, rows, length, packed)
+        lanes, span = plan.lanes, plan.span
+        real = {**_DTYPES, "real": real_dtype([*inputs, *params])}
+        names = self.saved_components(real["real"], flagged) if save else ()
+        tokens = (*inputs[0].shape[:2], *lanes.full)
+        plan.outputs = [(tokens, real[kind]) for _, kind in table.outputs]
+        plan.finals = [((rows, *lanes.full), _DTYPES[kind]) for _, kind in table.live]
+        kinds = dict(table.live)
+        plan.saved = [(tokens, _DTYPES[kinds[name]]) for name in names]
+        plan.kept = [names.index(name) if name in names else None for name, _ in table.live]
+        plan.nothing = [None] * len(table.live)
+        if span is not None:
+            maps = lanes.flat_maps(table.forward)
+            plan.launch = self.kernels["forward"].launch(
+                span.programs * span.segments, plan.numbers, (*maps, plan.joined, span.even, *span.tile),
+                num_warps=span.warps,
+            )  # fmt: skip
+            plan.folds = self._fold_plan(plan) if span.segments > 1 else None
+        return plan
+
+    def _fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
+        table, span, lanes = self.table, plan.span, plan.lanes
+        rows, segments, warps = plan.rows, plan.segments, {"num_warps": span.warps}
+        return SimpleNamespace(
+            folds=[((rows, segments, lanes.count), _DTYPES[k]) for k in table.element_scalars],
+            carry=[((rows, segments + 1, lanes.count), _DTYPES[k]) for k in table.live_scalars],
+            kinds=((rows, segments, lanes.count), torch.int8),
+            fold=self.kernels["fold"].launch(
+                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), *span.tile), **warps
+            ),
+            join=self.kernels["carry"].launch(span.programs, plan.numbers, (plan.joined, *span.tile), **warps),
+        )
+
+    def _backward_plan(
+        self, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: bool, flagged: bool, rows: int, length: int,
+        packed: bool, save: bool,
+    ) -> SimpleNamespace:  # fmt: skip
+        table = self.table
+        plan = self._basis("backward", inputs, params, initial, flagged, rows, length, packed)
+        lanes, span = plan.lanes, plan.span
+        plan.names = self.saved_components(real_dtype([*inputs, *params]), flagged)
+        if span is not None:
+            tokens = (*inputs[0].shape[:2], *lanes.full)
+            plan.whole = []
+            for x in table.input_shares:
+                kind = table.inputs[x][2]
+                summed = kind == "complex" or lanes.maps[x] != (1, 1)  # in fp32, as it has to be summed
+                plan.whole.append((tokens, _DTYPES[kind] if summed else inputs[x].dtype))
+            shape = (rows * span.segments, *lanes.full)
+            plan.parts = [(shape, _DTYPES[table.params[p][2]]) for p in table.param_shares]
+            maps = lanes.flat_maps(table.backward)
+            plan.launch = self.kernels["backward"].launch(
+                span.programs * span.segments, plan.numbers, (*maps, plan.joined, *span.tile), num_warps=span.warps
+            )
+            plan.folds = self._backward_fold_plan(plan) if span.segments > 1 else None
+        return plan
+
+    def _backward_fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
+        table, span, lanes = self.table, plan.span, plan.lanes
+        shape, warps = (plan.rows, plan.segments, lanes.count), {"num_warps": span.warps}
+        return SimpleNamespace(
+            folds=[(shape, torch.float32)] * table.entries,
+            carry=[(shape, torch.float32)] * table.smooth_scalars,
+            kinds=(shape, torch.int8),
+            fold=self.kernels["backward_fold"].launch(
+                span.programs * span.segments, plan.numbers, (*lanes.flat_maps(table.backward_fold), *span.tile),
+                **warps,
+            ),
+            join=self.kernels["backward_carry"].launch(span.programs, plan.numbers, span.tile, **warps),
+        )  # fmt: skip
+
+    def _warm(
+        self, make: Callable[..., Any], plan: SimpleNamespace, inputs: Sequence[Tensor], params: Sequence[Tensor],
+        initial: bool, flagged: bool,
+    ) -> None:  # fmt: skip
+        """Compiles the kernels of a split of time; buffers of their own count as aligned."""
+        table = self.table
+        back = make == self._backward_plan
+        found = (self._backward_fold_plan if back else self._fold_plan)(plan)
+        folds, carry = [d for _, d in found.folds], [d for _, d in found.carry]
+        kinds, offsets = torch.int8 if flagged else None, torch.int64
+        states = [_DTYPES[kind] for _, kind in table.live]
+        if back:
+            _, _, outputs, used = table.backward_fold
+            real = real_dtype([*inputs, *params])
+            args = plan.lanes.tensors(table.backward_fold, inputs, params)
+            args += [{**_DTYPES, "real": real}[table.outputs[o][1]] for o in outputs]
+            kept = {table.live[c][0] for c, _, _ in table.reused} - set(plan.names)
+            args += [real if table.live[c][0] in kept and states[c] == torch.float32 else states[c] for c in used]
+            args += [states[c] if initial else None for c in used]
+            begin = [states[c] for c in table.smooth]
+        else:
+            args = plan.lanes.tensors(table.fold, inputs, params)
+            begin = [s if initial else None for s in states]
+        found.fold.warm(*args, *folds, kinds, kinds, offsets)
+        found.join.warm(*folds, *begin, *carry, kinds, offsets)
 
     def _shape(self, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> LaneShape:
         key = (tuple(x.shape[2:] for x in inputs), tuple(p.shape for p in params))
@@ -168,64 +290,60 @@ class PointwiseKernels:
             segments = -(-length // each) if each else 1
         return SimpleNamespace(
             tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
-            grid=(programs * segments,), numbers=(length, lanes.count // vector, segments, each),
-            even=lanes.count % width == 0,
+            numbers=(length, lanes.count // vector, segments, each), even=lanes.count % width == 0,
         )  # fmt: skip
 
-    def _kinds(self, code: Tensor | None, cu: Tensor | None, rows: int, length: int, joined: bool) -> Tensor | None:
+    # --- launches beside the main one
+
+    def _kinds(self, plan: SimpleNamespace, code: Tensor | None, offsets: Tensor) -> Tensor | None:
         """Kinds of tokens: `code`, with the tokens marked that have nothing before them."""
-        if code is None or self.table.counts:
+        if code is None or plan.kinds is None:
             return code
         kinds = torch.empty_like(code, memory_format=torch.contiguous_format)
-        self.table.kind_kernel[(rows,)](code.contiguous(), kinds, cu, length, joined, 256)
+        plan.kinds(code.contiguous(), kinds, offsets)
         return kinds
 
     def _carries(
-        self, span: SimpleNamespace, lanes: LaneShape, inputs: list[Tensor], params: list[Tensor],
-        begin: Sequence[Tensor | None], kinds: Tensor | None, cu: Tensor | None, joined: bool,
-    ) -> list[Tensor | None]:  # fmt: skip
+        self, plan: SimpleNamespace, inputs: list[Tensor], params: list[Tensor], begin: Sequence[Tensor | None],
+        kinds: Tensor | None, offsets: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
         """What is before each segment, [N, S + 1, C] a live scalar."""
-        table, device = self.table, inputs[0].device
-        rows = span.programs // -(-lanes.count // span.tile[2])
-        folds = [_empty((rows, span.segments, lanes.count), k, torch.float32, device) for k in table.element_scalars]
-        carry = [_empty((rows, span.segments + 1, lanes.count), k, torch.float32, device) for k in table.live_scalars]
-        fold_kinds = None
-        if kinds is not None:
-            fold_kinds = torch.empty((rows, span.segments, lanes.count), dtype=torch.int8, device=device)
-        args, maps = lanes.arguments(table.fold, inputs, params)
-        table.fold_kernel[span.grid](
-            *args, *folds, fold_kinds, kinds, cu, *span.numbers, *maps, *span.tile, num_warps=span.warps
-        )
-        table.carry_kernel[(span.programs,)](
-            *folds, *map(_real, begin), *carry, fold_kinds, cu, *span.numbers, joined, *span.tile, num_warps=span.warps
-        )
-        return [*carry]
+        folds, carry, fold_kinds = _buffers(plan.folds, kinds, offsets.device)
+        args = plan.lanes.tensors(self.table.fold, inputs, params)
+        plan.folds.fold(*args, *folds, fold_kinds, kinds, offsets)
+        plan.folds.join(*folds, *begin, *carry, fold_kinds, offsets)
+        return carry
 
     def _backward_carries(
-        self, span: SimpleNamespace, lanes: LaneShape, inputs: list[Tensor], params: list[Tensor],
-        d_outputs: list[Tensor], states: dict[int, Tensor], initial: list[Tensor] | None, ends: list[Tensor],
-        kinds: Tensor | None, cu: Tensor | None,
-    ) -> list[Tensor | None]:  # fmt: skip
+        self, plan: SimpleNamespace, inputs: list[Tensor], params: list[Tensor], d_outputs: list[Tensor],
+        states: dict[int, Tensor], initial: list[Tensor] | None, ends: list[Tensor], kinds: Tensor | None,
+        offsets: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
         """The cotangents after each segment, [N, S, C] a live scalar."""
-        table, device = self.table, inputs[0].device
-        rows = span.programs // -(-lanes.count // span.tile[2])
-        shape = (rows, span.segments, lanes.count)
-        folds = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(table.entries)]
-        carry = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(table.smooth_scalars)]
-        cuts = None if kinds is None else torch.empty(shape, dtype=torch.int8, device=device)
-        args, maps = lanes.arguments(table.backward_fold, inputs, params)
-        _, _, outputs, used = table.backward_fold
+        folds, carry, cuts = _buffers(plan.folds, kinds, offsets.device)
+        args = plan.lanes.tensors(self.table.backward_fold, inputs, params)
+        _, _, outputs, used = self.table.backward_fold
         begin = [None if initial is None else _plain(initial[c]) for c in used]
         tensors = [*(_plain(d_outputs[o]) for o in outputs), *(states[c] for c in used), *begin]
-        table.backward_fold_kernel[span.grid](
-            *args, *map(_real, tensors), *folds, cuts, kinds, cu, *span.numbers, *maps, *span.tile, num_warps=span.warps
-        )
-        table.backward_carry_kernel[(span.programs,)](
-            *folds, *map(_real, ends), *carry, cuts, cu, *span.numbers, *span.tile, num_warps=span.warps
-        )
-        return [*carry]
+        plan.folds.fold(*args, *tensors, *folds, cuts, kinds, offsets)
+        plan.folds.join(*folds, *ends, *carry, cuts, offsets)
+        return carry
 
-    def _gradient(self, x: Tensor, kind: str, lane_map: tuple[int, int] | None, shape: tuple[int, ...]) -> Tensor:
-        """A buffer for an input's gradient in all lanes; fp32 if it has to be summed."""
-        dtype = torch.float32 if kind == "complex" or lane_map != (1, 1) else x.dtype
-        return _empty(shape, kind, dtype, x.device)
+
+def _buffers(
+    folds: SimpleNamespace, kinds: Tensor | None, device: torch.device
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    made = ([torch.empty(s, dtype=d, device=device) for s, d in group] for group in (folds.folds, folds.carry))
+    flags = None if kinds is None else torch.empty(folds.kinds[0], dtype=folds.kinds[1], device=device)
+    return next(made), next(made), flags
+
+
+_OFFSETS: dict[torch.device, Tensor] = {}
+
+
+def _no_offsets(device: torch.device) -> Tensor:
+    """In place of cu_seqlens where there is none: packed or not, the same kernel runs."""
+    found = _OFFSETS.get(device)
+    if found is None:
+        found = _OFFSETS[device] = torch.empty(0, dtype=torch.int64, device=device)
+    return found

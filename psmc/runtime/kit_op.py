@@ -44,19 +44,26 @@ class Operator:
         self.spec, self.rules, self.fold, self.kernels = spec, rules, fold, kernels
         self.extras = tuple((s, lag) for s in spec.inputs for lag in range(1, spec.taps.get(s.name, 0) + 1))
         self.live = () if fold == "tree" else tuple(s for s in spec.components if s.name in spec.live)
+        self.quick = None if kernels is None or self.extras or fold == "tree" else kernels.steps(len(spec.inputs))
         name = f"{spec.name}_{spec.digest}"
         if not hasattr(torch.ops.psmc, name):
             self._register(name)
         self.op = getattr(torch.ops.psmc, name).default
 
-    def wanted(self, call: Call, carries: bool) -> bool:
+    def wanted(self, call: Call, carries: bool, cut: bool) -> bool:
         """Kernels where there are some for this device and dtype, one node of a compiled graph; else plain autograd.
 
-        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced.
+        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced. `cut`: tokens
+        are masked, packed or begin anew, which the kernels of a tree do not do.
         """
-        return self._kernels(call) or (torch.compiler.is_compiling() and not (carries and self.fold == "tree"))
+        tree = self.fold == "tree"
+        kernels = self._kernels(call) and not (tree and (carries or cut))
+        return kernels or (torch.compiler.is_compiling() and not (tree and carries))
 
-    def _kernels(self, call: Call) -> bool:
+    def _kernels(self, call: Call, given: Given | None = None) -> bool:
+        """`given`: of this very call, where flags matter."""
+        if given is not None and self.fold == "tree" and any(x is not None for x in given[3:]):
+            return False
         on_device = call.device.type == "cuda" or (self.kernels is not None and self.kernels.interpreted)
         return self.kernels is not None and on_device and call.compute == torch.float32
 
@@ -80,7 +87,7 @@ class Operator:
 
     def steps(self, call: Call, state: Values | None) -> bool:
         """Whether the step kernel takes this token: no gradient is wanted, no taps, a state in the kernels' dtype."""
-        if not self._kernels(call) or self.extras or torch.compiler.is_compiling():
+        if not self._kernels(call) or self.extras or self.fold == "tree" or torch.compiler.is_compiling():
             return False
         tensors = (*call.inputs.values(), *call.params.values(), *(state or {}).values())
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -89,12 +96,12 @@ class Operator:
             state[s.name].dtype == call.of_kind(s.kind) and state[s.name].is_contiguous() for s in self.live
         )
 
-    def step(self, call: Call, state: Values, slots: Tensor | None) -> Any:
-        """One token by the step kernel: `state` [rows, ...] moves on in place, in the rows that `slots` names."""
-        found = self.kernels.step_in_place(
-            [state[s.name] for s in self.live], list(call.inputs.values()), list(call.params.values()), slots
-        )
-        return found[0] if len(found) == 1 else tuple(found)
+    def step(self, call: Call, state: Values, slots: Tensor | None, in_place: bool) -> tuple[Any, Values]:
+        """One token by the step kernel: (outputs, the state after it); `slots`: the rows that move on."""
+        assert self.quick is not None
+        tensors = (*call.inputs.values(), *call.params.values())
+        found: tuple[Any, Values] = self.quick.first(state, tensors, slots, in_place)
+        return found
 
     def _register(self, name: str) -> None:
         forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
@@ -111,7 +118,7 @@ class Operator:
         reset: Tensor | None, cu_seqlens: Tensor | None, save: bool,
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
-        if self._kernels(self._call(given)):
+        if self._kernels(self._call(given), given):
             return self._launch(given, save)
         found, final = self._run(given)
         results = (*found.values(), *(final[s.name] for s in self.live))
@@ -154,7 +161,7 @@ class Operator:
 
         results = [empty(call.leading, s, call.dtype) for s in self.spec.outputs]
         results += [empty((rows,), s) for s in self.live]
-        if save and self._kernels(call):
+        if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
             flagged = given.mask is not None or given.reset is not None
             saved = self.kernels.saved_components(call.dtype, flagged)
@@ -179,7 +186,7 @@ class Operator:
         like = self._fake(given, False) if any(g is None for g in used) else used
         dense = [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(used, like, strict=True)]  # type: ignore[arg-type]
         backward = getattr(torch.ops.psmc, f"{self.spec.name}_{self.spec.digest}_backward").default
-        found = iter(backward(dense, *given, results if self._kernels(self._call(given)) else []))
+        found = iter(backward(dense, *given, results if self._kernels(self._call(given), given) else []))
         split = [[g if _smooth(x) else None for x, g in zip(part, found, strict=False)] for part in parts]
         return (*split, None, None, None, None)
 
@@ -189,7 +196,7 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         everything = [*inputs, *params, *initial]
-        kernels = self._kernels(self._call(given))
+        kernels = self._kernels(self._call(given), given)
         flat = self._launch_backward(given, grads, results) if kernels else self._transpose(given, grads)
         return [
             torch.zeros(x.shape, dtype=x.dtype, device=x.device)

@@ -1,0 +1,154 @@
+"""A GPU that does nothing: kernels are launched into the void, from tensors in the CPU's memory.
+
+It times what a call costs in Python, and tests which code runs on which arguments, on machines without a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from triton import compiler, knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+PROCESSORS = 132
+
+
+class Launch(NamedTuple):
+    """One launch: the kernel's name, its grid, what it was compiled for, and the arguments by name."""
+
+    name: str
+    grid: tuple[int, int, int]
+    device: int
+    stream: int
+    source: Any
+    arguments: dict[str, Any]
+
+
+class Unwritten:
+    """A compiled kernel as far as launching it goes. No code was made."""
+
+    packed_metadata, function = (), 1
+
+    def __init__(self, source: Any, launcher: Any) -> None:
+        self.src, self.run = source, launcher
+
+    def launch_metadata(self, grid: Any, stream: int, *args: Any) -> None:
+        return None
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def runner(*args: Any, stream: int) -> None:
+            metadata = self.launch_metadata(grid, stream, *args)
+            enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+            self.run(*grid, stream, self.function, self.packed_metadata, metadata, enter, leave, *args)
+
+        return runner
+
+
+class NoDevice:
+    """As much of triton's driver as compiling and launching ask for. `launches` is None: nothing is recorded."""
+
+    def __init__(self, writes: bool = False) -> None:
+        self.writes = writes
+        self.device, self.stream, self.compiled = 0, 0, list[str]()
+        self.launches: list[Launch] | None = None
+        properties = {"max_shared_mem": 232448, "multiprocessor_count": PROCESSORS}
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: properties,
+            load_binary=lambda *args: (object(), 1, 32, 0, 1024),
+        )
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return self.stream
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """What triton calls for each launch: (grid, stream, function, metadata, hooks, arguments)."""
+        names = source.fn.arg_names
+        device = self.device
+
+        def launch(x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
+            if self.launches is not None:
+                given = dict(zip(names, rest[4:], strict=True))
+                self.launches.append(Launch(source.fn.__name__, (x, y, z), device, stream, source, given))
+
+        return launch
+
+    def compile(self, source: Any, target: Any = None, options: Any = None, **rest: Any) -> Any:
+        """In place of triton's: notes the kernel, and makes no code unless `writes`."""
+        self.compiled.append(source.fn.__name__)
+        if self.writes:
+            return compiler.compiler.compile(source, target=target, options=options, **rest)
+        return Unwritten(source, self.launcher_cls(source, None))
+
+
+def address(value: Any) -> int:
+    """Where a pointer argument points, as the launcher reads it."""
+    return value if isinstance(value, int) else value.data_ptr()
+
+
+def violations(launch: Launch) -> list[str]:
+    """What of a launch breaks the promises that its kernel was compiled with."""
+    source, found = launch.source, []
+    constants, names = source.constants, source.fn.arg_names
+    attributes = {places[0]: dict(pairs) for places, pairs in source.attrs.items()}
+    for place, name in enumerate(names):
+        kind, value = source.signature[name], launch.arguments[name]
+        if kind == "constexpr":
+            if constants[(place,)] != value or type(constants[(place,)]) is not type(value):
+                found.append(f"{name} is {value!r}, compiled for {constants[(place,)]!r}")
+            continue
+        if kind.startswith("*") and value is None:
+            found.append(f"{name} is None, compiled for a pointer")
+            continue
+        number = address(value) if kind.startswith("*") else value
+        if attributes.get(place, {}).get("tt.divisibility") == 16 and number % 16:
+            found.append(f"{name} is not divisible by 16")
+        if kind == "i32" and not -(2**31) <= number < 2**31:
+            found.append(f"{name} does not fit {kind}")
+    return found
+
+
+@contextmanager
+def no_device(aggregator: Any = None, writes: bool = False) -> Iterator[NoDevice]:
+    """Triton without a GPU; an aggregator's kernels take CPU tensors meanwhile. `writes`: they compile for sm_90."""
+    fake, before, compile_ = NoDevice(writes), driver._active, compiler.compile
+    driver.set_active(fake)  # type: ignore[arg-type]
+    compiler.compile = fake.compile
+    kernels = None if aggregator is None else aggregator.operator.kernels
+    kept = kernels and (kernels.interpreted, kernels.processors)
+    try:
+        if kernels is not None:
+            assert isinstance(kernels.table.forward_kernel, JITFunction)
+            kernels.interpreted, kernels.processors = True, PROCESSORS
+        yield fake
+    finally:
+        driver._active, compiler.compile = before, compile_
+        if kernels is not None:
+            kernels.interpreted, kernels.processors = kept
+            for kernel in kernels.kernels.values():
+                kernel.fn.device_caches.clear()
+                kernel._found.clear()
+            kernels._tuned = None
+            if aggregator.operator.quick is not None:
+                aggregator.operator.quick._known.clear()
+
+
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    """A copy that begins one element after a multiple of 16 bytes."""
+    room = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    view = room[1:].view(x.shape)
+    view.copy_(x)
+    assert view.data_ptr() % 16 and ctypes.sizeof(ctypes.c_void_p) == 8
+    return view

@@ -1,0 +1,136 @@
+"""Launches of Triton kernels past the binder, which takes longer than a small kernel runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORD = range(-(2**31), 2**31)
+
+
+class Kernel:
+    """A function of triton.jit whose arguments are tensors (or None), then whole numbers, then constants.
+
+    triton.jit compiles anew for other constants, for tensors of another dtype, None or not at a multiple of 16 bytes,
+    and for numbers that are 1, divisible by 16 or of 64 bits (unless it is told not to look), a device each. So that is
+    the key of what it compiled, and a call whose key is known goes straight to the launcher, pointers as numbers.
+    Triton's launch hooks are called; its settings are read when a kernel is first compiled. In the interpreter, with a
+    version of triton that is not known, and on other GPUs than NVIDIA's, all calls go through triton.jit.
+    """
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+        self._found: dict[Any, dict[Any, Any]] = {}
+
+    def launch(self, grid: int, numbers: Sequence[float], constants: Sequence[Any], **options: int) -> Launch:
+        """What one shape of call fixes; the tensors are passed to the result. `options`: num_warps, num_stages."""
+        kinds = [(type(x), x) for x in constants]
+        traits = [_traits(n, p) for n, p in zip(numbers, self._parameters(len(numbers), len(constants)), strict=True)]
+        known = self._found.setdefault((*options.items(), *kinds, *traits), {})
+        return Launch(self.fn, grid, (*numbers, *constants), options, known)
+
+    def _parameters(self, numbers: int, constants: int) -> Sequence[Any]:
+        params = getattr(self.fn, "params", None)
+        if params is None:
+            return [None] * numbers
+        return list(params[len(params) - constants - numbers : len(params) - constants])
+
+
+class Launch:
+    """A kernel's launches of one shape: tensors of the same dtypes each time, None at the same places."""
+
+    __slots__ = ("fn", "grid", "known", "near", "options", "rest")
+
+    def __init__(
+        self, fn: Any, grid: int, rest: tuple[Any, ...], options: dict[str, int], known: dict[Any, Any]
+    ) -> None:
+        self.fn, self.grid, self.rest, self.options, self.known = fn, (grid, 1, 1), rest, options, known
+        self.near: dict[Any, Any] = {}  # device, which pointers are aligned -> a compiled kernel on this grid
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Runs on the tensors' device, in its current stream. They are as the kernel reads them: the caller has seen to
+        layouts and devices; complex ones are pairs of reals."""
+        driver = _driver(self.fn)
+        if driver is None:
+            self._jit(tensors)
+            return
+        device = driver.get_current_device()
+        first = tensors[0]
+        home = (first if first is not None else next(x for x in tensors if x is not None)).device.index
+        if home != device and home is not None:
+            with torch.cuda.device(home):
+                self(*tensors)
+            return
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        bits = 0
+        for p in pointers:
+            if p:
+                bits |= p
+        aligned = tuple([p is None or not p & 15 for p in pointers]) if bits & 15 else True
+        run = self.near.get((device, aligned))
+        if run is None:
+            self._find(tensors, device, aligned)
+            return
+        run(*pointers, *self.rest, stream=driver.get_current_stream(device))
+
+    def _find(self, tensors: Sequence[Tensor | None], device: int, aligned: Any) -> None:
+        """A launch by triton.jit, which compiles if need be; what it ran is remembered."""
+        key = (device, aligned, *[None if x is None else x.dtype for x in tensors])
+        compiled = self.known.get(key)
+        if compiled is None:
+            compiled = self._jit(tensors)
+            if not hasattr(compiled, "packed_metadata"):
+                return
+            self.known[key] = compiled
+        else:
+            stream = _driver(self.fn).get_current_stream(device)
+            compiled[self.grid](*[None if x is None else x.data_ptr() for x in tensors], *self.rest, stream=stream)
+        self.near[device, aligned] = compiled[self.grid]
+
+    def warm(self, *tensors: Tensor | torch.dtype | None) -> None:
+        """Compiles without launching; a dtype stands for an aligned tensor."""
+        if _driver(self.fn) is not None:
+            self.fn.warmup(*map(_pairs, tensors), *self.rest, grid=self.grid, **self.options)
+
+    def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
+        return self.fn[self.grid](*map(_pairs, tensors), *self.rest, **self.options)
+
+
+def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
+    """What triton.jit may compile differently for."""
+    if type(number) is not int:
+        return (type(number),)
+    wide = number not in _WORD
+    if getattr(parameter, "do_not_specialize", False):
+        return wide, number >= 2**63
+    return wide, number >= 2**63, number == 1, number % 16 == 0
+
+
+def _pairs(x: Any) -> Any:
+    """A complex tensor as pairs of reals."""
+    if isinstance(x, torch.dtype):
+        return torch.float32 if x == torch.complex64 else x
+    return torch.view_as_real(x) if x is not None and x.is_complex() else x
+
+
+_KNOWN = ((3, 4), (3, 7))  # versions of triton, first and last, whose compiled kernels take all arguments as they are
+_DIRECT: dict[type, bool] = {}  # kinds of kernel -> whether they are launched directly
+
+
+def _driver(fn: Any) -> Any:
+    """Triton's driver, if compiled kernels are launched directly."""
+    kind = type(fn)
+    direct = _DIRECT.get(kind)
+    if direct is None:
+        triton = sys.modules.get("triton")
+        direct = False
+        if triton is not None and kind is getattr(triton, "JITFunction", None):
+            version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+            target = triton.runtime.driver.active.get_current_target()
+            direct = _KNOWN[0] <= version <= _KNOWN[1] and target.backend == "cuda"
+        _DIRECT[kind] = direct
+    return sys.modules["triton"].runtime.driver.active if direct else None
