@@ -299,7 +299,7 @@ def test_generate(name):
     # In two parts: the state goes on, as it was
     first, state = generate(model, prompt, 12, temperature=0, return_state=True)
     kept = {k: x.clone() for k, x in state.items()}
-    token, _ = model.step(first[:, -1], model.init_state(3))  # another stream in between
+    model.step(first[:, -1], model.init_state(3))  # another stream in between
     rest = generate(model, greedy[:, 12:13], 27, temperature=0, state=state)
     assert torch.equal(rest, greedy[:, 13:]) and all(torch.equal(kept[k], x) for k, x in state.items())
     assert generate(model, prompt, 0).shape == (3, 0)
