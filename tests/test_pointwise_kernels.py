@@ -161,7 +161,7 @@ else:
         text += f"@triton.jit\ndef run(p, q, N: tl.constexpr):\n    o = tl.arange(0, N)\n{loads}"
         text += f"    tl.store(q + o, lane({', '.join(names)}))\n" if function.results else ""
         if not function.results:  # the imaginary part of a real
-            assert op == "imag" and function.constants == (("o", "0.0", "tl.float32"),)
+            assert op == "imag" and function.constants == (("o", "0.0"),)
             return
         grid = [x for x in SAMPLES if x > 0 or op not in POSITIVE]
         grid = [x + 1.0001 for x in grid if x > -1] if op == "log1p" else grid

@@ -33,15 +33,20 @@ _REAL_ARGUMENTS = frozenset({"div", "pow", "exp", "expm1", "log", "log1p", "sqrt
 @dataclass(frozen=True)
 class LaneFunction:
     """`arguments`: what to pass, in order. `results`: what it returns; results that read nothing are not among them
-    but in `constants`, (name, number, dtype). `narrow`: results that read params only. `text` has no decorator."""
+    but in `constants`, (name, number). `narrow`: results that read params only. `text` has no decorator."""
 
     name: str
     arguments: tuple[Key, ...]
     results: tuple[str, ...]
-    constants: tuple[tuple[str, str, str], ...]
+    constants: tuple[tuple[str, str], ...]
     narrow: frozenset[str]
     text: str
     helpers: tuple[str, ...]
+    whole_numbers: frozenset[str] = frozenset()
+
+    def dtype(self, name: str) -> str:
+        """What a constant is filled in as."""
+        return _DTYPES["int" if name in self.whole_numbers else "real"]
 
     def assign(self, prefix: str) -> str:
         """The targets of an assignment from a call."""
@@ -106,14 +111,11 @@ def print_function(
         name,
         arguments,
         tuple(result for result, _ in returned),
-        tuple(
-            (result, held[step].text, _DTYPES.get(kinds.get(result, "real"), "tl.float32"))
-            for result, step in program.results
-            if held[step].number is not None
-        ),
+        tuple((result, held[step].text) for result, step in program.results if held[step].number is not None),
         frozenset(r.name for r in inline(block).results if all(k[0] == "param" for k in reads(Block(results=(r,))))),
         f"def {name}({', '.join(local[k] for k in arguments)}):\n{body}",
         tuple(sorted(printer.helpers)),
+        frozenset(name for name, kind in kinds.items() if kind == "int"),
     )
 
 
