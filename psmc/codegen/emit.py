@@ -13,12 +13,14 @@ from psmc.codegen.paste import KIT, POINTWISE_KIT, Pasted, imports, paste
 from psmc.codegen.pointwise import print_kernels
 from psmc.codegen.render import render
 from psmc.codegen.torch_code import function_sources, join, taps
+from psmc.codegen.tree_code import print_tree_kernels
 from psmc.diagnostics import fail
 from psmc.ir import Aggregator, Extern, Tensor
 from psmc.ir.rewrite import refs
 from psmc.ir.text import show
 from psmc.plan.base import Plan
 from psmc.plan.pointwise import PointwisePlan
+from psmc.plan.tree import TreePlan
 from psmc.structure.report import Structure
 
 _LAWS = (("associativity", "associative"), ("identity", "identity element"))
@@ -61,7 +63,7 @@ def emit(
         spec=_docstring(spec_text),
         summary=[*_proof_lines(declared, proof), f"Plan: {plan.name}. " + "; ".join(plan.why) + "."],
         command=f"psmc compile {file}",
-        imports=imports(paste((*files, *POINTWISE_KIT)) if kernels and not matrices else pasted, extra),
+        imports=imports(paste((*files, *_launching(plan))) if kernels and not matrices else pasted, extra),
         public=public,
         mathematics=functions.strip() + "\n",
         kernels=kernels.strip(),
@@ -93,7 +95,14 @@ def _require_free(declared: Aggregator, pasted: Pasted, code: str) -> None:
         )  # fmt: skip
 
 
+def _launching(plan: Plan) -> tuple[str, ...]:
+    """What the kernels' own text pastes."""
+    return ("kit_lanes", "kit_tree_kernels") if isinstance(plan, TreePlan) else POINTWISE_KIT
+
+
 def _kernels(agg: Aggregator, structure: Structure | None, plan: Plan) -> str:
+    if isinstance(plan, TreePlan):
+        return print_tree_kernels(agg, plan)
     if structure is not None and isinstance(plan, PointwisePlan):
         return print_kernels(agg, structure, plan)
     if structure is not None and plan.name == "chunked":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psmc.ir import Aggregator
-from psmc.plan import chunked, pointwise
+from psmc.plan import chunked, pointwise, tree
 from psmc.plan.base import Plan
 from psmc.plan.general import general
 from psmc.structure.report import Structure
@@ -17,6 +17,9 @@ _FASTER = (("pointwise", pointwise.licensed, pointwise.plan), ("chunked", chunke
 def choose(agg: Aggregator, structure: Structure | None) -> Plan:
     """A plan for a spec with a combine, or for a recurrence that stays one. Never raises: `general` takes all."""
     fallback = general(agg)
+    if fallback.fold == "tree":
+        reason = tree.licensed(agg)
+        return tree.plan(agg) if reason is None else replace(fallback, refused=(("tree kernels", reason),))
     if structure is None or fallback.fold != "scan":
         return fallback
     refused: list[tuple[str, str]] = []
