@@ -39,10 +39,13 @@ def operands(node: s.ExprNode) -> list[tuple[str, str]]:
     out: list[tuple[str, str]] = []
     match node:
         case s.Binary(op=op):
-            kind, left_fits, right_fits = _BINARY[op]
+            kind, left_fits, _ = _BINARY[op]
+            chained = kind in left_fits  # the others do not associate
             while isinstance(node, s.Binary) and _BINARY[node.op][0] == kind and kind != "power":
-                out.append((OPS[node.op].symbol or "", _fit(node.right, right_fits)[0]))
+                out.append((OPS[node.op].symbol or "", _fit(node.right, _BINARY[node.op][2])[0]))
                 node = node.left
+                if not chained or _print(node)[1] != kind:  # a chain that ends in a reduction takes parentheses
+                    break
             out.append(("", _fit(node, left_fits)[0]))
             return out[::-1]
     return [("", text(node))]
