@@ -1,4 +1,4 @@
-"""Mechanical single-node changes of a combine rule."""
+"""Mechanical changes of a spec: of one node of its combine rule, of one component's rule, of one identity element."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 
-from psmc.ir import Aggregator, Assign, Block, Const, Expr, Op, Reduce, Ref
-from psmc.ir.rewrite import inline, with_children
+from psmc.ir import Aggregator, Assign, Block, Component, Const, Expr, Infinity, Op, Reduce, Ref
+from psmc.ir.rewrite import children, inline, transform, with_children
 
 OTHER_OP = {
     "add": ("sub", "mul"),
@@ -31,36 +31,57 @@ def mutants(agg: Aggregator) -> Iterator[tuple[str, Aggregator]]:
     assert isinstance(agg.combine, Block)
     rule = inline(agg.combine)
     for n, result in enumerate(rule.results):
-        for kind, value in changed(result.value):
+        for kind, value in (*of_component(result, agg), *changed(result.value)):
             if value.free <= set(result.indices):
                 results = [*rule.results[:n], Assign(result.name, result.indices, value), *rule.results[n + 1 :]]
                 yield kind, replace(agg, combine=Block(results=tuple(results)))
+    for n, component in enumerate(agg.state):
+        for value in other_identities(component):
+            new = replace(component, identity=replace(component.identity, value=value))
+            yield "identity", replace(agg, state=(*agg.state[:n], new, *agg.state[n + 1 :]))
+
+
+def of_component(result: Assign, agg: Aggregator) -> Iterator[tuple[str, Expr]]:
+    """Operands of a whole component exchanged; what came before not carried on."""
+    swapped = transform(result.value, lambda n: other_side(n) if isinstance(n, Ref) else None)
+    yield "operands swapped", swapped
+    kind = agg.component(result.name).kind
+    yield "not carried on", Ref("right", result.name, result.indices, kind)
+
+
+def other_side(ref: Ref) -> Ref:
+    side = {"left": "right", "right": "left"}.get(ref.space, ref.space)
+    return Ref(side, ref.name, ref.subs, ref.value_kind)  # type: ignore[arg-type]
+
+
+def other_identities(component: Component) -> Iterator[Expr]:
+    now = component.identity.value
+    wrong: list[Expr] = [Const(Fraction(0)), Const(Fraction(1)), Const(Fraction(1, 2))]
+    wrong += [Infinity(True)] if component.kind == "real" else []
+    for value in wrong:
+        if value != now and (component.kind != "int" or value.kind == "int"):
+            yield value
 
 
 def changed(expr: Expr) -> Iterator[tuple[str, Expr]]:
     """All trees with one occurrence changed."""
     yield from here(expr)
-    children = list(_children(expr))
-    for k, child in enumerate(children):
+    below = list(children(expr))
+    for k, child in enumerate(below):
         for kind, new in changed(child):
-            parts = iter([*children[:k], new, *children[k + 1 :]])
+            parts = iter([*below[:k], new, *below[k + 1 :]])
             try:
                 yield kind, with_children(expr, lambda _, parts=parts: next(parts))  # type: ignore[misc]
             except TypeError:  # the kinds no longer fit
                 continue
 
 
-def _children(expr: Expr) -> tuple[Expr, ...]:
-    from psmc.ir.rewrite import children
-
-    return children(expr)
-
-
 def here(expr: Expr) -> Iterator[tuple[str, Expr]]:
     match expr:
         case Ref(space="left" | "right"):
-            side = "right" if expr.space == "left" else "left"
-            yield "other operand", Ref(side, expr.name, expr.subs, expr.value_kind)
+            yield "other operand", other_side(expr)
+            if expr.value_kind != "int":
+                yield "sign", Op("neg", (expr,))
             if len(expr.subs) == 2 and expr.subs[0] != expr.subs[1]:
                 yield "index order", Ref(expr.space, expr.name, expr.subs[::-1], expr.value_kind)
         case Const(value=value):
