@@ -1,6 +1,7 @@
 """First calls, host time, recompilation: what a user waits for besides the kernels. GPU.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
+    python benchmarks/overhead.py --host        without a GPU: the same calls up to the driver's launch, by part
 """
 
 from __future__ import annotations
@@ -28,10 +29,48 @@ print(time.perf_counter() - begin)
 """
 
 
+def host() -> None:
+    """Microseconds of Python a call, the least of many runs: everything but the driver's launch and CUDA's allocator."""
+    import timeit
+
+    import torch
+
+    import psmc
+    from benchmarks.no_device import no_device
+
+    torch.set_num_threads(1)
+    agg = psmc.load(ROOT / "examples" / "mingru.psm")
+    z, x = (torch.randn(2, 64, 256) for _ in range(2))
+    token, leaves = (z[:, 0], x[:, 0]), [t.clone().requires_grad_() for t in (z, x)]
+    with no_device(agg):
+        state = agg.step(None, *token)[1]
+        cotangent = torch.randn_like(agg(z, x))
+        fn, same = agg.operator.kernels.table.step_kernel, torch.empty(2, 256)
+        given = (*token, same, state["h"], same, None, 64, 4096, 4096, 1, 1, 1, 1, 256, 4)
+        parts = {
+            "forward": lambda: agg(z, x),
+            "forward, with gradients": lambda: agg(*leaves),
+            "forward and backward": lambda: torch.autograd.grad(agg(*leaves), leaves, cotangent),
+            "step": lambda: agg.step(state, *token),
+            "step_": lambda: agg.step_(state, *token),
+            "the step kernel, by triton.jit's own launch": lambda: fn[(2,)](*given),
+            "a buffer": lambda: torch.empty((2, 256), dtype=torch.float32, device=z.device),
+        }
+        for what, run in parts.items():
+            run()
+            print(f"{what:45}{min(timeit.repeat(run, number=30, repeat=150)) / 30 * 1e6:8.1f} us", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--host", action="store_true", help="time the Python of a call; no GPU is needed")
     options = parser.parse_args()
+    if options.host:
+        host()
+        return
+    if options.out is None:
+        parser.error("--out is needed, or --host")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         search = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
@@ -66,9 +105,10 @@ def main() -> None:
         torch.cuda.synchronize()
         return spent / count * 1e6
 
+    token = z[:, 0], x[:, 0]
     rows.append({"what": "host time, forward", "us": round(host_us(lambda: agg(z, x)), 1)})
-    rows.append({"what": "host time, step", "us": round(host_us(lambda: agg.step(state, z[:, 0], x[:, 0])), 1)})
-    rows.append({"what": "host time, step_", "us": round(host_us(lambda: agg.step_(state, z[:, 0], x[:, 0])), 1)})
+    rows.append({"what": "host time, step", "us": round(host_us(lambda: agg.step(state, *token)), 1)})
+    rows.append({"what": "host time, step_", "us": round(host_us(lambda: agg.step_(state, *token)), 1)})
 
     random.seed(0)
     slow = []

@@ -59,7 +59,7 @@ def test_the_recorder_sees_a_wrong_launch(small) -> None:
     x = torch.zeros(8)
     with no_device() as device:
         device.launches = []
-        launch = small.launch(1, (5, 1, 0.5), (True,))
+        launch = small.launch(1, (5, 1, 0.5), (True,), x.device)
         launch(x, None)
         launch.near = {(0, aligned): run for _, run in launch.near.items() for aligned in (True, (False, True))}
         launch(misaligned(x), None)
@@ -84,13 +84,13 @@ def test_what_a_kernel_is_compiled_for(small) -> None:
     with no_device() as device:
         device.launches = []
         for n, (tensors, numbers, constants) in enumerate(calls, 1):
-            small.launch(1, numbers, constants)(*tensors)
+            small.launch(1, numbers, constants, x.device)(*tensors)
             assert len(device.compiled) == n, "a case of its own"
         for tensors, numbers, constants in calls[::-1]:
-            small.launch(3, numbers, constants)(*tensors)
-        same = small.launch(1, (1, 3, 0.5), (True,))
+            small.launch(3, numbers, constants, x.device)(*tensors)
+        same = small.launch(1, (1, 3, 0.5), (True,), x.device)
         same(x, None)  # T is not looked at: 1 is any number, and 3 is neither 1 nor divisible by 16, as 2
-        small.launch(1, (32, 5, 2.0), (True,))(x, None)
+        small.launch(1, (32, 5, 2.0), (True,), x.device)(x, None)
     assert len(device.compiled) == len(calls)
     assert checked(device) == []
     assert [a.grid for a in device.launches[: 2 * len(calls)]] == [(1, 1, 1)] * len(calls) + [(3, 1, 1)] * len(calls)
@@ -100,7 +100,7 @@ def test_devices_and_streams(small) -> None:
     x = torch.zeros(8)
     with no_device() as device:
         device.launches = []
-        launch = small.launch(1, (5, 3, 0.5), (True,))
+        launch = small.launch(1, (5, 3, 0.5), (True,), x.device)
         for where, stream in ((0, 7), (0, 8), (1, 9), (0, 7), (1, 10)):
             device.device, device.stream = where, stream
             launch(x, None)
@@ -113,7 +113,7 @@ def test_other_versions_of_triton_use_its_own_launcher(small, monkeypatch) -> No
     monkeypatch.setattr(triton, "__version__", "9.1.0")
     with no_device() as device:
         device.launches = []
-        launch = small.launch(2, (5, 3, 0.5), (True,))
+        launch = small.launch(2, (5, 3, 0.5), (True,), x.device)
         launch(x, None)
         launch(misaligned(x), None)
     assert not launch.near and not launch.known

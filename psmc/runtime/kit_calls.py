@@ -26,12 +26,15 @@ class Kernel:
         self.fn = fn
         self._found: dict[Any, dict[Any, Any]] = {}
 
-    def launch(self, grid: int, numbers: Sequence[float], constants: Sequence[Any], **options: int) -> Launch:
-        """What one shape of call fixes; the tensors are passed to the result. `options`: num_warps, num_stages."""
+    def launch(
+        self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device, **options: int
+    ) -> Launch:
+        """What one shape of call fixes; the tensors, on `device`, are passed to the result. `options`: num_warps,
+        num_stages."""
         kinds = [(type(x), x) for x in constants]
         traits = [_traits(n, p) for n, p in zip(numbers, self._parameters(len(numbers), len(constants)), strict=True)]
         known = self._found.setdefault((*options.items(), *kinds, *traits), {})
-        return Launch(self.fn, grid, (*numbers, *constants), options, known)
+        return Launch(self.fn, grid, (*numbers, *constants), device, options, known)
 
     def _parameters(self, numbers: int, constants: int) -> Sequence[Any]:
         params = getattr(self.fn, "params", None)
@@ -43,26 +46,26 @@ class Kernel:
 class Launch:
     """A kernel's launches of one shape: tensors of the same dtypes each time, None at the same places."""
 
-    __slots__ = ("fn", "grid", "known", "near", "options", "rest")
+    __slots__ = ("fn", "grid", "home", "known", "near", "options", "rest")
 
     def __init__(
-        self, fn: Any, grid: int, rest: tuple[Any, ...], options: dict[str, int], known: dict[Any, Any]
-    ) -> None:
+        self, fn: Any, grid: int, rest: tuple[Any, ...], device: torch.device, options: dict[str, int],
+        known: dict[Any, Any],
+    ) -> None:  # fmt: skip
         self.fn, self.grid, self.rest, self.options, self.known = fn, (grid, 1, 1), rest, options, known
+        self.home = device.index  # None: wherever
         self.near: dict[Any, Any] = {}  # device, which pointers are aligned -> a compiled kernel on this grid
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Runs on the tensors' device, in its current stream. They are as the kernel reads them: the caller has seen to
         layouts and devices; complex ones are pairs of reals."""
-        driver = _driver(self.fn)
+        driver = _driver(type(self.fn))
         if driver is None:
             self._jit(tensors)
             return
         device = driver.get_current_device()
-        first = tensors[0]
-        home = (first if first is not None else next(x for x in tensors if x is not None)).device.index
-        if home != device and home is not None:
-            with torch.cuda.device(home):
+        if device != self.home and self.home is not None:
+            with torch.cuda.device(self.home):
                 self(*tensors)
             return
         pointers = [None if x is None else x.data_ptr() for x in tensors]
@@ -87,13 +90,13 @@ class Launch:
                 return
             self.known[key] = compiled
         else:
-            stream = _driver(self.fn).get_current_stream(device)
+            stream = _driver(type(self.fn)).get_current_stream(device)
             compiled[self.grid](*[None if x is None else x.data_ptr() for x in tensors], *self.rest, stream=stream)
         self.near[device, aligned] = compiled[self.grid]
 
     def warm(self, *tensors: Tensor | torch.dtype | None) -> None:
         """Compiles without launching; a dtype stands for an aligned tensor."""
-        if _driver(self.fn) is not None:
+        if _driver(type(self.fn)) is not None:
             self.fn.warmup(*map(_pairs, tensors), *self.rest, grid=self.grid, **self.options)
 
     def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
@@ -121,9 +124,8 @@ _KNOWN = ((3, 4), (3, 7))  # versions of triton, first and last, whose compiled 
 _DIRECT: dict[type, bool] = {}  # kinds of kernel -> whether they are launched directly
 
 
-def _driver(fn: Any) -> Any:
-    """Triton's driver, if compiled kernels are launched directly."""
-    kind = type(fn)
+def _driver(kind: type) -> Any:
+    """Triton's driver, if compiled kernels of this kind are launched directly."""
     direct = _DIRECT.get(kind)
     if direct is None:
         triton = sys.modules.get("triton")

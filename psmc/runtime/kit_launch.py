@@ -48,7 +48,7 @@ class PointwiseKernels:
         cu: Tensor | None, save: bool,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
         """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [B, T, ...]."""
-        plan = self._planned(self._forward_plan, inputs, params, initial is not None, code is not None, cu, save)
+        plan = self._planned(self._forward_plan, inputs, params, initial, code is not None, cu, save)
         device = inputs[0].device
         outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.outputs]
         finals = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.finals]
@@ -73,7 +73,7 @@ class PointwiseKernels:
     ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None] | None]:  # fmt: skip
         """Gradients of inputs and params in their own shapes, and of the initial state; None where there is none."""
         table = self.table
-        plan = self._planned(self._backward_plan, inputs, params, initial is not None, code is not None, cu, True)
+        plan = self._planned(self._backward_plan, inputs, params, initial, code is not None, cu, True)
         device = inputs[0].device
         d_inputs: list[Tensor | None] = [None] * len(inputs)
         d_params: list[Tensor | None] = [None] * len(params)
@@ -115,8 +115,8 @@ class PointwiseKernels:
     # --- what a shape fixes
 
     def _planned(
-        self, make: Callable[..., Any], inputs: Sequence[Tensor], params: Sequence[Tensor], initial: bool,
-        flagged: bool, cu: Tensor | None, save: bool,
+        self, make: Callable[..., Any], inputs: Sequence[Tensor], params: Sequence[Tensor],
+        initial: Sequence[Tensor] | None, flagged: bool, cu: Tensor | None, save: bool,
     ) -> Any:  # fmt: skip
         """The plan of a call's shapes. The second shape of a kind of call is the sign that shapes vary: from then on a
         split of time, which long sequences of few lanes need, must not wait for the compiler."""
@@ -125,20 +125,27 @@ class PointwiseKernels:
             self._plans.clear()
             self._families.clear()
             self._tuned = tuned
-        kind = make.__name__, initial, flagged, save
+        starts = None if initial is None else tuple([x.dtype for x in initial])
+        kind = make.__name__, starts, flagged, save
         packed = 0 if cu is None else cu.shape[0]
-        key = (kind, packed, *[(x.shape, x.dtype, x.device) for x in inputs], *[(p.shape, p.dtype) for p in params])
+        key = (
+            kind,
+            packed,
+            cu is None or cu.dtype,
+            *[(x.shape, x.dtype, x.device) for x in inputs],
+            *[(p.shape, p.dtype) for p in params],
+        )
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _SHAPES:
                 self._plans.clear()
             batch, length = inputs[0].shape[:2]
             rows = batch if cu is None else packed - 1
-            plan = self._plans[key] = make(inputs, params, initial, flagged, rows, length, packed > 0, save)
+            plan = self._plans[key] = make(inputs, params, initial is not None, flagged, rows, length, packed > 0, save)
             family = (kind, *[(x.shape[2:], x.dtype) for x in inputs], *[(p.shape, p.dtype) for p in params])
             self._families[family] = count = self._families.get(family, 0) + 1
             if count == 2 and plan.launch is not None:
-                self._warm(make, plan, inputs, params, initial, flagged)
+                self._warm(make, plan, inputs, params, initial is not None, flagged)
         return plan
 
     def _basis(
@@ -146,18 +153,18 @@ class PointwiseKernels:
         rows: int, length: int, packed: bool,
     ) -> SimpleNamespace:  # fmt: skip
         """What both directions have in common; `launch` is None if there is nothing to run."""
-        lanes = self._shape(inputs, params)
+        lanes, device = self._shape(inputs, params), inputs[0].device
         joined = initial or self.table.counts
         basis = SimpleNamespace(
             lanes=lanes, rows=rows, length=length, joined=joined, launch=None, folds=None, kinds=None,
-            numbers=None, tile=None, warps=0, segments=1, span=None,
+            numbers=None, segments=1, span=None, device=device,
         )  # fmt: skip
         if rows and lanes.count:
             span = basis.span = self._span(direction, lanes, rows, length, inputs)
             basis.segments = span.segments
             basis.numbers = (*span.numbers, int(packed))
             if flagged and not self.table.counts:
-                basis.kinds = self.kernels["kind"].launch(rows, (length, int(packed)), (joined, 256))
+                basis.kinds = self.kernels["kind"].launch(rows, (length, int(packed)), (joined, 256), device)
         return basis
 
     def _forward_plan(
@@ -180,22 +187,22 @@ class PointwiseKernels:
             maps = lanes.flat_maps(table.forward)
             plan.launch = self.kernels["forward"].launch(
                 span.programs * span.segments, plan.numbers, (*maps, plan.joined, span.even, *span.tile),
-                num_warps=span.warps,
+                plan.device, num_warps=span.warps,
             )  # fmt: skip
             plan.folds = self._fold_plan(plan) if span.segments > 1 else None
         return plan
 
     def _fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
         table, span, lanes = self.table, plan.span, plan.lanes
-        rows, segments, warps = plan.rows, plan.segments, {"num_warps": span.warps}
+        rows, segments, where = plan.rows, plan.segments, {"device": plan.device, "num_warps": span.warps}
         return SimpleNamespace(
             folds=[((rows, segments, lanes.count), _DTYPES[k]) for k in table.element_scalars],
             carry=[((rows, segments + 1, lanes.count), _DTYPES[k]) for k in table.live_scalars],
             kinds=((rows, segments, lanes.count), torch.int8),
             fold=self.kernels["fold"].launch(
-                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), *span.tile), **warps
+                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), *span.tile), **where
             ),
-            join=self.kernels["carry"].launch(span.programs, plan.numbers, (plan.joined, *span.tile), **warps),
+            join=self.kernels["carry"].launch(span.programs, plan.numbers, (plan.joined, *span.tile), **where),
         )
 
     def _backward_plan(
@@ -217,23 +224,24 @@ class PointwiseKernels:
             plan.parts = [(shape, _DTYPES[table.params[p][2]]) for p in table.param_shares]
             maps = lanes.flat_maps(table.backward)
             plan.launch = self.kernels["backward"].launch(
-                span.programs * span.segments, plan.numbers, (*maps, plan.joined, *span.tile), num_warps=span.warps
-            )
+                span.programs * span.segments, plan.numbers, (*maps, plan.joined, *span.tile), plan.device,
+                num_warps=span.warps,
+            )  # fmt: skip
             plan.folds = self._backward_fold_plan(plan) if span.segments > 1 else None
         return plan
 
     def _backward_fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
         table, span, lanes = self.table, plan.span, plan.lanes
-        shape, warps = (plan.rows, plan.segments, lanes.count), {"num_warps": span.warps}
+        shape, where = (plan.rows, plan.segments, lanes.count), {"device": plan.device, "num_warps": span.warps}
         return SimpleNamespace(
             folds=[(shape, torch.float32)] * table.entries,
             carry=[(shape, torch.float32)] * table.smooth_scalars,
             kinds=(shape, torch.int8),
             fold=self.kernels["backward_fold"].launch(
                 span.programs * span.segments, plan.numbers, (*lanes.flat_maps(table.backward_fold), *span.tile),
-                **warps,
+                **where,
             ),
-            join=self.kernels["backward_carry"].launch(span.programs, plan.numbers, span.tile, **warps),
+            join=self.kernels["backward_carry"].launch(span.programs, plan.numbers, span.tile, **where),
         )  # fmt: skip
 
     def _warm(

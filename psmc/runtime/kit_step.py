@@ -39,7 +39,10 @@ class StepPlan:
             block = min(1024, _power_of_two(lanes.count))
             numbers = [n // vector for n in (lanes.count, *rows) if n is not None]
             self.launch = kernel.launch(
-                self.batch * -(-lanes.count // block), numbers, (*lanes.flat_maps(self.places), block, vector)
+                self.batch * -(-lanes.count // block),
+                numbers,
+                (*lanes.flat_maps(self.places), block, vector),
+                inputs[0].device,
             )
 
     def _stride(self, at: int, x: Tensor) -> int | None:
