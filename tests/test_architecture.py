@@ -19,7 +19,7 @@ TEMPLATES = sorted(p for p in (ROOT / "templates").rglob("*") if p.is_file())
 
 # Top-level module or package of psmc -> layer. Imports go down or sideways only.
 LAYERS = {
-    "source": 0, "diagnostics": 0, "assets": 0,
+    "source": 0, "diagnostics": 0, "assets": 0, "checker": 0,
     "ir": 1,
     "frontend": 2, "algebra": 2, "reference": 2,
     "structure": 3, "derive": 3,

@@ -22,7 +22,8 @@ _SECOND = "second opinion"
 
 
 @click.command(
-    epilog="\b\nExamples:\n  psmc check gla.psm\n  psmc check examples/ --json > verdicts.json",
+    epilog="\b\nExamples:\n  psmc check gla.psm\n  psmc check examples/ --json > verdicts.json\n"
+    "  psmc check gla.psm --certificate gla.json && psmc verify gla.json",
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON.")
@@ -31,7 +32,8 @@ _SECOND = "second opinion"
     help="Time for the proof of one aggregator; what is open then is 'unknown'.",
 )  # fmt: skip
 @click.option("--second-opinion", "second", is_flag=True, help="Ask z3 too, at small sizes: it must not contradict.")
-def command(files: tuple[str, ...], as_json: bool, budget: float, second: bool) -> int:
+@click.option("--certificate", metavar="OUT", help="Write rules, verdicts and proofs as JSON, for psmc verify.")
+def command(files: tuple[str, ...], as_json: bool, budget: float, second: bool, certificate: str | None) -> int:
     """Prove or refute what specs claim.
 
     FILE is a .psm file, or a directory of them. Every aggregator gets a row: is its combine associative over the reals,
@@ -47,6 +49,8 @@ def command(files: tuple[str, ...], as_json: bool, budget: float, second: bool) 
             progress.step(path.name)
             rows += check_file(path, budget, second)
     failed = [d for row in rows for d in row.diagnostics]
+    if certificate is not None:
+        _write_certificate(Path(certificate), rows)
     if as_json:
         _say_json(rows)
     else:
@@ -139,6 +143,21 @@ def _check(file: str, found: Compilation, second: bool) -> Row:
         verdicts = {law: None if v is None else _unknown(opinion.reason) for law, v in verdicts.items()}
     found_wrong = () if wrong is None else (wrong,)
     return Row(file, found, found_wrong, time.perf_counter() - begun, verdicts, opinion, second)
+
+
+def _write_certificate(path: Path, rows: list[Row]) -> None:
+    """Of all aggregators that have verdicts. The same bytes for the same specs."""
+    from psmc.algebra import certificate
+    from psmc.algebra.verdict import Proof
+
+    entries = [
+        certificate.entry(
+            row.found.agg, Proof(row.verdicts["associativity"], row.verdicts["identity"]),
+            file=Path(row.file).name, declared=row.found.declared,
+        )
+        for row in rows if row.found is not None and row.verdicts
+    ]  # fmt: skip
+    inputs.write(path, certificate.text(certificate.document(entries)))
 
 
 def _require_z3() -> None:
