@@ -30,7 +30,7 @@ print(time.perf_counter() - begin)
 
 
 def host() -> None:
-    """Microseconds of Python a call, the least of many runs: everything but the driver's launch and CUDA's allocator."""
+    """Microseconds of Python a call, the least of many runs: all but the driver's launch and CUDA's allocator."""
     import timeit
 
     import torch
