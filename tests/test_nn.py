@@ -357,3 +357,34 @@ def test_mistakes(code, wrong):
     with pytest.raises(PsmcError) as caught:
         wrong()
     assert caught.value.diagnostics[0].code == code
+
+
+def test_drawings_are_what_runs():
+    """Every combine of the counter is drawn in the tree, and the other way round."""
+    import re
+
+    from psmc.nn.draw import draw_counter, draw_tree
+
+    for n in (2, 8, 13, 32):
+        tree, counter = draw_tree(n), draw_counter(n - 1)
+        combines = int(re.findall(r"(\d+) combines in \d+ calls", tree)[0])
+        assert combines == tree.count("|") == counter.count("∘")
+        cell = max(3, len(str(n)) + 2)
+        drawn = set()
+        for line in tree.splitlines():
+            for found in re.finditer(r"\[(=+)\|(-+)\]", line[12:]):
+                lo, middle, hi = found.start() // cell, (found.start(2) - 1) // cell, found.end() // cell
+                drawn.add((lo, middle + 1, hi))
+        said = set()
+        for left, right in re.findall(r"([\d-]+) ∘ ([\d-]+)", counter):
+            (a, *_), (b, *c) = left.split("-"), right.split("-")
+            said.add((int(a), int(b), int((c or [b])[0]) + 1))
+        assert drawn == said
+
+
+def test_noise_is_for_training_only():
+    model = psm(4, noise=0.1)
+    tokens = draw(2, 20)
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))

@@ -1,7 +1,7 @@
-"""State tracking in S5: after each permutation of five things, which one is their product so far?
+"""State tracking in S5: after each of many permutations of five things, which one is their product so far?
 
     python examples/psm_tasks/s5.py                      # all models; minutes on a GPU
-    python examples/psm_tasks/s5.py --models psm --minutes 20 --device cpu --dim 64
+    python examples/psm_tasks/s5.py --things 4 --models psm --dim 64 --batch 128    # S4: minutes on a CPU
 
 A token is one of all 120 permutations, drawn uniformly. The target at each token is the product of the tokens up to it:
 no bounded number of layers of attention or of diagonal state-space recurrences computes it for all lengths (it is
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,19 +28,17 @@ from psmc.nn import Attention, LanguageModel, ScanMixer, TransformerPSM, paramet
 
 SPECS = Path(__file__).resolve().parent.parent
 LEAST, MOST, TEST = 4, 18, 180
-ORDER = 120
 
-
-def products() -> Tensor:
-    """[120, 120] int64: the number of the permutation `first a, then b`."""
-    all_ = list(itertools.permutations(range(5)))
+def products(things: int = 5) -> Tensor:
+    """[n!, n!] int64: the number of the permutation `first a, then b`."""
+    all_ = list(itertools.permutations(range(things)))
     number = {p: n for n, p in enumerate(all_)}
     return torch.tensor([[number[tuple(b[i] for i in a)] for b in all_] for a in all_])
 
 
 def draw(table: Tensor, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens and their running products, [batch, length] each."""
-    tokens = torch.randint(ORDER, (batch, length), generator=generator)
+    tokens = torch.randint(len(table), (batch, length), generator=generator)
     states = [tokens[:, 0]]
     for t in range(1, length):
         states.append(table[states[-1], tokens[:, t]])
@@ -48,15 +47,15 @@ def draw(table: Tensor, batch: int, length: int, generator: torch.Generator) -> 
 
 def models(o: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
     """By name. The scan has its own width and depth: the paper compares models, not parameters, on this task."""
-    heads = max(1, o.dim // 32)
+    heads, order = max(1, o.dim // 32), math.factorial(o.things)
 
     def blocks(mixer: Callable[[int], nn.Module]) -> nn.Module:
-        return LanguageModel(ORDER, o.dim, o.layers, mixer, classes=ORDER)
+        return LanguageModel(order, o.dim, o.layers, mixer, classes=order)
 
     return {
         "psm": lambda: TransformerPSM(
-            ORDER, o.dim, 1, heads=heads, agg_layers=o.psm_layers, inf_layers=o.psm_layers, expand=o.expand,
-            classes=ORDER, positions=o.positions,
+            order, o.dim, 1, heads=heads, agg_layers=o.psm_layers, inf_layers=o.psm_layers, expand=o.expand,
+            classes=order, positions=o.positions, noise=o.noise,
         ),
         "gpt": lambda: blocks(lambda d: Attention(d, heads)),
         "mamba2": lambda: blocks(
@@ -114,7 +113,7 @@ def train(
 
 
 def plot(rows: list[Score], path: Path) -> None:
-    figure, made = axes("S5: running products, trained on at most 18 tokens", "token", "wrong products (%)")
+    figure, made = axes("Running products of permutations, trained on at most 18 tokens", "token", "wrong products (%)")
     for row in rows:
         error = [100 * e for e in row["errors"]]
         made.plot(range(1, len(error) + 1), error, label=f"{row['model']}, {row['parameters'] / 1e6:.2f} M")
@@ -128,6 +127,8 @@ def main() -> int:
     names = ["psm", "gpt", "mamba2"]
     p = parser(__doc__ or "", minutes=4, steps=20_000, rate=1e-3, batch=512, models=names)
     task = p.add_argument_group("task")
+    task.add_argument("--things", type=int, default=5, choices=[3, 4, 5], help="S3, S4 or S5 (default %(default)s)")
+    task.add_argument("--noise", type=float, default=0.0, help="on psm's states in training (default %(default)s)")
     task.add_argument("--dim", type=int, default=128, help="width (default %(default)s)")
     task.add_argument("--layers", type=int, default=2, help="blocks of the baselines (default %(default)s)")
     task.add_argument("--psm-layers", type=int, default=1, help="of Agg and of Inf (default %(default)s)")
@@ -141,7 +142,7 @@ def main() -> int:
     if o.smoke:
         o.steps, o.batch, o.dim, o.sequences, o.test, o.every = min(o.steps, 12), 8, 32, 4, 24, 6
     o.task = __file__
-    device, table = prepare(o), products()
+    device, table = prepare(o), products(o.things)
     rows = []
     makers = models(o)
     for name in o.models:

@@ -27,16 +27,18 @@ class TransformerAgg(nn.Module):
     causal   the layers are causal, as Inf's are
     keep     'right', or 'project': a learned map of all 2c positions to c, which starts as 'right'
     levels   adds a learned vector for the size 2^k of the right operand; elements are then dicts with its `level`
+    noise    standard deviation, in training, of Gaussian noise on the results, which a norm keeps at unit scale:
+             states are then told apart by a margin, which trees deeper than those trained on need
     """
 
     def __init__(
         self, dim: int, heads: int, layers: int, chunk: int, *, causal: bool = False, keep: str = "right",
-        levels: bool = False, positions: str = "rotary", expand: float = 4.0,
+        levels: bool = False, positions: str = "rotary", expand: float = 4.0, noise: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         if keep not in ("right", "project"):
             fail("PSM652", f"keep is 'right' or 'project', not {keep!r}.")
-        self.chunk = chunk
+        self.chunk, self.noise = chunk, noise
         self.trunk = Trunk(dim, heads, layers, 2 * chunk, causal=causal, positions=positions, expand=expand)
         self.levels = nn.Parameter(torch.zeros(MOST_LEVELS, dim)) if levels else None
         right = torch.cat([torch.zeros(chunk, chunk), torch.eye(chunk)], 1)
@@ -54,8 +56,10 @@ class TransformerAgg(nn.Module):
         if level is not None:
             both = both + level.unsqueeze(1)
         if self.mix is None:
-            return self.trunk(both, keep=self.chunk)  # type: ignore[no-any-return]
-        return torch.einsum("os,nsd->nod", self.mix.to(both.dtype), self.trunk(both))
+            state: Tensor = self.trunk(both, keep=self.chunk)
+        else:
+            state = torch.einsum("os,nsd->nod", self.mix.to(both.dtype), self.trunk(both))
+        return state + self.noise * torch.randn_like(state) if self.training and self.noise else state
 
 
 class TransformerInf(nn.Module):
@@ -109,7 +113,7 @@ class Leaves(nn.Module):
 def transformer_scannable(
     dim: int, chunk_size: int, *, heads: int, agg_layers: int, inf_layers: int, identity: str = "learned",
     plan: str = "tree", recompute: bool = False, causal_agg: bool = False, keep: str = "right", levels: bool = False,
-    positions: str = "rotary", expand: float = 4.0,
+    positions: str = "rotary", expand: float = 4.0, noise: float = 0.0,
 ) -> PrefixScannable:  # fmt: skip
     """The scan of a Transformer-PSM over embeddings [B, T, dim]."""
     if identity not in ("learned", "skip"):
@@ -122,7 +126,7 @@ def transformer_scannable(
         Leaves(dim, levels),
         TransformerAgg(
             dim, heads, agg_layers, chunk_size, causal=causal_agg, keep=keep, levels=levels, positions=positions,
-            expand=expand,
+            expand=expand, noise=noise,
         ),
         TransformerInf(dim, heads, inf_layers, chunk_size, positions=positions, expand=expand),
         chunk_size, identity=start, plan=plan, recompute=recompute,
