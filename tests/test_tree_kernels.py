@@ -56,12 +56,25 @@ else:
     import torch
     from tree_cases import DENSE, EXAMPLES, LANE, WHOLE, compare, compiled, module, tensors
 
+    # Lifts, rules and outputs that read little: params alone, one side, nothing; no lift; dims in another order.
+    ODD = {
+        "narrow": """input x[D] param w[D], v state h[D] = 0, n[D] = 0 lift { h[d] = w[d] + v; n[d] = x[d] }
+          combine (l, r) { h[d] = l.h[d] - w[d] * r.h[d]; n[d] = w[d] } output y[d] = h[d] + n[d], z[d] = w[d]""",
+        "right": """input x[D] param w state h[D] = 0 lift { h[d] = x[d] } combine (l, r) { h[d] = 2 * r.h[d] }
+          output y[d] = 0 * h[d] + 1""",
+        "bare": """state h[D] = 0, g[D] = 1
+          combine (l, r) { h[d] = l.h[d] - 2 * r.h[d] * r.g[d]; g[d] = l.g[d] * exp(-r.g[d]^2) }""",
+        "grouped": """dim E = 2 input x[E, D], y[D, E] param w[E, D], u state h[D, E] = 0 lift { h[d, e] = x[e, d] * y[d, e] }
+          combine (l, r) { h[d, e] = sum[f] eye(e, f) * (l.h[d, f] - u * r.h[d, f] * w[f, d]) + l.h[d, 1] / E }
+          output o[e, d] = h[d, e]""",
+    }  # fmt: skip
+
     LENGTHS = (1, 2, 3, 7, 8, 9, 31, 32, 33, 100)
 
     @pytest.mark.parametrize("length", LENGTHS)
     def test_all_lengths(length: int) -> None:
-        """Blocks of four or eight: up to three stages (four in the next test)."""
-        found = compiled(LANE, levels=2 if length < 30 else 3)
+        """Blocks of four, eight or sixteen, up to three stages; the next test has four."""
+        found = compiled(LANE, levels={31: 3, 32: 3, 100: 4}.get(length, 2))
         compare(found, tensors(found, 1, length, D=3))
 
     @pytest.mark.parametrize("length", [5, 16, 100])
@@ -72,14 +85,27 @@ else:
         tree, state = agg(x, return_state=True)  # a call with a state runs in PyTorch
         assert torch.equal(agg(x), tree) and state["position"].tolist() == [length] * 2
 
-    @pytest.mark.parametrize("length", [1, 6, 21])
+    @pytest.mark.parametrize("length", [1, 6, 17])
     def test_dense_maps_taps_and_the_prefix_before(length: int) -> None:
         found = compiled(DENSE, levels=2)
         compare(found, tensors(found, 1, length, D=2))
 
+    @pytest.mark.parametrize("name", ODD)
+    def test_rules_that_read_little(name: str) -> None:
+        found = compiled(f"aggregator {name} {{ dim D {ODD[name]} associative: no }}", levels=1)
+        compare(found, tensors(found, 1, 5, lanes=(2,), D=2))
+
+    def test_benchmark() -> None:
+        sys.path.insert(0, str(EXAMPLES.parent))
+        from benchmarks.tree import main
+
+        forward, backward = main(["--device", "cpu", "--shape", "1,3,2"])
+        assert forward["peers"].keys() == backward["peers"].keys() == {"PyTorch tree"}
+        assert forward["ms"] > 0 and backward["pass"] == "fwd+bwd"
+
     def test_an_lstm_cell() -> None:
         found = compiled((EXAMPLES / "pr_lstm.psm").read_text())
-        compare(found, tensors(found, 1, 19, lanes=(2,)))
+        compare(found, tensors(found, 1, 11, lanes=(2,)))
 
     def test_lanes_and_dtypes() -> None:
         """Grouped lanes, a transposed input, half precision, more lanes than a block has."""

@@ -85,7 +85,7 @@ def tensors(found: Compilation, batch: int, length: int, lanes=(), seed: int = 0
     values = {}
     for t in (*found.agg.leaf_inputs, *found.agg.params):
         lead = (batch, length, *lanes) if t in found.agg.leaf_inputs else ()
-        values[t.name] = torch.randn(*lead, *(sizes[d] for d in t.dims), generator=made, dtype=torch.float64)
+        values[t.name] = torch.randn((*lead, *(sizes[d] for d in t.dims)), generator=made, dtype=torch.float64)
     return values
 
 

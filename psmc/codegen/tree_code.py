@@ -260,7 +260,7 @@ def _backward(
         "lift_back_names": [],
         "env_leaf": {**shared["env"], **moved},  # type: ignore[dict-item]
         "given": given,
-        "given_pointers": ", ".join(f"p_d_{t.label}" for t in givens),
+        "given_pointers": "".join(f"p_d_{t.label}, " for t in givens),
         "grads": grads,
         "grad_pointers": "".join(f"p_g_{t.label}, " for t in graded),
         "param_shares": sums,

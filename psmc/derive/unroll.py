@@ -110,14 +110,18 @@ class _Unroller:
             raise _Blocked(f"component '{first.name}' has the dim {lanes[0]} twice", lanes[0])
         for name, dims in [*((c.name, c.dims) for c in self.agg.state), *outputs.items()]:
             if (kept := self._kept(dims)) != lanes:
-                other = sorted(set(kept) ^ set(lanes))
-                raise _Blocked(f"'{name}' has other dims than '{first.name}'", other[0] if other else "")
+                raise _Blocked(f"'{name}' has other dims than '{first.name}'", self._odd(kept, lanes))
         for t in (*self.agg.leaf_inputs, *self.agg.params):
             kept = self._kept(t.dims)
             if kept != tuple(d for d in lanes if d in kept):
-                other = sorted(set(kept) - set(lanes))
-                raise _Blocked(f"'{t.name}' has dims that the state lacks, or in another order", (*other, "")[0])
+                why = f"'{t.name}' has dims that the state lacks, or in another order"
+                raise _Blocked(why, self._odd(kept, tuple(d for d in lanes if d in kept)))
         return lanes
+
+    def _odd(self, one: Sequence[str], other: Sequence[str]) -> str:
+        """The dim to write out where two tensors' dims are not alike: what one lacks, else what is known."""
+        known = [d.name for d in self.agg.dims if d.size is not None and d.name in one]
+        return ([*sorted(set(one) ^ set(other)), *known, ""])[0]
 
     def _kept(self, dims: Sequence[str]) -> tuple[str, ...]:
         return tuple(d for d in dims if d not in self.sizes)
