@@ -317,7 +317,7 @@ def examine(data: Any, law: str, seed: int, points: int, clock: list[int]) -> di
         cells |= set() if pointwise else {(*rule.sizes.items(), *rule.path)}
     for said, name in sorted(unseen):
         raise Refused(f"no point was found where both sides of {said} have a value for {name}")
-    return out | {"cells": len(cells), "error": round(log2(degree / Q[0]), 1) if degree < inf else None}
+    return out | {"cells": len(cells), "error": round(log2(degree / Q[0]), 1) if cells and degree < inf else None}
 
 
 def closed(data: Any, seed: int, points: int, clock: list[int]) -> None:

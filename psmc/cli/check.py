@@ -23,7 +23,7 @@ _SECOND = "second opinion"
 
 @click.command(
     epilog="\b\nExamples:\n  psmc check gla.psm\n  psmc check examples/ --json > verdicts.json\n"
-    "  psmc check gla.psm --certificate gla.json && psmc verify gla.json",
+    "  psmc check gla.psm --certificate proof.json && psmc verify proof.json",
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON.")

@@ -17,9 +17,9 @@ Row = dict[str, Any]
 
 
 @click.command(
-    epilog="\b\nExamples:\n  psmc check gla.psm --certificate gla.json\n  psmc verify gla.json\n"
-    "  psmc verify gla.json --spec gla.psm     # is it about this spec?\n"
-    "  psmc verify gla.json --points 500 --seed 7",
+    epilog="\b\nExamples:\n  psmc check gla.psm --certificate proof.json\n  psmc verify proof.json\n"
+    "  psmc verify proof.json --spec gla.psm     # is it about this spec?\n"
+    "  psmc verify proof.json --points 500 --seed 7",
 )
 @click.argument("certificate", metavar="CERTIFICATE")
 @click.option("--spec", "specs", multiple=True, metavar="FILE", help="Is it about this .psm file? Compiles it anew.")
