@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from psmc.diagnostics import fail
 from psmc.nn.state import State
 
-
 Turn = tuple[Tensor, Tensor]  # cos and sin [..., E / 2] of rotary positions
 
 
