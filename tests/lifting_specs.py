@@ -21,9 +21,10 @@ CLASSES = {
     "Riccati": (
         """input a, r in (0, inf), q in [0, inf) state P = 2
         recurrence { P = a * a * P - (a * P) * (a * P) / (P + r) + q }""", "a_P c"),
-    "velocity addition": ("input v in (-1, 1) state s = 0 recurrence { s = (s + v) / (1 + s * v) }", "a c"),
-    "logistic odds": (
-        "input g in (0, inf) state p in [0, 1] = 0.5 recurrence { p = g * p / (g * p + (1 - p)) }", "a c"),
+    "all signs turned": (
+        "input x in (0, inf), y in (-inf, 0] state s = 0 recurrence { s = (s * y - x) / (s * y - 2) }", "a c"),
+    "below zero": ("input x in (0, inf) state s in (-inf, 0] = 0 recurrence { s = (s - x) / (1 - s) }", "a c"),
+    "from one on": ("input x in [0, inf) state s = 1 recurrence { s = 1 + x + (s - 1) / s }", "a c"),
     "lanes of fractions": (
         """dim D input x[D] in (0, inf), y in (0, inf) state s[D] = 0
         recurrence { s[i] = (s[i] + x[i]) / (1 + y * s[i]) }""", "a[D] c[D]"),
@@ -51,6 +52,11 @@ CLASSES = {
         recurrence { s = relu(s / g + x); s = min(s, 2) - 1 }""", "a b hi"),
     "growing queue with a ceiling": (
         "input x, g in (0, 1] state s = 0.5 recurrence { s = min(g * s + x, 1) }", "a b"),
+    "fallen twice": (
+        "input x, u in (0, 1) state s = 0 recurrence { s = 1 - u * max(1 - 0.5 * s, x); s = min(s, 3) }", "a b"),
+    "fallen twice, with choices": (
+        """input x, u in (0, 1), z : int in [0, 1] state s = 0
+        recurrence { s = 1 - where(z > 0, x, u * max(1 - clamp(s + x, 0, 1), 0.5)) }""", "a b hi"),
     "token bucket": (
         """input rate in (0, inf), take in [0, inf) param size in (1, inf) state s = 1
         recurrence { s = max(min(s + rate, size) - take, 0) }""", "b hi"),

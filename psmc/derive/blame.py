@@ -60,7 +60,8 @@ def _advice(error: NotAffineError) -> tuple[str, ...]:
     if isinstance(error, NotPositiveError):
         return (f"say that {_short(error.factor)} is positive, with an interval: {_declared(error.factor)}.",)
     if isinstance(error, MayVanishError):
-        return (f"say that {_short(error.node)} is not 0, with an interval: {_declared(error.node)}.",)
+        signs = "say by intervals that no coefficient is negative and the denominator never 0"
+        return (f"{signs}: {_declared(error.node)}.",)
     op = error.node.op if isinstance(error.node, Op) else ""
     return (_ADVICE[op],) if op in _ADVICE else ()
 

@@ -7,7 +7,7 @@ They are closed: hi = min(a_r hi_l + b_r, hi_r), lo = max(min(a_r lo_l + b_r, hi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from psmc.derive.group import VALUE, Maps, Parameter, Values
@@ -22,12 +22,26 @@ LOW, HIGH = Infinity(True), Infinity(False)
 
 @dataclass(frozen=True)
 class Clamped:
-    """s ↦ max(min(a s + b, hi), lo)."""
+    """s ↦ max(min(a s + b, hi), lo), or its negative (`falling`). Without bounds `a` may have any sign."""
 
     a: Expr
     b: Expr
     hi: Expr
     lo: Expr
+    falling: bool = False
+
+    @property
+    def bounded(self) -> bool:
+        return self.hi != HIGH or self.lo != LOW
+
+    @property
+    def parts(self) -> tuple[Expr, Expr, Expr, Expr]:
+        return self.a, self.b, self.hi, self.lo
+
+    def each(self, change: Callable[[Expr], Expr], factor: bool = False) -> Clamped:
+        """Finite bounds and the offset changed, the factor too if asked for."""
+        b, hi, lo = (x if isinstance(x, Infinity) else change(x) for x in self.parts[1:])
+        return Clamped(change(self.a) if factor else self.a, b, hi, lo, self.falling)
 
 
 def clamped(update: Assign, kind: Kind, is_state: IsState, positive: Known) -> Maps:
@@ -72,64 +86,91 @@ def read(root: Expr, is_state: IsState, positive: Known) -> Clamped:
         else:
             done[node] = _operator(node, done, positive)
     found = done[root]
+    if found is not None and found.falling:
+        raise NotAffineError(root, "it decreases in the state")
     return _constant(root) if found is None else found
 
 
 def _operator(node: Expr, done: dict[Expr, Clamped | None], positive: Known) -> Clamped:
     if not isinstance(node, Op) or node.op not in _WORDS:
         what = node.op if isinstance(node, Op) else "a reduction"
-        raise NotAffineError(node, f"{what} of the state is not increasing and piecewise affine")
+        raise NotAffineError(node, f"{what} of the state is not monotone and piecewise affine")
     if node.op == "where":
-        test, x, y = node.args
-        one, two = (done[z] or _constant(z) for z in (x, y))
-        pairs = list(zip(_parts(one), _parts(two), strict=True))
-        if any(isinstance(p, Infinity) != isinstance(q, Infinity) for p, q in pairs):
-            # As where(c, x, inf) it would be one, but an infinite bound that is multiplied has no gradient.
-            raise NotAffineError(node, "a choice between a map with a bound and one without")
-        return Clamped(*(make("where", test, p, q) for p, q in pairs))
+        return _choice(node, *(done[z] or _constant(z) for z in node.args[1:]))
+    if node.op == "neg":
+        found = done[node.args[0]]
+        assert found is not None
+        return _turned(found)
     x, y = node.args
     u, v = done[x], done[y]
     if u is not None and v is not None:
+        if node.op in ("add", "sub") and not u.bounded and not v.bounded:
+            return Clamped(make(node.op, u.a, v.a), make(node.op, u.b, v.b), HIGH, LOW)
         raise NotAffineError(node, f"{_WORDS[node.op]} of two terms that both read the state")
-    map_, free = (u, y) if u is not None else (v, x)
-    assert map_ is not None
-    if u is None and node.op in ("sub", "div"):
-        raise NotAffineError(node, f"{_WORDS[node.op]} of the state decreases in it")
-    return _BINARY[node.op](node, map_, free, positive)
+    if u is None:
+        assert v is not None
+        if node.op == "div":
+            raise NotAffineError(node, "division by a term that reads the state is not monotone")
+        if node.op == "sub":  # x - v
+            return _shift(Op("add", (y, x)), _turned(v), x, positive)
+        return _BINARY[node.op](Op(node.op, (y, x)), v, x, positive)
+    return _BINARY[node.op](node, u, y, positive)
 
 
-def _parts(m: Clamped) -> tuple[Expr, ...]:
-    return m.a, m.b, m.hi, m.lo
+def _constant(value: Expr, falling: bool = False) -> Clamped:
+    return Clamped(ONE, ZERO, value, value, falling)
 
 
-def _constant(value: Expr) -> Clamped:
-    return Clamped(ONE, ZERO, value, value)
+def _choice(node: Op, one: Clamped, two: Clamped) -> Clamped:
+    falling = two.falling if one == _constant(one.lo) else one.falling
+    one, two = (_constant(make("neg", c.lo), falling) if c == _constant(c.lo) and falling else c for c in (one, two))
+    pairs = list(zip(one.parts, two.parts, strict=True))
+    if one.falling != two.falling or any(isinstance(p, Infinity) != isinstance(q, Infinity) for p, q in pairs):
+        # With where(c, x, inf) for a bound it would be one, but what multiplies an infinite bound has no gradient.
+        raise NotAffineError(node, "a choice between maps of which not both rise, or not both have a bound")
+    a, b, hi, lo = (make("where", node.args[0], p, q) for p, q in pairs)
+    return Clamped(a, b, hi, lo, falling)
+
+
+def _turned(m: Clamped) -> Clamped:
+    if m.bounded:
+        return replace(m, falling=not m.falling)
+    return m.each(lambda x: make("neg", x), factor=True)
+
+
+# The first operand of `node` reads the state; `m` is its map, `by` the other.
 
 
 def _shift(node: Op, m: Clamped, by: Expr, positive: Known) -> Clamped:
-    return Clamped(m.a, *(x if isinstance(x, Infinity) else make(node.op, x, by) for x in (m.b, m.hi, m.lo)))
+    op = node.op if not m.falling else {"add": "sub", "sub": "add"}[node.op]
+    return m.each(lambda x: make(op, x, by))
 
 
 def _scale(node: Op, m: Clamped, by: Expr, positive: Known) -> Clamped:
-    if not positive(by):
+    if m.bounded and not positive(by):
         raise NotPositiveError(node, by)
-    return Clamped(*(x if isinstance(x, Infinity) else make(node.op, x, by) for x in _parts(m)))
+    return m.each(lambda x: make(node.op, x, by), factor=True)
 
 
-def _floor(node: Op, m: Clamped, by: Expr, positive: Known) -> Clamped:
-    return Clamped(m.a, m.b, m.hi, greater(m.lo, by))
-
-
-def _ceiling(node: Op, m: Clamped, by: Expr, positive: Known) -> Clamped:
-    return Clamped(m.a, m.b, lesser(m.hi, by), lesser(m.lo, by))
+def _bound(node: Op, m: Clamped, by: Expr, positive: Known) -> Clamped:
+    """max(m, by) or min(m, by)."""
+    if not m.bounded and not positive(m.a):
+        if not positive(make("neg", m.a)):
+            raise NotPositiveError(node.args[0], m.a)
+        m = replace(_turned(m), falling=True)
+    if m.falling:
+        by = make("neg", by)
+    if (node.op == "max") != m.falling:
+        return replace(m, lo=greater(m.lo, by))
+    return replace(m, hi=lesser(m.hi, by), lo=lesser(m.lo, by))
 
 
 _WORDS = {
     "add": "a sum", "sub": "a difference", "mul": "a product", "div": "a quotient", "max": "a maximum",
-    "min": "a minimum", "where": "a choice",
+    "min": "a minimum", "where": "a choice", "neg": "the negative",
 }  # fmt: skip
 _BINARY: dict[str, Callable[[Op, Clamped, Expr, Known], Clamped]] = {
-    "add": _shift, "sub": _shift, "mul": _scale, "div": _scale, "max": _floor, "min": _ceiling,
+    "add": _shift, "sub": _shift, "mul": _scale, "div": _scale, "max": _bound, "min": _bound,
 }  # fmt: skip
 
 

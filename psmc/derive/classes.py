@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
+from psmc.algebra import interval_math as im
 from psmc.algebra.interval_math import NON_NEGATIVE, UNIT_RANGE, contains
 from psmc.derive import blame
 from psmc.derive.affine import BothSidesError, affine
@@ -17,7 +18,7 @@ from psmc.derive.moebius import moebius
 from psmc.derive.plain import plain
 from psmc.derive.segmented import Segmented, peeled
 from psmc.derive.semiring import SEMIRINGS, NotAffineError, Semiring, split
-from psmc.ir import Aggregator, Assign, Const, Interval, Kind, Ref
+from psmc.ir import Aggregator, Assign, Const, Expr, Infinity, Interval, Kind, Ref
 from psmc.ir.rewrite import refs
 
 Kinds = Mapping[str, Kind]
@@ -40,6 +41,11 @@ class _Search:
 
     def is_state(self, ref: Ref) -> bool:
         return ref.space == "prev" and ref.name in self.members
+
+    def known(self, expr: Expr, strictly: bool) -> bool:
+        """Whether it is > 0, or >= 0, for all inputs and params within their intervals."""
+        bounds = self.bounds(expr)
+        return im.positive(bounds) if strictly else im.non_negative(bounds)
 
     def any_of(self, updates: Sequence[Assign]) -> Group | None:
         """Of the recurrence as written, then in fewer operators, then in segments."""
@@ -81,7 +87,10 @@ class _Search:
         components = [self.agg.component(u.name) for u in updates]
         fits = all(c.interval is not None and contains(NON_NEGATIVE, c.interval) for c in components)
         starts = all(not isinstance(c.start.value, Const) or c.start.value.value >= 0 for c in components)
+        whole = any(c.kind == "int" for c in components)
         for ring in SEMIRINGS:
+            if whole and isinstance(ring.zero, Infinity):  # an identity that is no whole number
+                continue
             if not ring.non_negative:
                 yield replace(ring, is_positive=self.positive)
             elif fits and starts:
@@ -111,10 +120,12 @@ def _is_matrix(group: Group) -> bool:
 
 def _moebius(search: _Search, update: Assign) -> Maps:
     start = search.agg.component(update.name).start.value
-    return moebius(_elementwise(search, update), start, search.kinds[update.name], search.is_state, search.positive)
+    return moebius(_elementwise(search, update), start, search.kinds[update.name], search.is_state, search.known)
 
 
 def _clamped(search: _Search, update: Assign) -> Maps:
+    if search.kinds[update.name] == "int":
+        raise NotAffineError(update.value, "a clamp of whole numbers, which have no -inf and inf to start from")
     return clamped(_elementwise(search, update), search.kinds[update.name], search.is_state, search.positive)
 
 
@@ -125,6 +136,8 @@ def _finite(search: _Search, update: Assign) -> Maps:
 
 
 def _elementwise(search: _Search, update: Assign) -> Assign:
+    if search.kinds[update.name] == "complex":  # their laws need an order
+        raise NotAffineError(update.value, "a map of complex values that is not affine")
     for ref in refs(update.value):
         if search.is_state(ref) and ref.subs != update.indices:
             raise NotAffineError(ref, "an entry of the state other than its own")

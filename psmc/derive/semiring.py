@@ -98,7 +98,7 @@ def negated(node: Expr) -> Expr:
     """-node, the sign moved to where terms do not carry it as a sum."""
     match node:
         case Op(op="sub", args=(a, b)):
-            return make("sub", b, a)
+            return make("add", negated(a), b)
         case Op(op="add", args=(a, b)):
             return make("add", negated(a), negated(b))
         case Op(op="max" | "min" as op, args=(a, b)):
