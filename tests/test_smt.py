@@ -118,6 +118,14 @@ def test_an_unknown_proof_stays_unknown() -> None:
     assert opinion is not None and opinion.word == "undecided" and "counterexample" in opinion.reason
 
 
+def test_a_law_without_a_value_is_not_judged() -> None:
+    agg = spec("state s = -inf combine (l, r) { s = max(l.s, r.s) + l.s - l.s }")
+    proof = prove(agg)
+    assert isinstance(proof.identity, Refuted) and proof.identity.counterexample.left is None
+    opinion = smt.opinion(agg, proof)
+    assert opinion is not None and opinion.word == "undecided" and "no value" in opinion.reason
+
+
 # --- the command --------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ from psmc.diagnostics import Diagnostic, Label, PsmcError
 from psmc.ir import Aggregator, Block
 
 _AT_INFINITY = "write the rule so that it has a value there, as logaddexp(x, y) or where(...) have at infinity"
-_HALF = {"lift": "a lifted token may lie outside", "combine": "combine may leave it"}
+_BOUNDED = "declare intervals on the state and the params where values are known to be positive or bounded"
+_HALF = {"lift": "lift may give one", "combine": "combine may give one for two inside"}
 
 
 def diagnostic_for(
@@ -92,20 +93,29 @@ def _wrong_identity(agg: Aggregator, found: Counterexample, repaired: Repair | N
         (
             *_repair_lines(repaired),
             *((_AT_INFINITY,) if found.left is None else ()),
-            f"change the value behind '=' of '{found.component}', or the rule: combining with it must change nothing",
-            f"if only some values of '{found.component}' can occur, declare their interval on the state: "
-            "it is used where lift lands in it and combine keeps it",
+            *(_identity_advice(agg, found.component) if repaired is None else ()),
         ),
     )
 
 
+def _identity_advice(agg: Aggregator, component: str) -> tuple[str, ...]:
+    change = f"change the value behind '=' of '{component}', or the rule: combining with it must change nothing"
+    if agg.component(component).interval is not None:
+        return (change,)
+    return change, (
+        f"if only some values of '{component}' can occur, declare their interval on the state: "
+        "it is used where lift lands in it and combine keeps it"
+    )
+
+
 def _undecided(agg: Aggregator, code: str, message: str, verdict: Unknown) -> Diagnostic:
-    notes = [verdict.reason + "."]
+    notes = [f"{verdict.reason}; no counterexample was found either."]
     if "= 0" in verdict.residual:
-        notes.append(f"left to show: {verdict.residual}")
-    advice = "declare intervals on the state and the params where values are known to be positive or bounded"
-    if verdict.undefined:
-        advice = _AT_INFINITY
+        operands = "elements a, b and c" if code == "PSM303" else "elements x"
+        notes.append(f"left to show, for all {operands}: {verdict.residual}")
+    advice = [_AT_INFINITY if verdict.undefined else _BOUNDED]
+    if "time limit" in verdict.reason:
+        advice.append("give it more time: psmc check --budget 120")
     return Diagnostic(
         code,
         message,
@@ -113,10 +123,7 @@ def _undecided(agg: Aggregator, code: str, message: str, verdict: Unknown) -> Di
         "not decided",
         _claim(agg, "claimed here"),
         (*notes, *_interval_notes(agg)),
-        (
-            "write 'associative: assume' to vouch for it yourself",
-            advice,
-        ),
+        (*advice, "write 'associative: assume' to vouch for it yourself"),
     )
 
 
@@ -136,5 +143,7 @@ def _interval_notes(agg: Aggregator) -> tuple[str, ...]:
         return ()
     failed = closure(agg).open
     return tuple(
-        f"the interval of '{c.name}' was not used: {_HALF[failed[c.name]]}" for c in agg.state if c.name in failed
+        f"values of '{c.name}' outside its interval count too: {_HALF[failed[c.name]]}"
+        for c in agg.state
+        if c.name in failed
     )

@@ -103,6 +103,8 @@ def _z3_errors() -> tuple[type[BaseException], ...]:
 
 
 def _judged(question: _Question, law: Law, verdict: Verdict) -> Opinion:
+    if isinstance(verdict, Refuted) and None in (verdict.counterexample.left, verdict.counterexample.right):
+        return Opinion("undecided", f"{law}: refuted where it has no value, which z3 is not asked about")
     if isinstance(verdict, Refuted):
         found = question.counterexample(dict(verdict.counterexample.dims))
         if found is None:
