@@ -15,7 +15,8 @@ from psmc.codegen.render import render
 from psmc.codegen.torch_code import function_sources, join, taps
 from psmc.codegen.tree_code import print_tree_kernels
 from psmc.diagnostics import fail
-from psmc.ir import Aggregator, Extern, Tensor
+from psmc.ir import Aggregator, Extern, Interval, Tensor
+from psmc.ir.query import nearest_float
 from psmc.ir.rewrite import refs
 from psmc.ir.text import show
 from psmc.plan.base import Plan
@@ -149,7 +150,7 @@ def _border(agg: Aggregator, digest: str, live: tuple[str, ...]) -> str:
         ("digest", repr(digest)),
         ("inputs", _slots(agg.leaf_inputs)),
         ("params", _slots(agg.params)),
-        ("components", _slots(tuple(Tensor(c.name, c.dims, c.kind) for c in agg.state))),
+        ("components", _slots(tuple(Tensor(c.name, c.dims, c.kind, c.interval) for c in agg.state))),
         ("live", repr(live)),
         ("outputs", _slots(outputs)),
         ("sizes", repr({d.name: d.size for d in agg.dims if d.size is not None})),
@@ -167,5 +168,13 @@ def _slots(tensors: tuple[Tensor, ...]) -> str:
     for t in tensors:
         kind = "" if t.kind == "real" else f", {t.kind!r}"
         dims = f", {t.dims!r}" if t.dims or kind else ""
-        each.append(f"Slot({t.name!r}{dims}{kind})")
+        each.append(f"Slot({t.name!r}{dims}{kind}{_within(t.interval)})")
     return "(" + ", ".join(each) + ",)"
+
+
+def _within(interval: Interval | None) -> str:
+    if interval is None or (interval.lo is None and interval.hi is None):
+        return ""
+    bounds = ", ".join("None" if x is None else repr(nearest_float(x)) for x in (interval.lo, interval.hi))
+    ends = ("(" if interval.lo_open else "[") + (")" if interval.hi_open else "]")
+    return f", within=({bounds}, {ends!r})"

@@ -17,6 +17,7 @@ KIT = (
     "kit_forest",
     "kit_bind",
     "kit_check",
+    "kit_values",
     "kit_taps",
     "kit_run",
     "kit_op",

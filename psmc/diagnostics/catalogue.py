@@ -171,6 +171,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM605": ("state that does not fit", "A state is what init_state, a call or a step returned for such inputs."),
     "PSM606": ("wrong cu_seqlens", "N + 1 token offsets; the sequences are packed in a batch of 1."),
     "PSM607": ("tokens without a product", "Only an associative rule has a product of tokens."),
+    "PSM608": ("value that was ruled out", "Values are checked, as agg.checks or PSMC_CHECK=1 asks for."),
     "PSM651": ("attention that cannot be built", "A width divides into heads; positions are 'rotary' or 'learned'."),
     "PSM652": (
         "prefix-scannable model that cannot be built",

@@ -17,6 +17,7 @@ from psmc.runtime.kit_op import Operator
 from psmc.runtime.kit_run import Rules, as_state, prepared, run_push, run_scan, run_step, start_state
 from psmc.runtime.kit_taps import flip, places, tap_token, tap_tokens
 from psmc.runtime.kit_tree import counter_rows, counter_start
+from psmc.runtime.kit_values import check_results, check_slot_values, check_state_values, check_values, checks_wanted
 
 State = dict[str, Tensor]
 
@@ -33,6 +34,7 @@ class Aggregator:
         self.spec, self.rules, self.fold_order = spec, rules, fold
         self.operator = None if hasattr(rules, "extern") else Operator(spec, rules, fold, kernels)
         self._quick = None if self.operator is None else self.operator.quick  # steps that were checked before
+        self.checks = checks_wanted()  # values are read and checked, which waits for the device
         self.__name__ = spec.name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Aggregator:
@@ -77,6 +79,10 @@ class Aggregator:
         reset = check_flags(self.spec, "reset", reset, call)
         cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
         state = self._checked(call, initial_state, call.leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        checks = self.checks and not torch.compiler.is_compiling()
+        if checks:
+            check_values(self.spec, call, mask, cu_seqlens)
+            check_state_values(self.spec, state, self._begin(call))
         back = None
         if reverse:
             back = None if cu_seqlens is None else places(call, cu_seqlens, None)
@@ -93,18 +99,23 @@ class Aggregator:
             outputs, final = run_scan(
                 self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
             )
+        if checks:
+            check_results(self.spec, outputs, final)
         found = tuple(flip(outputs[s.name], back) if reverse else outputs[s.name] for s in self.spec.outputs)
         out = found[0] if len(found) == 1 else found
         return (out, {**final, **tails}) if return_state else out
 
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
-        if self._quick is not None and not kwargs:
+        if self._quick is not None and not kwargs and not self.checks:
             known: tuple[Any, State] | None = self._quick.again(state, args, None, False)
             if known is not None:
                 return known
         call = bind_call(self.spec, args, kwargs, tokens=False)
         before = self._checked(call, state, call.leading[0])
+        if self.checks and not torch.compiler.is_compiling():
+            check_values(self.spec, call, None, None)
+            check_state_values(self.spec, before, self._begin(call))
         if self.operator is not None and self.operator.steps(call, before):
             if before is None:
                 return self.operator.step(call, self._start(call), None, True)
@@ -129,7 +140,7 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
-        if self._quick is not None and not kwargs:
+        if self._quick is not None and not kwargs and not self.checks:
             known = self._quick.again(state, args, slots, True)
             if known is not None:
                 return known[0]
@@ -140,7 +151,12 @@ class Aggregator:
         self, state: State, args: tuple[Tensor, ...], slots: Tensor | None, kwargs: dict[str, Tensor]
     ) -> Any:
         call = bind_call(self.spec, args, kwargs, tokens=False)
-        self._checked(call, state, check_slots(self.spec, slots, call, state))
+        count = check_slots(self.spec, slots, call, state)
+        self._checked(call, state, count)
+        if self.checks and not torch.compiler.is_compiling():
+            check_slot_values(self.spec, slots, count)
+            check_values(self.spec, call, None, None)
+            check_state_values(self.spec, state, self._begin(call))
         if slots is not None and self.fold_order == "tree":
             return self._push_rows(state, slots, *args, **kwargs)
         if self.operator is not None and self.operator.steps(call, state):
@@ -205,6 +221,8 @@ class Aggregator:
         call = bind_call(self.spec, args, kwargs, tokens=True)
         mask = check_flags(self.spec, "mask", mask, call)
         cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
+        if self.checks:
+            check_values(self.spec, call, mask, cu_seqlens)
         lags, _ = tap_tokens(self.spec, call, None, mask, None, cu_seqlens)
         rules = SimpleNamespace(**{k: v for k, v in vars(self.rules).items() if k != "start"})
         x, p = prepared(self.spec, call, lags)
@@ -213,6 +231,10 @@ class Aggregator:
     def _checked(self, call: Call, state: Mapping[str, Tensor] | None, rows: int) -> State | None:
         check = check_counter if self.fold_order == "tree" else check_state
         return check(self.spec, call, state, rows)
+
+    def _begin(self, call: Call) -> State:
+        """What each component starts from, [*dims]."""
+        return start_state(self.spec, self.rules, call, tuple(s.name for s in self.spec.components))
 
     def _start(self, call: Call) -> State:
         """Before any token; tails apart."""

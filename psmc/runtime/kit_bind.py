@@ -27,11 +27,12 @@ class Fields:
 @dataclass(frozen=True)
 class Slot:
     """A declared tensor: an input is [B, T, *lanes, *dims], a param [*lanes, *dims] or [*dims], a state [B, *lanes,
-    *dims]."""
+    *dims]. `within`: (low, high, brackets), its interval; None: no bound."""
 
     name: str
     dims: tuple[str, ...] = ()
     kind: str = "real"
+    within: tuple[float | None, float | None, str] | None = None
 
 
 @dataclass(frozen=True)
