@@ -11,7 +11,7 @@ JOBS   ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test lint format tables generated clean
+.PHONY: demo test nightly lint format tables generated clean
 
 $(VENV)/.demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "psmc needs Python 3.11 or newer: make PYTHON=...")'
@@ -31,6 +31,17 @@ demo: $(VENV)/.demo
 # One thread of torch a worker: the workers are the parallelism.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 15
+
+# What takes hours: texts at random, all mutants and generated rules, every example's proof checked by two others.
+NIGHTLY := build/nightly
+INPUTS  ?= 100000
+nightly: $(VENV)/.test
+	mkdir -p $(NIGHTLY)
+	$(BIN)/psmc check examples --second-opinion --certificate $(NIGHTLY)/certificates.json
+	$(BIN)/psmc verify $(NIGHTLY)/certificates.json
+	$(BIN)/python benchmarks/fuzz.py --inputs $(INPUTS) --jobs $(JOBS) \
+	    --failures $(NIGHTLY)/failures.txt --out $(NIGHTLY)/fuzz.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proofs.py --jobs $(JOBS) --out $(NIGHTLY)/proofs.json
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check psmc tests examples benchmarks

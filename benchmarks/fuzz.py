@@ -24,7 +24,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 from fuzz_grammar import draw, examine
 
 from psmc.cli import console
@@ -142,6 +143,7 @@ def run(seeds: list[int], options: Options, jobs: int, report: Callable[[tuple[A
                 stuck = time.monotonic() - worker.since > 2 * options.limit + 10
                 if finished or stuck:
                     if finished != "done":
+                        worker.process.join(1)
                         sign = "hang in C code" if stuck else f"the process died ({worker.process.exitcode})"
                         report((worker.seed, draw(worker.seed)[0], "failed", sign, time.monotonic() - worker.since))
                         if worker.rest():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from fuzz_grammar import KINDS, draw, examine
@@ -85,3 +89,52 @@ def test_chains_keep_their_parentheses() -> None:
     text = "aggregator a { output y = (a * (sum[i] x[i])) * b, z = (a < b) < c, w = a / (sum[i] x[i]) * b }"
     shown = format_source(SourceFile("t", text))
     assert "(a * sum[i] x[i]) * b" in shown and "(a < b) < c" in shown and "a / (sum[i] x[i]) * b" in shown
+
+
+# --- benchmarks/fuzz.py -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "fuzz.py"
+    spec = importlib.util.spec_from_file_location("benchmark_fuzz", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, failures = tmp_path / "fuzz.json", tmp_path / "failures.txt"
+    arguments = ["--inputs", "120", "--prove", "40", "--jobs", "2", "--out", out, "--failures", failures]
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", *map(str, arguments)])
+    assert script.main() == 0 and not failures.exists()
+    rows = json.loads(out.read_text())["rows"]
+    assert {r["texts"] for r in rows} <= set(KINDS) and sum(r["number"] for r in rows) == 120
+    assert sum(r["resolved"] for r in rows) > 10 and not any(r["failed"] for r in rows)
+
+
+def broken(text: str, budget: float | None = None) -> str:
+    """A compiler that fails on one word, hangs on another and dies of a third."""
+    if "logaddexp" in text:
+        raise KeyError("logaddexp")
+    if "erf" in text:
+        time.sleep(60)
+    if "rsqrt" in text:
+        os._exit(3)
+    return "resolved"
+
+
+def test_failures_are_found_and_made_small(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "examine", broken)
+    failures = tmp_path / "failures.txt"
+    arguments = ["--inputs", "100", "--limit", "0.2", "--jobs", "2", "--failures", failures]
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", *map(str, arguments)])
+    assert script.main() == 1
+    said = failures.read_text()
+    assert "KeyError at" in said and "hang" in said and "the process died (3)" in said
+    (small,) = [part for part in said.split("# seed ") if "KeyError" in part]
+    assert len(small.splitlines()[1]) < 60 and "logaddexp" in small
+    assert "100 texts in" in capsys.readouterr().out, "all others were looked at"
