@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import show, write
-from psmc.nn import Attention, LanguageModel, ScanMixer, TransformerPSM, parameters_of, state_bytes, width_for
+from psmc.nn import Attention, LanguageModel, ScanMixer, TransformerPSM, parameters_of, sizes_for, state_bytes
 from psmc.runtime.kit_tree import Node, counter_push, counter_start, tree_scan
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -193,15 +193,17 @@ def combine(m: Machine, quick: bool) -> list[Row]:
 def decoders(params: int, layers: int) -> dict[str, Callable[[], nn.Module]]:
     """Models of as many parameters, by name."""
 
-    def sized(make: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
-        return lambda: make(width_for(params, make, 64))
+    def sized(make: Callable[[int, float], nn.Module]) -> Callable[[], nn.Module]:
+        return lambda: make(*sizes_for(params, make))
 
     def psm(chunk: int) -> Callable[[], nn.Module]:
         inf, agg = max(1, layers * 2 // 3), max(1, layers // 3)
-        return sized(lambda d: TransformerPSM(VOCAB, d, chunk, heads=d // 64, agg_layers=agg, inf_layers=inf))
+        return sized(
+            lambda d, e: TransformerPSM(VOCAB, d, chunk, heads=d // 64, agg_layers=agg, inf_layers=inf, expand=e)
+        )
 
     def blocks(mixer: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
-        return sized(lambda d: LanguageModel(VOCAB, d, layers, mixer))
+        return sized(lambda d, e: LanguageModel(VOCAB, d, layers, mixer, expand=e))
 
     return {
         **{f"T-PSM, c {c}": psm(c) for c in (32, 64, 128, 256)},

@@ -18,6 +18,7 @@ from psmc.nn import (
     join,
     parameters_of,
     select,
+    sizes_for,
     state_bytes,
     width_for,
 )
@@ -212,9 +213,7 @@ def test_streams_at_different_lengths(options, tmp_path):
     lengths = [0, 1, 4, 6, 11, 30]
     with torch.no_grad():
         whole = model(tokens)
-        alone = [
-            model.prefill(tokens[b : b + 1, :n])[1] if n else model.init_state(1) for b, n in enumerate(lengths)
-        ]
+        alone = [model.prefill(tokens[b : b + 1, :n])[1] if n else model.init_state(1) for b, n in enumerate(lengths)]
         state = join(alone)
         for t in range(21):
             token = torch.stack([tokens[b, n + t] for b, n in enumerate(lengths)])
@@ -335,6 +334,13 @@ def test_width_for():
     sizes = [abs(parameters_of(make(w)) - 300_000) for w in (width - 16, width, width + 16)]
     assert width % 16 == 0 and sizes[1] == min(sizes)
     assert width_for(1, make, 16) == 16
+    for params in (200_000, 1_000_000, 2_000_000):  # MLPs make up for what widths of 64 cannot
+
+        def wide(width, expand):
+            return TransformerPSM(64, width, 8, heads=4, agg_layers=1, inf_layers=2, expand=expand)
+
+        width, expand = sizes_for(params, wide)
+        assert width % 64 == 0 and abs(parameters_of(wide(width, expand)) / params - 1) < 0.02
 
 
 @pytest.mark.parametrize(

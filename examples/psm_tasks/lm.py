@@ -26,34 +26,33 @@ from corpus import Bytes, Pairs, read
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psmc.nn import Attention, LanguageModel, ScanMixer, TransformerPSM, generate, parameters_of, state_bytes, width_for
+from psmc.nn import Attention, LanguageModel, ScanMixer, TransformerPSM, generate, parameters_of, sizes_for, state_bytes
 
 SPECS = Path(__file__).resolve().parent.parent
 SHIPPED = SPECS / "demo" / "wikitext.txt"
 CHUNKS = (32, 64, 128, 256)
+Make = Callable[[int, float], nn.Module]
 
 
-def models(o: argparse.Namespace, vocab: int) -> dict[str, Callable[[int], nn.Module]]:
-    """By name, from a width (a multiple of 32)."""
+def models(o: argparse.Namespace, vocab: int) -> dict[str, Make]:
+    """By name, from a width (a multiple of 64) and the MLPs' expansion."""
 
-    def psm(chunk: int) -> Callable[[int], nn.Module]:
-        return lambda d: TransformerPSM(
-            vocab, d, chunk, heads=d // 32, agg_layers=o.agg_layers, inf_layers=o.inf_layers, recompute=o.recompute
-        )
+    def psm(chunk: int) -> Make:
+        depths = {"agg_layers": o.agg_layers, "inf_layers": o.inf_layers}
+        return lambda d, e: TransformerPSM(vocab, d, chunk, heads=d // 64, expand=e, recompute=o.recompute, **depths)
 
-    def blocks(mixer: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
-        return lambda d: LanguageModel(vocab, d, o.layers, mixer)
+    def blocks(mixer: Callable[[int], nn.Module]) -> Make:
+        return lambda d, e: LanguageModel(vocab, d, o.layers, mixer, expand=e)
 
     return {
         **{f"psm-{c}": psm(c) for c in CHUNKS},
-        "gpt": blocks(lambda d: Attention(d, d // 32)),
+        "gpt": blocks(lambda d: Attention(d, d // 64)),
         "mamba2": blocks(
             lambda d: ScanMixer(SPECS / "mamba2.psm", d, heads=2 * d // 64, sizes={"N": 64, "P": 64},
                                 shared=("B", "C"), conv=4)
         ),
         "gla": blocks(
-            lambda d: ScanMixer(SPECS / "gla.psm", d, heads=max(1, d // 128),
-                                sizes={"K": d // 2 // max(1, d // 128), "V": d // max(1, d // 128)})
+            lambda d: ScanMixer(SPECS / "gla.psm", d, heads=d // 64, sizes={"K": 32, "V": 64})
         ),
     }  # fmt: skip
 
@@ -110,11 +109,11 @@ class Task:
             torch.cuda.synchronize()
 
 
-def train(name: str, make: Callable[[int], nn.Module], task: Task) -> Score:
+def train(name: str, make: Make, task: Task) -> Score:
     o, device = task.o, task.device
-    width = width_for(int(o.params), make, 32)
+    width, expand = sizes_for(int(o.params), make)
     torch.manual_seed(o.seed)
-    model = make(width).to(device)
+    model = make(width, expand).to(device)
     training = Training(name, model, o, device)
     forward: Any = torch.compile(model, dynamic=False) if o.compile else model
     context = autocast(o, device)
@@ -130,8 +129,8 @@ def train(name: str, make: Callable[[int], nn.Module], task: Task) -> Score:
 
     training.run(batch, lambda: task.score(model, o.windows), o.every)
     model.eval()
-    row = {"model": name, "parameters": parameters_of(model), "width": width, "steps": training.step,
-           "tokens": training.tokens, "tokens a second": round(training.tokens / training.seconds)}  # fmt: skip
+    row = {"model": name, "parameters": parameters_of(model), "width": width, "expand": round(expand, 3),
+           "steps": training.step, "tokens": training.tokens, "tokens a second": round(training.tokens / training.seconds)}  # fmt: skip
     if device.type == "cuda":
         row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
     with torch.no_grad():

@@ -29,6 +29,7 @@ from psmc.nn import Attention, LanguageModel, ScanMixer, TransformerPSM, paramet
 SPECS = Path(__file__).resolve().parent.parent
 LEAST, MOST, TEST = 4, 18, 180
 
+
 def products(things: int = 5) -> Tensor:
     """[n!, n!] int64: the number of the permutation `first a, then b`."""
     all_ = list(itertools.permutations(range(things)))
@@ -54,13 +55,22 @@ def models(o: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
 
     return {
         "psm": lambda: TransformerPSM(
-            order, o.dim, 1, heads=heads, agg_layers=o.psm_layers, inf_layers=o.psm_layers, expand=o.expand,
-            classes=order, positions=o.positions, noise=o.noise,
+            order,
+            o.dim,
+            1,
+            heads=heads,
+            agg_layers=o.psm_layers,
+            inf_layers=o.psm_layers,
+            expand=o.expand,
+            classes=order,
+            positions=o.positions,
+            noise=o.noise,
         ),
         "gpt": lambda: blocks(lambda d: Attention(d, heads)),
         "mamba2": lambda: blocks(
-            lambda d: ScanMixer(SPECS / "mamba2.psm", d, heads=2 * d // 32, sizes={"N": 32, "P": 32},
-                                shared=("B", "C"), conv=4)
+            lambda d: ScanMixer(
+                SPECS / "mamba2.psm", d, heads=2 * d // 32, sizes={"N": 32, "P": 32}, shared=("B", "C"), conv=4
+            )
         ),
     }
 

@@ -133,12 +133,17 @@ class Attention(nn.Module):
         return y, {"k": keys, "v": values, "position": state["position"] + 1}
 
 
+def hidden_width(dim: int, expand: float) -> int:
+    """Of an MLP: expand * dim, in whole tiles of matrix units."""
+    return max(1, round(expand * dim / 16)) * 16
+
+
 class Layer(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
 
     def __init__(self, dim: int, heads: int, *, causal: bool, rotary: bool = True, expand: float = 4.0) -> None:
         super().__init__()
-        hidden = round(expand * dim)
+        hidden = hidden_width(dim, expand)
         self.norm, self.attention = nn.LayerNorm(dim), Attention(dim, heads, causal=causal, rotary=rotary)
         self.mlp_norm = nn.LayerNorm(dim)
         self.wide, self.narrow = nn.Linear(dim, hidden), nn.Linear(hidden, dim)

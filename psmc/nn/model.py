@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psmc.diagnostics import fail
+from psmc.nn.attention import hidden_width
 from psmc.nn.state import State, scoped, within
 from psmc.nn.transformer_psm import transformer_scannable
 
@@ -22,7 +23,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, mixer: Any, expand: float = 4.0) -> None:
         super().__init__()
         self.mixer: Any
-        hidden = round(expand * dim)
+        hidden = hidden_width(dim, expand)
         self.norm, self.mixer = nn.LayerNorm(dim), mixer
         self.mlp_norm = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
@@ -152,15 +153,23 @@ def parameters_of(model: nn.Module) -> int:
 
 def width_for(params: int, make: Callable[[int], nn.Module], multiple: int = 8) -> int:
     """The width, a multiple of `multiple`, at which make(width) is closest to `params` parameters; nothing is made."""
-
-    def count(width: int) -> int:
-        with torch.device("meta"):
-            return parameters_of(make(width))
-
     low, high = 1, 1
-    while count(high * multiple) < params:
+    while _count(make, high * multiple) < params:
         low, high = high, 2 * high
     while low < high - 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count(middle * multiple) < params else (low, middle)
-    return min((low, high), key=lambda n: abs(count(n * multiple) - params)) * multiple
+        low, high = (middle, high) if _count(make, middle * multiple) < params else (low, middle)
+    return min((low, high), key=lambda n: abs(_count(make, n * multiple) - params)) * multiple
+
+
+def sizes_for(params: int, make: Callable[[int, float], nn.Module], multiple: int = 64) -> tuple[int, float]:
+    """(width, expand) at which make(width, expand) has `params` parameters, nearly: the width as `width_for` finds it
+    with MLPs of expand 4, then MLPs as wide as it takes, 1 to 8 times the width."""
+    width = width_for(params, lambda w: make(w, 4.0), multiple)
+    four, five = (_count(make, width, e) for e in (4.0, 5.0))
+    return width, min(8.0, max(1.0, 4.0 + (params - four) / max(1, five - four)))
+
+
+def _count(make: Callable[..., nn.Module], *sizes: float) -> int:
+    with torch.device("meta"):
+        return parameters_of(make(*sizes))
