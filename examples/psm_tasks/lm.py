@@ -129,8 +129,9 @@ def train(name: str, make: Make, task: Task) -> Score:
 
     training.run(batch, lambda: task.score(model, o.windows), o.every)
     model.eval()
-    row = {"model": name, "parameters": parameters_of(model), "width": width, "expand": round(expand, 3),
-           "steps": training.step, "tokens": training.tokens, "tokens a second": round(training.tokens / training.seconds)}  # fmt: skip
+    row = {"model": name, "parameters": parameters_of(model), "width": width, "expand": round(expand, 3)}
+    row |= {"steps": training.step, "tokens": training.tokens}
+    row["tokens a second"] = round(training.tokens / training.seconds)
     if device.type == "cuda":
         row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
     with torch.no_grad():
