@@ -31,7 +31,7 @@ UNSEEN_ZERO = "state s = sqrt(3 - 2 * sqrt(2)) - sqrt(2) + 1 combine (l, r) { s 
 
 @pytest.mark.parametrize("name", ASSOCIATIVE)
 def test_proved(name: str) -> None:
-    proof = prove(spec(ASSOCIATIVE[name]), 10)
+    proof = prove(spec(ASSOCIATIVE[name]), 60)
     assert isinstance(proof.associativity, Proved), proof.associativity
     if name in NO_IDENTITY:
         assert isinstance(proof.identity, Refuted)
@@ -44,7 +44,7 @@ def test_proved(name: str) -> None:
 def test_refuted(name: str) -> None:
     body, component = NOT_ASSOCIATIVE[name]
     agg = spec(body)
-    proof = prove(agg, 10)
+    proof = prove(agg, 60)
     assert isinstance(proof.associativity, Refuted), proof.associativity
     found = proof.associativity.counterexample
     assert found.component == component

@@ -45,7 +45,7 @@ def test_mutants(name: str) -> None:
     kinds = set()
     for kind, agg in islice(mutants(spec(ASSOCIATIVE[name])), 0, None, 12):
         kinds.add(kind)
-        check(agg, prove(agg, 2))
+        check(agg, prove(agg, 30))
     assert kinds
 
 
@@ -53,7 +53,7 @@ def test_mutants(name: str) -> None:
 def test_generated_monoids(seed: int) -> None:
     how, rule = random_rule(seed)
     agg = spec(rule.text())
-    proof = prove(agg, 8)
+    proof = prove(agg, 60)
     assert isinstance(proof.associativity, Proved), (how, proof.associativity)
     if rule.identity_kept:
         assert isinstance(proof.identity, Proved), (how, proof.identity)
@@ -78,6 +78,6 @@ def test_rules_at_random(seed: int) -> None:
     names = ["s", "d"][: rng.randint(1, 2)]
     rule = "; ".join(f"{n} = {random_term(rng, names, rng.randint(1, 3))}" for n in names)
     agg = spec(f"state {', '.join(f'{n} = 0' for n in names)} combine (l, r) {{ {rule} }}")
-    proof = prove(agg, 3)
+    proof = prove(agg, 60)
     check(agg, proof)
     assert not isinstance(proof.associativity, Unknown), proof.associativity

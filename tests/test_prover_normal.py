@@ -16,7 +16,8 @@ from psmc.algebra.facts import Facts
 from psmc.algebra.normal import Normaliser
 from psmc.algebra.prover import deep_recursion
 from psmc.algebra.residual import expression
-from psmc.algebra.ring import OutOfBudgetError, Ring, SplitError, UndefinedError
+from psmc.algebra.ring import Ring, SplitError, UndefinedError
+from psmc.algebra.terms import OutOfBudgetError
 from psmc.ir import OPS, Const, DimValue, Expr, Eye, Index, IndexValue, Interval, Op, Reduce, Ref
 from psmc.ir.rewrite import refs
 from psmc.ir.text import show_expr

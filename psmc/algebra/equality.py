@@ -18,8 +18,8 @@ from psmc.algebra.knowledge import facts_as_constraints, is_positive
 from psmc.algebra.linear import feasible
 from psmc.algebra.normal import Normaliser, integral
 from psmc.algebra.powers import guard_of
-from psmc.algebra.ring import OutOfBudgetError, Ring, SplitError, UndefinedError
-from psmc.algebra.terms import ONE, Atom, Mono, Poly, total
+from psmc.algebra.ring import Ring, SplitError, UndefinedError
+from psmc.algebra.terms import ONE, Atom, Mono, OutOfBudgetError, Poly, total
 from psmc.ir import Expr, Index
 from psmc.ir.rewrite import rename
 
@@ -114,7 +114,7 @@ class _Search:
         for poly, strict in (_tightened(guard, True), _tightened(-guard, False)):
             facts = ring.facts.with_case(poly, strict=strict)
             branch = ring.under(facts)
-            if not feasible(facts_as_constraints(branch, ())):
+            if not feasible(facts_as_constraints(branch, ()), ring.deadline):
                 continue
             branch = ring.under(replace(facts, values=_solved(branch)))
             if not self.run(left, right, branch, depth + 1):

@@ -27,7 +27,7 @@ def is_positive(ring: Ring, poly: Poly, *, strict: bool = True) -> bool:
     if found is None:
         ring.tick()
         against = _constraint(-poly, strict=not strict)
-        found = ring.signs[poly, strict] = not feasible([*facts_as_constraints(ring, (poly,)), against])
+        found = ring.signs[poly, strict] = not feasible([*facts_as_constraints(ring, (poly,)), against], ring.deadline)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from psmc.algebra.terms import Names, Node, show
 from psmc.ir import Index
@@ -14,8 +14,10 @@ MAX_LEAVES = 720
 Part = tuple[Node, str]  # something that mentions bound indices, and a suffix (its power)
 
 
-def canonical_order(bound: Sequence[Index], parts: Sequence[Part], height: int) -> tuple[Index, ...]:
-    """The order of `bound` that makes the text of `parts` least."""
+def canonical_order(
+    bound: Sequence[Index], parts: Sequence[Part], height: int, tick: Callable[[], None]
+) -> tuple[Index, ...]:
+    """The order of `bound` that makes the text of `parts` least. `tick` is called at each step of the search."""
     if len(bound) <= 1:
         return tuple(bound)
     touching = {b: [p for p in parts if b in p[0].free] for b in bound}
@@ -24,6 +26,7 @@ def canonical_order(bound: Sequence[Index], parts: Sequence[Part], height: int) 
 
     def search(colours: dict[Index, int]) -> None:
         nonlocal best, leaves
+        tick()
         colours = _refine(colours, touching)
         groups: dict[int, list[Index]] = {}
         for index in bound:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from itertools import islice
 from itertools import product as combinations
 
 from psmc.algebra.knowledge import is_positive
@@ -17,7 +18,6 @@ from psmc.algebra.powers import content, least_coefficients, over_unit, power
 from psmc.algebra.ring import (
     IDEMPOTENT,
     REBUILD,
-    OutOfBudgetError,
     Ring,
     SplitError,
     lone,
@@ -28,11 +28,12 @@ from psmc.algebra.ring import (
     rename,
     times,
 )
-from psmc.algebra.terms import UNIT, ZERO, Atom, Bag, Mono, Poly, Term, total
+from psmc.algebra.terms import UNIT, ZERO, Atom, Bag, Mono, OutOfBudgetError, Poly, Term, total
 from psmc.ir import Index
 
 _MAX_TERMS = 256
 _MAX_LITS = 32
+_MAX_FLAT = 20_000  # terms before equal ones are dropped
 Member = tuple[tuple[Poly, ...], tuple[Index, ...]]  # lits and bound, the bound under fresh names
 
 
@@ -46,7 +47,10 @@ def maximum(ring: Ring, members: Iterable[Member]) -> Poly:
             for value in (UNIT, ZERO)
         )
         return mul(ring, lone(bit), on) + mul(ring, UNIT - lone(bit), off)
-    terms = _unique(ring, [t for lits, bound in members for t in _flatten(ring, lits, bound)])
+    flat = list(islice((t for m in members for t in _flatten(ring, *m)), _MAX_FLAT + 1))
+    if len(flat) > _MAX_FLAT:
+        raise OutOfBudgetError("a maximum grew too large")
+    terms = _unique(ring, flat)
     terms = _absorb(ring, terms)
     if len(terms) == 1 and len(terms[0].lits) > 1 and not terms[0].bound:
         return -maximum(ring, [((-lit,), ()) for lit in terms[0].lits])
@@ -151,7 +155,7 @@ def _term(ring: Ring, lits: Sequence[Poly], bound: Sequence[Index]) -> Term:
             kept.append(p)
     used = [b for b in bound if any(b in p.free for p in kept)]
     height = max(p.height for p in kept) + 1
-    return Term(tuple(kept), canonical_order(used, [(p, "") for p in kept], height))
+    return Term(tuple(kept), canonical_order(used, [(p, "") for p in kept], height, ring.tick))
 
 
 def _drops(ring: Ring, q: Poly, p: Poly, first: bool) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import inf
 
 MAX_PIVOTS = 400
 
@@ -18,12 +20,12 @@ class Constraint:
     strict: bool
 
 
-def feasible(constraints: Sequence[Constraint]) -> bool:
+def feasible(constraints: Sequence[Constraint], deadline: float = inf) -> bool:
     """False only if no real point satisfies all constraints. True where the search is cut short."""
-    return solve(constraints) is not None
+    return solve(constraints, deadline) is not None
 
 
-def solve(constraints: Sequence[Constraint]) -> dict[str, Fraction] | None:
+def solve(constraints: Sequence[Constraint], deadline: float = inf) -> dict[str, Fraction] | None:
     """A point that satisfies all constraints, None if there is none; {} if the search was cut short.
 
     maximise t subject to a·x + c - [strict] t ≥ 0, t ≤ 1; feasible iff the optimum is positive. Free variables
@@ -47,7 +49,7 @@ def solve(constraints: Sequence[Constraint]) -> dict[str, Fraction] | None:
     cap = [Fraction(0)] * (width + 1)
     cap[2 * n], cap[2 * n + 1], cap[width] = Fraction(-1), Fraction(1), Fraction(1)
     rows.append(cap)
-    table = _Dictionary(rows, width)
+    table = _Dictionary(rows, width, deadline)
     worst = min(range(m + 1), key=lambda r: rows[r][width])
     if rows[worst][width] < 0:
         table.pivot(worst, 2 * n + 1)
@@ -69,8 +71,8 @@ def solve(constraints: Sequence[Constraint]) -> dict[str, Fraction] | None:
 class _Dictionary:
     """Chvátal's dictionary: basic variables as affine functions of nonbasic ones."""
 
-    def __init__(self, rows: list[list[Fraction]], width: int) -> None:
-        self.rows, self.width = rows, width
+    def __init__(self, rows: list[list[Fraction]], width: int, deadline: float) -> None:
+        self.rows, self.width, self.deadline = rows, width, deadline
         self.nonbasic = list(range(width))  # variable in each column
         self.basic = [width + r for r in range(len(rows))]  # variable of each row
         self.banned: int | None = None
@@ -97,7 +99,7 @@ class _Dictionary:
 
     def maximise(self, goal: Mapping[int, Fraction], objective: list[Fraction]) -> bool:
         """False if cut short. The goals here are bounded, so an unbounded direction cannot occur."""
-        while self.pivots < MAX_PIVOTS:
+        while self.pivots < MAX_PIVOTS and time.monotonic() < self.deadline:
             objective = [Fraction(0)] * self.width
             for variable, weight in goal.items():
                 if variable in self.basic:

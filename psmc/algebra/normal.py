@@ -9,10 +9,11 @@ from typing import Any
 from psmc.algebra import atoms, powers
 from psmc.algebra import extended as ex
 from psmc.algebra import ring as rg
+from psmc.algebra.conjugation import conjugate
 from psmc.algebra.extended import INF, NEG_INF, Infinite, Value, finite
 from psmc.algebra.knowledge import is_positive
 from psmc.algebra.ring import Ring, SplitError, UndefinedError
-from psmc.algebra.terms import UNIT, ZERO, Atom, Bag, Poly, Term, number, total
+from psmc.algebra.terms import UNIT, ZERO, Atom, Bag, Poly, Term, number
 from psmc.ir import Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref, Sub
 from psmc.ir.query import needs_safe_exp, signed_terms
 from psmc.ir.rewrite import rename
@@ -258,38 +259,6 @@ def _abs(ring: Ring, x: Value) -> Value:
 
 def _sign(ring: Ring, x: Value) -> Value:
     return _minus(ring, ex.above(ring, x, ZERO), ex.above(ring, ZERO, x))
-
-
-def conjugate(ring: Ring, poly: Poly) -> Poly:
-    """Complex conjugate, factor by factor."""
-    if poly.real:
-        return poly
-    out = []
-    for mono, coef in poly:
-        factors, bound = rg.opened(ring, mono)
-        parts = [_conjugate_factor(ring, a, p) for a, p in factors]
-        out.append(rg.close(ring, rg.product(ring, (number(coef), *parts)), bound))
-    return total(out)
-
-
-def _conjugate_factor(ring: Ring, atom: Atom, p: Fraction) -> Poly:
-    if atom.tag == "rational":
-        return number(atom.args[0] ** int(p))
-    if atom.real:
-        return rg.monomial(ring, Fraction(1), [(atom, p)])
-    match atom.tag:
-        case "i":
-            return rg.monomial(ring, Fraction(-1 if int(p) % 2 else 1), [(atom, p)])
-        case "elem":
-            name, kind, conjugated, *subs = atom.args
-            return atoms.elem(ring, (name, kind, 1 - conjugated, *subs), p)
-        case "exp":
-            return powers.exp(ring, conjugate(ring, atom.args[0]).scaled(p))
-        case "base" if p.denominator == 1:
-            return powers.power(ring, conjugate(ring, atom.args[0]), p)
-        case "base":
-            return rg.monomial(ring, Fraction(1), [(atom, p)])  # |z|, real
-    return atoms.opaque("conj")(ring, (rg.lone(atom),), p)
 
 
 def _real(ring: Ring, x: Value) -> Value:

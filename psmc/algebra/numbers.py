@@ -23,7 +23,7 @@ _ULP = Decimal(10) ** (2 - CONTEXT.prec)
 _NOTHING = Decimal(0)
 _SAME, _DIFFERENT = Decimal("1e-60"), Decimal("1e-40")
 _LARGEST_ARGUMENT = 10_000  # of exp: past it numbers get too long to be useful
-_LONGEST = 20_000  # bits of a numerator or denominator
+_LONGEST = 12_000  # bits of a numerator or denominator; Python prints up to 14_000
 
 
 class UnclearError(UndefinedError):

@@ -16,6 +16,7 @@ from psmc.algebra.ring import (
     SplitError,
     UndefinedError,
     int_power,
+    is_real,
     lone,
     monomial,
     mul,
@@ -153,8 +154,8 @@ def content(ring: Ring, poly: Poly, of: Sign = "any") -> tuple[Unit, Poly]:
         least = {a: p for a, p in least.items() if _KNOWN[of](atom_bounds(ring, a))}
     common = least_coefficients(exponents)
     factors = [(a, p) for a, p in least.items() if p]
-    if common and (of == "any" or common.real):
-        factors.append((Atom("exp", (common,), common.real), Fraction(1)))
+    if common and (of == "any" or is_real(ring, common)):
+        factors.append((Atom("exp", (common,), is_real(ring, common)), Fraction(1)))
     coef = Fraction(numerators, denominators)
     unit: Unit = (coef, tuple(factors))
     if not factors and coef == 1:
@@ -192,14 +193,14 @@ def least_coefficients(polys: Iterable[Poly]) -> Poly:
 
 
 def exp(ring: Ring, poly: Poly) -> Poly:
-    return monomial(ring, Fraction(1), [(Atom("exp", (poly,), poly.real), Fraction(1))]) if poly else UNIT
+    return monomial(ring, Fraction(1), [(Atom("exp", (poly,)), Fraction(1))]) if poly else UNIT
 
 
 def log(ring: Ring, poly: Poly) -> Poly:
     """log of something finite and not 0. Only positive factors are taken out."""
     if poly.constant is not None and poly.constant <= 0:
         raise UndefinedError("log of a number that is not positive")
-    if not poly.real:
+    if not is_real(ring, poly):
         return lone(Atom("clog", (poly,), False))
     (coef, factors), rest = content(ring, poly, "positive")
     out = []

@@ -22,8 +22,9 @@ from psmc.algebra.intervals import Closure, closure
 from psmc.algebra.parametrise import applies, parametrised, takes_logs
 from psmc.algebra.refute import Law, Refuter, undefined_components
 from psmc.algebra.residual import residual_text, shown
-from psmc.algebra.ring import MAX_WORK, OutOfBudgetError, Ring
+from psmc.algebra.ring import MAX_WORK, Ring
 from psmc.algebra.samples import Sampler
+from psmc.algebra.terms import OutOfBudgetError
 from psmc.algebra.verdict import Counterexample, Proof, Proved, Refuted, Unknown, Verdict
 from psmc.ir import Aggregator, Block, Expr, Interval
 

@@ -14,18 +14,13 @@ from typing import Any
 
 from psmc.algebra.facts import Facts
 from psmc.algebra.labels import canonical_order
-from psmc.algebra.terms import UNIT, ZERO, Atom, Bag, Mono, Poly, Term, total
+from psmc.algebra.terms import MAX_TERMS, UNIT, ZERO, Atom, Bag, Mono, OutOfBudgetError, Poly, Term, total
 from psmc.ir import Index, Interval
 
 Substitution = Mapping[Index, Any]  # to an Index, an int, or a Poly (a gather)
 IDEMPOTENT = ("eye", "pos", "zero")
 MAX_WORK = 400_000  # monomials built
-_MAX_TERMS = 20_000
 _MAX_POWER = 64
-
-
-class OutOfBudgetError(Exception):
-    """Time or size limit reached."""
 
 
 class UndefinedError(Exception):
@@ -53,6 +48,7 @@ class Ring:
         self.signs: dict[tuple[Poly, bool], bool] = {}
         self._bounds: dict[Poly, Interval] = {}
         self.above: dict[tuple[Poly, Poly], bool] = {}
+        self.reals: dict[Poly, bool] = {}
         self.denominators: dict[str, Poly] = {}  # what was divided by and may be 0, by key; shared likewise
 
     def tick(self) -> None:
@@ -75,6 +71,20 @@ class Ring:
 # How to rebuild an atom under a power after its indices changed: tag -> (ring, its args renamed, power) -> Poly.
 REBUILD: dict[str, Callable[[Ring, tuple[Any, ...], Fraction], Poly]] = {}
 
+# Whether a Poly is real although it is written with complex quantities: set by conjugation.py, which lies above.
+REALITY: list[Callable[[Ring, Poly], bool]] = []
+
+
+def is_real(ring: Ring, poly: Poly) -> bool:
+    """Certainly real."""
+    if poly.real:
+        return True
+    found = ring.reals.get(poly)
+    if found is None:
+        found = ring.reals[poly] = REALITY[0](ring, poly)
+    return found
+
+
 # --- monomials ----------------------------------------------------------------------------------
 
 
@@ -92,7 +102,7 @@ def monomial(ring: Ring, coef: Fraction, factors: Iterable[tuple[Atom, Fraction]
     if exponent:
         exponent = _take_logs(ring, exponent, extra)
         if exponent:
-            powers[Atom("exp", (exponent,), exponent.real)] = Fraction(1)
+            powers[Atom("exp", (exponent,), is_real(ring, exponent))] = Fraction(1)
     plain: dict[Atom, Fraction] = {}
     for atom in sorted(powers, key=lambda a: a.key):
         kept, scale, poly = _settle(ring, atom, powers[atom])
@@ -123,7 +133,7 @@ def monomial(ring: Ring, coef: Fraction, factors: Iterable[tuple[Atom, Fraction]
     pairs = tuple(sorted(((a, p) for a, p in plain.items() if p), key=lambda f: f[0].key))
     height = max((a.height for a, _ in pairs), default=0) + 1
     parts = [(a, f"^{p}" if p != 1 else "") for a, p in pairs if not a.free.isdisjoint(bound)] if bound else []
-    return Poly({Mono(pairs, canonical_order(bound, parts, height)): coef})
+    return Poly({Mono(pairs, canonical_order(bound, parts, height, ring.tick)): coef})
 
 
 def _settle(ring: Ring, atom: Atom, power: Fraction) -> tuple[Fraction, Fraction, Poly | None]:
@@ -213,7 +223,7 @@ def mul(ring: Ring, p: Poly, q: Poly) -> Poly:
     for one, other in ((p, q), (q, p)):
         if one.constant is not None:
             return other.scaled(one.constant)
-    if len(p) * len(q) > _MAX_TERMS:
+    if len(p) * len(q) > MAX_TERMS:
         raise OutOfBudgetError("an expression grew too large")
     out = []
     for m, c in p:

@@ -7,6 +7,7 @@ depends on its context.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
@@ -16,6 +17,14 @@ from psmc.ir import Index
 Names = Mapping[Index, str]
 _NONE: frozenset[Index] = frozenset()
 _NO_NAMES: Names = {}
+
+
+MAX_TERMS = 20_000  # of a Poly
+_LONG = 1000  # characters of a Poly's text past which a digest stands for it: atoms repeat the texts of what they hold
+
+
+class OutOfBudgetError(Exception):
+    """Time or size limit reached."""
 
 
 class Bag(tuple[Any, ...]):
@@ -135,12 +144,19 @@ class Mono(Node):
 ONE = Mono(())
 
 
+def _digest(text: str) -> str:
+    """Stands for a long text; what is looked for in texts (`bounds`, `equality`) stays to be found."""
+    return " ".join([hashlib.sha256(text.encode()).hexdigest(), *(w for w in ("plog", "base") if w in text)])
+
+
 class Poly(Node):
     """Σ coefficient · mono, no zero coefficients."""
 
     __slots__ = ("terms",)
 
     def __init__(self, terms: Mapping[Mono, Fraction]) -> None:
+        if len(terms) > MAX_TERMS:
+            raise OutOfBudgetError("an expression grew too large")
         self.terms = {m: terms[m] for m in sorted(terms) if terms[m]}
         self.free = _NONE.union(*(m.free for m in self.terms)) if self.terms else _NONE
         self.height = max((m.height for m in self.terms), default=0)
@@ -148,7 +164,8 @@ class Poly(Node):
         self._seal()
 
     def text(self, names: Names) -> str:
-        return "[" + "+".join(sorted(f"{show(m, names)}~{c}" for m, c in self.terms.items())) + "]"
+        body = "+".join(sorted(f"{show(m, names)}~{c}" for m, c in self.terms.items()))
+        return f"[{_digest(body) if len(body) > _LONG else body}]"
 
     def __bool__(self) -> bool:
         return bool(self.terms)

@@ -7,7 +7,9 @@ from decimal import Decimal
 from fractions import Fraction
 
 from psmc.algebra.exact import Array, Sizes
-from psmc.algebra.numbers import Complex, Number, Real
+from psmc.algebra.numbers import Complex, Number, Real, decimal
+
+_LEGIBLE = 60  # characters of an exact number; a longer one is rounded
 
 
 def nested(array: Array, dims: tuple[str, ...], sizes: Sizes, prefix: tuple[int, ...] = ()) -> object:
@@ -40,7 +42,10 @@ def told_apart(x: Number, y: Number) -> tuple[str, str]:
 
 def _real(value: Real, digits: int) -> str:
     if isinstance(value, Fraction):
-        return str(value)
+        exact = str(value)
+        if len(exact) <= _LEGIBLE:
+            return exact
+        value = decimal(value)
     if value.is_infinite():
         return "inf" if value > 0 else "-inf"
     return f"{value:.{digits}g}"
