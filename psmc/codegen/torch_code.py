@@ -17,12 +17,12 @@ from psmc.codegen.torch_expr import ExprPrinter, lagged, slot
 from psmc.codegen.torch_ops import ATOM, HELPERS, SUM
 from psmc.codegen.torch_value import Like, Printed
 from psmc.ir import Aggregator, Assign, Block, Kind, Ref
-from psmc.ir.query import restrict, taps
+from psmc.ir.query import level_dims, restrict, taps
 from psmc.ir.rewrite import refs, transform
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LINE = 100  # characters of a right-hand side
-RESERVED = frozenset({"torch", "math", "max", "min", "abs", "int", "complex", "like", "prev", *"xplrsn"})
+RESERVED = frozenset({"torch", "math", "max", "min", "abs", "int", "complex", "like", "prev", "at", "prev_at", *"xplrsn"})
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,10 @@ def print_recurrence(agg: Aggregator) -> Source:
 
 
 def print_output(agg: Aggregator) -> Source:
-    """The state after (s) and before (prev) a token, its inputs and the params to the outputs."""
-    return print_block(agg, agg.output, Signature("output", "s, prev, x, p, n", _inputs(agg)))
+    """The state after (s) and before (prev) a token, its inputs and the params to the outputs; where they are read, the
+    roots of a counter after (at) and before (prev_at) it, [..., levels, *dims]."""
+    levels = ", at, prev_at" if level_dims(agg) else ""
+    return print_block(agg, agg.output, Signature("output", f"s, prev, x, p, n{levels}", _inputs(agg)))
 
 
 def print_identity(agg: Aggregator) -> Source:

@@ -27,7 +27,9 @@ from psmc.ir.ops import Kind, join
 from psmc.ir.query import needs_safe_exp, signed_terms
 from psmc.ir.rewrite import walk
 
-NAMESPACES = {"input": "x", "param": "p", "left": "l", "right": "r", "state": "s", "prev": "prev"}
+NAMESPACES = {"input": "x", "param": "p", "left": "l", "right": "r", "state": "s", "prev": "prev"} | {
+    "level": "at", "prev_level": "prev_at"
+}  # fmt: skip
 
 
 class ExprPrinter:

@@ -95,6 +95,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "PSM227": ("literal subscript out of range", "A literal position needs a dim of fixed size that holds it."),
     "PSM229": ("dim of unknown size", "A dim without a fixed size takes it from an input or a param."),
+    "PSM230": (
+        "misplaced level",
+        "at(c).S, in an output, is what a tree's counter holds at level c, an index over a dim of fixed size.",
+    ),
     "PSM250": (
         "shapes that do not fit",
         "In a traced method, shapes broadcast from the right as in numpy, over dim names instead of sizes.",
@@ -172,6 +176,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM606": ("wrong cu_seqlens", "N + 1 token offsets; the sequences are packed in a batch of 1."),
     "PSM607": ("tokens without a product", "Only an associative rule has a product of tokens."),
     "PSM608": ("value that was ruled out", "Values are checked, as agg.checks or PSMC_CHECK=1 asks for."),
+    "PSM609": ("more tokens than levels", "at(c).S counts levels over a dim of L: up to 2^L - 1 tokens of a sequence."),
     "PSM651": ("attention that cannot be built", "A width divides into heads; positions are 'rotary' or 'learned'."),
     "PSM652": (
         "prefix-scannable model that cannot be built",

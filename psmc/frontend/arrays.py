@@ -65,6 +65,7 @@ class Leaf(Node):
     scope: object = field(kw_only=True)
     lag: int = field(kw_only=True, default=0)
     version: int = field(kw_only=True, default=0)
+    level: bool = field(kw_only=True, default=False)  # the first axis counts the levels of a counter
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from psmc import ir
@@ -172,6 +172,15 @@ class BlockScope:
                 or (f"its components are {', '.join(self.found.state)}",),
             )
         return self.found.handle(space, tensor)
+
+    def level(self, node: sf.Access) -> Handle:
+        """The component of at(c).S."""
+        if self.kind != "output" or self._in_shared is not None:
+            where = f"let '{self._in_shared}'" if self._in_shared else TITLE[self.kind]
+            fail("PSM230", f"{where} cannot read the counter: only an output does", node.span)
+        handle = self._owned(node, sf.Name("prev", node.name.span))
+        assert isinstance(handle, Handle)
+        return replace(handle, space="level" if node.owner is None else "prev_level")
 
     def _shared(self, name: str) -> Handle:
         """An aggregator-level let, resolved where it is first read."""

@@ -113,6 +113,16 @@ class ExpressionBuilder:
         owner, name = (None, first) if second is None else (self._name(first), second)
         return self._deeper(s.Access(owner, self._name(name), subs, lag or 0, span), *(subs or ()))
 
+    def _level(
+        self, span: Span, owner: Token | None, at: Token, args: Subs, name: Token, subs: Subs | None
+    ) -> s.ExprNode:
+        if str(at) != "at" or (owner is not None and str(owner) != "prev") or len(args) != 1:
+            message = f"'{span.text}' is no value: only at(c) and prev.at(c) stand before a component like this"
+            self._refuse("PSM230", message, span, "write at(c).S[i, j], c an index over the levels")
+        before = None if owner is None else self._name(owner)
+        level = args[0] if args else s.Number(Fraction(0), span)
+        return self._deeper(s.Access(before, self._name(name), subs, 0, span, level), level, *(subs or ()))
+
     def _call(self, span: Span, fn: Token, args: Subs, subs: Subs | None) -> s.ExprNode:
         if fn in ("sum", "prod"):
             message = f"'{fn}' needs the index it runs over, in square brackets"

@@ -151,10 +151,10 @@ def plain_names(root: sf.ExprNode) -> Iterator[str]:
     stack: list[sf.ExprNode] = [root]
     while stack:
         match stack.pop():
-            case sf.Access(owner=owner, name=name, subs=subs):
-                if owner is None:
+            case sf.Access(owner=owner, name=name, subs=subs, level=level):
+                if owner is None and level is None:
                     yield name.text
-                stack.extend(reversed(subs or ()))
+                stack.extend(reversed((*([] if level is None else [level]), *(subs or ()))))
             case sf.Call(args=args, subs=subs):
                 stack.extend(reversed((*args, *(subs or ()))))
             case sf.Unary(arg=arg):

@@ -27,7 +27,7 @@ from psmc.frontend import surface as sf
 from psmc.frontend.names import name_problem
 from psmc.frontend.psm import parse_declarations
 from psmc.frontend.pysource import Decoration, decoration, here, of_function
-from psmc.frontend.trace import Dims, Record, State, call, extra_arguments, returned
+from psmc.frontend.trace import Dims, Levels, Record, State, call, extra_arguments, returned
 from psmc.frontend.writer import Declared, Writer
 from psmc.source import MAX_SOURCE_BYTES, Span
 
@@ -251,7 +251,12 @@ class _Tracer:
         return [sf.Recurrence(tuple(writer.statements), span)]
 
     def _output(self, fn: FunctionType, writer: Writer, span: Span) -> list[sf.Item]:
-        optional = {"prev": lambda: self._state(writer, "prev"), "p": lambda: self._params(writer)}
+        optional: dict[str, Callable[[], Any]] = {
+            "prev": lambda: self._state(writer, "prev"),
+            "p": lambda: self._params(writer),
+            "at": lambda: Levels(writer, None, writer.declared.sizes, writer.declared.state),
+            "prev_at": lambda: Levels(writer, "prev", writer.declared.sizes, writer.declared.state),
+        }
         named = extra_arguments(fn, ("s", "x"), optional)
         value = call(fn, self._state(writer, None), self._token(writer), **named)
         writer.outputs(returned(fn, value, single="o"))

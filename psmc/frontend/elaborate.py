@@ -13,7 +13,7 @@ from psmc.frontend import surface as sf
 from psmc.frontend.budget import Budget
 from psmc.frontend.indices import Indices
 from psmc.frontend.misuse import check_arguments, kind_advice, kind_text, kinds_refused, wrong_rank
-from psmc.frontend.scope import Fn, Library, Meaning, Namespace, callable_ops, suggest
+from psmc.frontend.scope import Fn, Handle, Library, Meaning, Namespace, callable_ops, suggest
 from psmc.ir.canonical import fold
 from psmc.ir.ops import OPS
 from psmc.source import Span
@@ -79,6 +79,8 @@ class Elaborator:
     # --- names and subscripts ---------------------------------------------------------------------
 
     def _access(self, node: sf.Access, env: Env, depth: int) -> ir.Expr:
+        if node.level is not None:
+            return self._level(node, node.level, env, depth)
         if node.owner is None and node.name.text in env:
             if node.subs is not None or node.lag:
                 fail("PSM203", f"index '{node.name.text}' is a number and takes no subscripts", node.span)
@@ -95,6 +97,26 @@ class Elaborator:
         for sub, dim in zip(written, meaning.dims, strict=True):
             subs.append(self.sub(sub, dim, env, depth + 1))
         return meaning.at(tuple(subs))
+
+    def _level(self, node: sf.Access, level: sf.ExprNode, env: Env, depth: int) -> ir.Expr:
+        """at(c).S[i, j]: a component of the root that the counter holds at a level."""
+        known = getattr(self.scope, "level", None)
+        if known is None:
+            fail("PSM230", "only an output reads the counter level by level", node.span)
+        handle: Handle = known(node)
+        index = self.sub(level, None, env, depth + 1)
+        if not isinstance(index, ir.Index):
+            fail(
+                "PSM230",
+                "a level is an index variable, over a dim of fixed size",
+                level.span,
+                helps=("write sum[c] … at(c).S[i, j]; for one level alone, where(c == 0, …, 0)",),
+            )
+        written = node.subs or ()
+        if len(written) != len(handle.dims):
+            wrong_rank(node, handle, len(written), bool(node.subs))
+        pairs = zip(written, handle.dims, strict=True)
+        return handle.at((index, *(self.sub(sub, dim, env, depth + 1) for sub, dim in pairs)))
 
     def sub(self, node: sf.ExprNode, dim: str | None, env: Env, depth: int) -> ir.Sub:
         """One subscript: an index variable, a literal position or a gather. `dim` None: not known from here."""

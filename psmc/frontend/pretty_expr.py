@@ -71,8 +71,9 @@ def _print(node: s.ExprNode) -> tuple[str, str]:
             return span.text, "atom"
         case s.Inf():
             return "inf", "atom"
-        case s.Access(owner=owner, name=name, subs=subs, lag=lag):
-            head = f"{owner.text}.{name.text}" if owner else name.text
+        case s.Access(owner=owner, name=name, subs=subs, lag=lag, level=level):
+            at = "" if level is None else f"at({text(level)})."
+            head = (f"{owner.text}." if owner else "") + at + name.text
             return head + (f"{{-{lag}}}" if lag else "") + subscripts(subs), "atom"
         case s.Call(fn=fn, args=args, subs=subs):
             return f"{fn.text}({', '.join(text(a) for a in args)})" + subscripts(subs), "atom"

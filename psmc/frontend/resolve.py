@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from psmc import ir
 from psmc.diagnostics import Label, fail
 from psmc.frontend import surface as sf
@@ -13,6 +15,7 @@ from psmc.frontend.library import Load, extend, file_library
 from psmc.frontend.scope import BlockKind, Errors, Library
 from psmc.frontend.sections import check_sections, claimed, head, one
 from psmc.ir.canonical import canonical
+from psmc.ir.query import level_dims
 
 
 def resolve(file: sf.File, *, load: Load | None = None) -> tuple[ir.Aggregator, ...]:
@@ -91,6 +94,7 @@ def _aggregator(node: sf.Aggregator, outer: Library) -> ir.Aggregator:
     )
     _check_inputs(agg, node)
     _check_dims(agg, found)
+    _check_levels(agg)
     return canonical(agg)
 
 
@@ -154,6 +158,36 @@ def _check_inputs(agg: ir.Aggregator, node: sf.Aggregator) -> None:
             f"aggregator '{agg.name}' has no input",
             node.name.span,
             helps=("declare what a token brings: input x; even a count takes its batch and time from one",),
+        )
+
+
+def _check_levels(agg: ir.Aggregator) -> None:
+    """at(c).S reads a tree's counter, over one dim that counts the levels."""
+    dims = level_dims(agg)
+    if not dims:
+        return
+    read = next(a for a in agg.output.results if level_dims(replace(agg, readout=ir.Block(agg.readout.lets, (a,)))))
+    span = agg.where(f"output {read.name}", "name")
+    if agg.claim != "no" or agg.order != "tree" or agg.recurrence is not None:
+        fail(
+            "PSM230",
+            f"output '{read.name}' reads the counter of a tree, and '{agg.name}' is none",
+            span,
+            helps=("at(c).S needs 'associative: no' and 'order: tree'; the state itself is read as S",),
+        )
+    if len(dims) > 1:
+        fail(
+            "PSM230",
+            f"levels are counted by {' and by '.join(dims)}",
+            span,
+            helps=(f"let one dim count them everywhere: {dims[0]}",),
+        )
+    if next(d.size for d in agg.dims if d.name == dims[0]) is None:
+        fail(
+            "PSM230",
+            f"nothing says how many levels there are: {dims[0]} has no size",
+            span,
+            helps=(f"fix it: dim {dims[0]} = 16 counts the levels of up to 2^16 - 1 tokens",),
         )
 
 

@@ -33,13 +33,15 @@ class Inf:
 @dataclass(frozen=True)
 class Access:
     """`name`, `name[subs]`, `owner.name[subs]`, `name{-lag}[subs]`. A bare name may turn out to be a tensor,
-    a let, a const, an index variable or a dim: the resolver decides. `subs` None: no brackets were written."""
+    a let, a const, an index variable or a dim: the resolver decides. `subs` None: no brackets were written.
+    `level`: c of `at(c).name` and `prev.at(c).name`."""
 
     owner: Name | None
     name: Name
     subs: tuple[ExprNode, ...] | None
     lag: int
     span: Span
+    level: ExprNode | None = None
 
 
 @dataclass(frozen=True)

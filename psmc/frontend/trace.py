@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -83,6 +84,37 @@ class Dims:
 
     def __dir__(self) -> list[str]:
         return [*self._sizes]
+
+
+class Levels:
+    """What a tree's counter holds, by the dim that counts its levels: at.L.S is an array over L, then S's dims."""
+
+    def __init__(self, scope: object, owner: str | None, sizes: Mapping[str, int | None], state: Tensors) -> None:
+        self._parts = scope, owner, state
+        self._sizes = sizes
+
+    def __getattr__(self, dim: str) -> Record:
+        if dim.startswith("__"):
+            raise AttributeError(dim)
+        getattr(Dims(self._sizes), dim)  # or it is no dim
+        scope, owner, state = self._parts
+        return _Level(scope, owner, dim, state)
+
+    __getitem__ = __getattr__
+
+    def __dir__(self) -> list[str]:
+        return [*self._sizes]
+
+
+class _Level(Record):
+    def __init__(self, scope: object, owner: str | None, dim: str, state: Tensors) -> None:
+        super().__init__("the state has no component", scope, owner, state)
+        self.__dict__["_dim"] = dim
+
+    def __getitem__(self, name: str) -> Array:
+        node = super().__getitem__(name)._node
+        assert isinstance(node, ar.Leaf)
+        return Array(replace(node, axes=(self._dim, *node.axes), level=True))
 
 
 class State(Record):

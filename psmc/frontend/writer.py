@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from psmc.diagnostics import Label, fail
@@ -203,6 +203,9 @@ class Writer:
         stale = self._stale(node)
         if stale:
             return self._lower(stale[0], _aligned(stale[0].axes, subs))
+        if node.level:
+            read = _access(node.owner, node.name, node.axes[1:], subs[1:], 0, node.span)
+            return replace(read, level=subs[0])
         return _access(node.owner, node.name, node.axes, subs, node.lag, node.span)
 
     def _pick(self, pick: ar.Pick, subs: tuple[sf.ExprNode | None, ...], span: Span) -> sf.ExprNode | None:
@@ -264,7 +267,7 @@ def _read(name: sf.Name) -> sf.ExprNode:
 
 def _access(
     owner: str | None, name: str, axes: ar.Axes, subs: tuple[sf.ExprNode | None, ...], lag: int, span: Span
-) -> sf.ExprNode:
+) -> sf.Access:
     used = tuple(s for a, s in zip(axes, subs, strict=True) if a is not None and s is not None)
     return sf.Access(None if owner is None else sf.Name(owner, span), sf.Name(name, span), used or None, lag, span)
 

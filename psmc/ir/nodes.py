@@ -23,7 +23,9 @@ from weakref import WeakValueDictionary
 from psmc.ir.ops import OPS, REDUCTIONS, Kind
 from psmc.source import Span
 
-Space = Literal["input", "param", "left", "right", "state", "prev", "let"]
+# level, prev_level: the roots that a tree's counter holds after and before this token; their first subscript is the
+# level k, of 2^k tokens, the identity where there is none.
+Space = Literal["input", "param", "left", "right", "state", "prev", "level", "prev_level", "let"]
 Claim = Literal["yes", "assume", "no"]
 Order = Literal["tree", "left"]
 NO_INDICES: frozenset[Index] = frozenset()

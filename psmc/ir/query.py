@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
-from psmc.ir.nodes import Aggregator, Block, Expr, Op, Ref
+from psmc.ir.nodes import Aggregator, Block, Expr, Index, Op, Ref
 from psmc.ir.rewrite import refs
 
 Terms = tuple[tuple[int, Expr], ...]
@@ -21,6 +21,12 @@ def taps(agg: Aggregator) -> dict[str, int]:
             if ref.space == "input" and ref.lag > 0:
                 lags[ref.name] = max(ref.lag, lags.get(ref.name, 0))
     return {t.name: lags[t.name] for t in agg.leaf_inputs if t.name in lags}
+
+
+def level_dims(agg: Aggregator) -> tuple[str, ...]:
+    """The dims that at(c).S and prev.at(c).S count levels with, in order of appearance."""
+    found = (r for a in (*agg.output.lets, *agg.output.results) for r in refs(a.value) if "level" in r.space)
+    return tuple(dict.fromkeys(r.subs[0].dim for r in found if isinstance(r.subs[0], Index)))
 
 
 def signed_terms(root: Expr, definition: Callable[[Ref], Expr | None] = lambda _: None) -> Terms:

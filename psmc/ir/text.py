@@ -99,7 +99,10 @@ def _expr(node: Expr, least: int, open_right: bool) -> str:
             text = f"eye({_subs((row, col))})"
         case Ref():
             tap = f"{{-{node.lag}}}" if node.lag else ""
-            text = f"{_OWNER.get(node.space, '')}{node.name}{tap}{_brackets(node.subs)}"
+            owner, subs = _OWNER.get(node.space, ""), node.subs
+            if node.space in ("level", "prev_level"):
+                owner, subs = f"{'prev.' if node.space == 'prev_level' else ''}at({_subs(subs[:1])}).", subs[1:]
+            text = f"{owner}{node.name}{tap}{_brackets(subs)}"
         case Reduce():
             text = _reduce(node)
             brackets = brackets or open_right

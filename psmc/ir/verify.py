@@ -28,6 +28,7 @@ from psmc.ir.rewrite import children, walk
 from psmc.ir.text import show_expr
 
 MAX_LAG = 64
+LEVELS: tuple[Space, ...] = ("level", "prev_level")
 
 # Which spaces an expression of each block may read, besides lets.
 READS: dict[str, frozenset[Space]] = {
@@ -35,7 +36,7 @@ READS: dict[str, frozenset[Space]] = {
     "lift": frozenset(("input", "param")),
     "combine": frozenset(("left", "right", "param")),
     "recurrence": frozenset(("prev", "input", "param")),
-    "output": frozenset(("state", "prev", "input", "param")),
+    "output": frozenset(("state", "prev", "level", "prev_level", "input", "param")),
 }
 
 
@@ -90,7 +91,7 @@ class _Verifier:
         for dim in agg.dims:
             _require(dim.size is None or dim.size > 0, f"dim '{dim.name}' has size {dim.size}")
         spaces: dict[Space, Sequence[Tensor | Component]] = {"input": agg.leaf_inputs, "param": agg.params}
-        spaces |= {space: agg.state for space in ("left", "right", "state", "prev")}
+        spaces |= {space: agg.state for space in ("left", "right", "state", "prev", *LEVELS)}
         for space, owners in spaces.items():
             for tensor in owners:
                 self.declared[space, tensor.name] = (tensor.dims, tensor.kind)
@@ -169,6 +170,12 @@ class _Verifier:
             _require((ref.space, ref.name) in self.declared, f"{place}: undeclared {ref.space} '{ref.name}'")
             dims, kind = self.declared[ref.space, ref.name]
         _require(ref.value_kind == kind, f"{place}: {text} is {kind}, not {ref.value_kind}")
+        if ref.space in LEVELS:
+            level = ref.subs[0] if ref.subs else None
+            _require(isinstance(level, Index), f"{place}: the level of {text} is no index")
+            assert isinstance(level, Index)
+            _require(self.sizes[level.dim] is not None, f"{place}: the levels of {text} are not counted")
+            dims = (level.dim, *dims)
         _require(len(ref.subs) == len(dims), f"{place}: {text} has {len(ref.subs)} subscripts, not {len(dims)}")
         _require(0 <= ref.lag <= (MAX_LAG if ref.space == "input" else 0), f"{place}: lag {ref.lag} of {text}")
         self._subs(ref.subs, dims, f"{place}: {text}")

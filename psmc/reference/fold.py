@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from psmc.ir import Aggregator, Block
-from psmc.ir.query import restrict
+from psmc.ir.query import level_dims, restrict
 from psmc.ir.rewrite import refs
 from psmc.reference.bind import Problem, bind, require, tail
 from psmc.reference.evaluate import Slot, run
@@ -108,6 +108,8 @@ class _Run:
         else:
             require(extern is not None, "the rule of 'combine extern' is missing: pass extern=.")
         self.tree = self.agg.recurrence is None and self.agg.claim == "no" and self.agg.order == "tree"
+        sizes = {d.name: d.size or 0 for d in self.agg.dims}
+        self.levels = max((sizes[d] for d in level_dims(self.agg)), default=0)
         require(not (self.tree and problem.initial), "a tree has no one initial state: fold the whole sequence.")
 
     def sequence(
@@ -132,18 +134,26 @@ class _Run:
         tokens = {key: leaf.unbind(1) for key, leaf in leaves.items()}
         before: list[Tensors] = []
         after: list[Tensors] = []
+        counters: list[tuple[Tensors, Tensors]] = []
         for t in range(length):
             if restart[t]:
                 state = self.begin(start, None)
             if keep[t]:
                 before.append(state.value)
-                state = state.then({key: token[len(after)] for key, token in tokens.items()})
+                old, state = state, state.then({key: token[len(after)] for key, token in tokens.items()})
                 after.append(state.value)
+                if self.levels:
+                    counters.append((self.held(old), self.held(state)))
 
         prefixes = {
             (space, name, 0): torch.stack([value[name] for value in folds], 1)
             for space, folds in (("state", after), ("prev", before))
             for name in (self.names if kept else ())
+        }
+        prefixes |= {
+            (space, name, 0): torch.stack([pair[side][name] for pair in counters], 1)
+            for side, space in enumerate(("prev_level", "level"))
+            for name in (self.names if kept and self.levels else ())
         }
         outputs: Tensors = {}
         values = run(self.agg.output, self.problem.env(read | prefixes)) if kept else {}
@@ -182,6 +192,18 @@ class _Run:
                 lagged["input", name, lag] = torch.stack(rows, 1) if rows else x[:, :0]
             tails[tail(name)] = torch.stack(past, 1)
         return lagged, tails
+
+    def held(self, state: _Prefix | _Tree) -> Tensors:
+        """What a counter holds at each level, `[B, *lanes, levels, *dims]`."""
+        assert isinstance(state, _Tree)
+        sizes = [size for size, _ in state.roots]
+        require(max(sizes, default=0) < 2**self.levels, f"more than {2**self.levels - 1} tokens need more levels.")
+        roots = {size.bit_length() - 1: root for size, root in state.roots}
+        ranks = {c.name: len(c.dims) for c in self.agg.state}
+        return {
+            name: torch.stack([roots.get(k, state.start)[name] for k in range(self.levels)], value.dim() - ranks[name])
+            for name, value in state.start.items()
+        }
 
     def begin(self, start: Tensors, given: Tensors | None) -> _Prefix | _Tree:
         """Before the first token. A start that is not the identity, and that of a left fold, counts."""

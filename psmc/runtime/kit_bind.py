@@ -37,7 +37,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class Spec:
-    """A spec's border, as data. `taps`: how many tokens back an input is read; `previous`: the readout reads prev."""
+    """A spec's border, as data. `taps`: how many tokens back an input is read; `previous`: the readout reads prev;
+    `levels`: those of a tree's counter that the readout reads."""
 
     name: str
     digest: str
@@ -50,6 +51,7 @@ class Spec:
     dims: tuple[str, ...] = ()
     taps: Mapping[str, int] = field(default_factory=dict)
     previous: bool = False
+    levels: int = 0
 
 
 @dataclass

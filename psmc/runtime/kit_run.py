@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psmc.runtime.kit_bind import Call, Fields, Slot, Spec, spread
+from psmc.runtime.kit_bind import ArgumentError, Call, Fields, Slot, Spec, spread
 from psmc.runtime.kit_forest import tree_tokens
 from psmc.runtime.kit_layer import fill_masked, scan_tokens
 from psmc.runtime.kit_scan import Values, _flag
-from psmc.runtime.kit_tree import counter_prefix, counter_push
+from psmc.runtime.kit_tree import LevelError, counter_levels, counter_prefix, counter_push
 
 Rules = SimpleNamespace  # the functions of the spec: lift, combine, advance, output, identity, (start), (recurrence)
 
@@ -133,7 +133,8 @@ def run_scan(
 
     def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
         before = Fields(previous) if previous is not None else None
-        found = rules.output(Fields(prefix), before, Fields(tokens), params, n)
+        levels = [] if not spec.levels else [_levels(spec, prefix), _levels(spec, previous)]
+        found = rules.output(Fields(prefix), before, Fields(tokens), params, n, *levels)
         return {s.name: as_output(found[s.name], s, call, next(iter(prefix.values())).shape[:2]) for s in spec.outputs}
 
     empty = start_state(spec, rules, call, live)
@@ -146,10 +147,13 @@ def run_scan(
         restart = {k: as_state(v, slots[k], call, (1,)) for k, v in empty.items()}
     if fold == "tree":
         x = fill_masked(x, mask)
-        prefix, before, counter = tree_tokens(
-            combine, lift(x), empty, initial, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
-            previous=spec.previous and not whole,
-        )  # fmt: skip
+        try:
+            prefix, before, counter = tree_tokens(
+                combine, lift(x), empty, initial, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
+                previous=spec.previous and not whole, levels=0 if whole else spec.levels,
+            )  # fmt: skip
+        except LevelError as error:
+            raise ArgumentError(f"PSM609: {spec.name}: {error}.") from None
         if whole:
             return {}, counter
         outputs = output(fill_masked(prefix, mask), before and fill_masked(before, mask), x)
@@ -189,6 +193,17 @@ def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
+def _levels(spec: Spec, prefix: Values | None) -> Fields | None:
+    """What a counter holds, [.., *lanes, levels, *dims], from a tensor a level."""
+    if prefix is None:
+        return None
+    found = {}
+    for slot in spec.components:
+        parts = [prefix[f"{slot.name}.root.{k}"] for k in range(spec.levels)]
+        found[slot.name] = torch.stack(parts, parts[0].dim() - len(slot.dims))
+    return Fields(found)
+
+
 @in_full_precision
 def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
     """One token of a tree: (outputs, the counter after it)."""
@@ -202,9 +217,15 @@ def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     element = rules.lift(tokens, params, n)
     leaf = {k: as_state(v, slots[k], call, call.leading) for k, v in element.items()}
     prefix, after = counter_push(combine, state, leaf)
-    before = None
-    if spec.previous:
+    before, levels = None, []
+    like = {k: v.unsqueeze(1) for k, v in leaf.items()}
+    if spec.previous or spec.levels:
         empty = start_state(spec, rules, call, tuple(slots))
-        before = Fields(counter_prefix(state, {k: v.unsqueeze(1) for k, v in leaf.items()}, empty))
-    found = rules.output(Fields(prefix), before, tokens, params, n)
+        before = Fields(counter_prefix(state, like, empty))
+    try:
+        for c in (after, state) if spec.levels else ():
+            levels.append(_levels(spec, counter_levels(c, like, spec.levels, empty)))
+    except LevelError as error:
+        raise ArgumentError(f"PSM609: {spec.name}: {error}.") from None
+    found = rules.output(Fields(prefix), before, tokens, params, n, *levels)
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after

@@ -28,6 +28,10 @@ Node = dict[str, Tensor]
 Merge = Callable[[Node, Node], Node]
 
 
+class LevelError(ValueError):
+    """A counter has more levels than are read."""
+
+
 def tree_scan(
     combine: Merge,
     leaves: Node,
@@ -37,6 +41,7 @@ def tree_scan(
     exclusive: bool = False,
     keep: bool = True,
     recompute: bool = False,
+    levels: int = 0,
 ) -> tuple[Node, Node | None]:
     """The prefixes [B, T, ...] of leaves [B, T, ...], and the counter after them; one combine a level.
 
@@ -45,6 +50,7 @@ def tree_scan(
     keep        False: no counter is returned; exclusive prefixes of 2^m leaves then take 2 (2^m - 1 - m) combines
                 in 2 (m - 1) levels, which is the least
     recompute   keep the operands of each level for backward, not what `combine` computes on the way
+    levels      beside the prefixes, `<component>.root.<k>`: what the counter holds at level k < levels, or `empty`
     """
     batch, length = next(iter(leaves.values())).shape[:2]
     position = 0 if counter is None else _common_position(counter)
@@ -62,6 +68,10 @@ def tree_scan(
     nodes = _trees(combine, used, roots, position)
     prefix = _prefixes(combine, nodes, folds, position)
     after = _counter_after(counter, nodes, prefix, position) if keep else None
+    if levels:
+        assert empty is not None and not exclusive, "levels are read beside inclusive prefixes"
+        for k, level in enumerate(_roots(nodes, roots, position, length, levels, empty)):
+            prefix |= {f"{name}.root.{k}": x for name, x in level.items()}
     if exclusive and length:
         first = counter_prefix(counter, leaves, empty)
         prefix = {k: torch.cat([first[k].unsqueeze(1), p[:, : length - 1]], 1) for k, p in prefix.items()}
@@ -75,19 +85,45 @@ def tree_roots(combine: Merge, leaves: Node, counter: Node | None = None, *, emp
     counter = counter_start(batch) if counter is None else counter
     roots = {k: _slot(counter, leaves, "root", k) for k in _bits(position)}
     nodes = _trees(combine, leaves, roots, position)
-    levels = []
-    for k in range((position + length).bit_length()):
+    return _roots(nodes, roots, position, length, (position + length).bit_length(), empty)
+
+
+def _roots(
+    nodes: list[Node], roots: dict[int, Node], position: int, length: int, levels: int, empty: Node
+) -> list[Node]:
+    """Level by level, after each of `length` leaves."""
+    if (position + length).bit_length() > levels:
+        raise LevelError(f"{position + length} tokens have {(position + length).bit_length()} levels, not {levels}")
+    found = []
+    for k in range(levels):
+        leaves = nodes[0]
         known = nodes[k] if k < len(nodes) else {name: x[:, :0] for name, x in leaves.items()}
-        before = roots[k] if k in roots else {n: empty[n].to(x.dtype).expand_as(x[:, 0]) for n, x in leaves.items()}
+        nothing = {n: empty[n].to(x.dtype).expand(x.shape[:1] + x.shape[2:]) for n, x in leaves.items()}
+        before = roots.get(k, nothing)
         tokens = range(position + 1, position + length + 1)
-        index = torch.tensor([(t >> k) - (position >> k) if t >> k & 1 else -1 for t in tokens])
+        index = torch.tensor([(t >> k) - (position >> k) if t >> k & 1 else -1 for t in tokens], dtype=torch.int64)
         level = {}
         for name, x in known.items():
             at = index.to(x.device)
             rows = torch.cat([before[name].unsqueeze(1), x], 1).index_select(1, at.clamp(min=0))
-            level[name] = torch.where((at >= 0).view(-1, *[1] * (rows.dim() - 2)), rows, empty[name])
-        levels.append(level)
-    return levels
+            level[name] = torch.where((at >= 0).view(-1, *[1] * (rows.dim() - 2)), rows, empty[name].to(x.dtype))
+        found.append(level)
+    return found
+
+
+def counter_levels(counter: Node, like: Node, levels: int, empty: Node) -> Node:
+    """`<component>.root.<k>` of each stream, [B, ...], for k < levels: the root of 2^k tokens, or `empty`."""
+    positions: list[int] = counter["position"].tolist()
+    most = max(positions, default=0)
+    if levels and most.bit_length() > levels:
+        raise LevelError(f"{most} tokens have {most.bit_length()} levels, not {levels}")
+    found: Node = {}
+    for k in range(levels):
+        rows = [b for b, p in enumerate(positions) if p >> k & 1]
+        level = {n: empty[n].to(x.dtype).expand(x.shape[:1] + x.shape[2:]) for n, x in like.items()}
+        level = _put(level, rows, _take(_slot(counter, like, "root", k), rows)) if rows else level
+        found |= {f"{name}.root.{k}": x for name, x in level.items()}
+    return found
 
 
 def counter_start(batch: int) -> Node:

@@ -65,7 +65,9 @@ class TreeKernels:
         above = call.prefixes(nodes)
         tensors, maps = call.arguments(table.back_inputs)
         cotangents = [_written(d_outputs[at], table.outputs[at]) for at in table.cotangents]
-        grads: list[Any] = [call.tokens(table.inputs[at], call.gradient_dtype(at), whole) for at, whole in table.input_shares]
+        grads: list[Any] = [
+            call.tokens(table.inputs[at], call.gradient_dtype(at), whole) for at, whole in table.input_shares
+        ]
         counts = [call.batch * call.blocks(stage) for stage in range(len(call.sizes))]
         sums = torch.empty((sum(counts), len(table.param_shares), call.lanes.count), device=call.device)
 

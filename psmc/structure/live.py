@@ -31,7 +31,7 @@ def dependence(agg: Aggregator, spaces: tuple[str, ...]) -> dict[str, tuple[str,
 
 def live_state(agg: Aggregator) -> tuple[str, ...]:
     """What a prefix must carry: what `output` reads of it, closed over what the update reads of the earlier operand."""
-    wanted = [r.name for r in refs(*_values(agg.output)) if r.space in ("state", "prev")]
+    wanted = [r.name for r in refs(*_values(agg.output)) if r.space in ("state", "prev", "level", "prev_level")]
     found = closure(wanted, dependence(agg, ("left", "prev")))
     return tuple(c.name for c in agg.state if c.name in found)
 
@@ -80,7 +80,7 @@ def lanes(agg: Aggregator, element: tuple[str, ...]) -> tuple[str, ...]:
     bound = bound_dims(definitions)
     for definition in definitions:  # a literal or gathered position picks within the dim
         for ref in refs(definition.value):
-            bound |= {d for d, s in zip(tensors[ref.name], ref.subs, strict=True) if not isinstance(s, Index)}
+            bound |= {d for d, s in zip(tensors[ref.name], ref.subs["level" in ref.space :], strict=True) if not isinstance(s, Index)}
     whole = [agg.component(n).dims for n in element]
     whole += [tuple(i.dim for i in a.indices) for a in agg.output.results]
     found = [d.name for d in agg.dims if d.name not in bound and all(w.count(d.name) == 1 for w in whole)]
