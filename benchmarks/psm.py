@@ -127,17 +127,19 @@ class Looped(nn.Module):
         return words.logits(torch.cat(outputs, 1))
 
 
-def training(m: Machine, quick: bool) -> list[Row]:
+def training(m: Machine, quick: bool, compiled: bool) -> list[Row]:
     batch, chunk, dim = (2, 4, 32) if quick else (8, 64, 256)
     rows = []
     for chunks in (5, 8) if quick else (64, 256, 512):
         torch.manual_seed(0)
-        model = TransformerPSM(VOCAB, dim, chunk, heads=dim // 32, agg_layers=1, inf_layers=2).to(m.device)
+        model = TransformerPSM(VOCAB, dim, chunk, heads=max(1, dim // 64), agg_layers=1, inf_layers=2).to(m.device)
         tokens = torch.randint(VOCAB, (batch, chunks * chunk), device=m.device)
         outputs = {}
-        for name in (*PLANS, "tree, recompute"):
+        for name in (*PLANS, "tree, recompute", *(["tree, compiled"] if compiled else [])):
             model.scan.recompute = name == "tree, recompute"
-            looped = Looped(model, name.split(", recompute")[0])
+            looped: nn.Module = Looped(model, "tree" if name.startswith("tree") else name)
+            if name == "tree, compiled":
+                looped = torch.compile(looped, fullgraph=True, dynamic=False)
 
             def step(looped: nn.Module = looped, tokens: Tensor = tokens) -> None:
                 with m.autocast():
@@ -146,8 +148,7 @@ def training(m: Machine, quick: bool) -> list[Row]:
                 loss.backward()
                 looped.zero_grad(set_to_none=True)
 
-            with torch.no_grad():
-                outputs[name] = looped(tokens[:1])
+            outputs[name] = looped(tokens)[:1].detach()
             assert (outputs[name] - outputs["tree"]).abs().max() < 2e-2, name
             found = m.measure(step)
             speed = round(tokens.numel() / found["ms"] * 1e3)
@@ -161,7 +162,7 @@ def combine(m: Machine, quick: bool) -> list[Row]:
     rows = []
     for chunks in (7,) if quick else (31, 63):  # what 32 and 64 chunks need
         torch.manual_seed(0)
-        scan = TransformerPSM(VOCAB, dim, chunk, heads=dim // 32, agg_layers=1, inf_layers=1).scan.to(m.device)
+        scan = TransformerPSM(VOCAB, dim, chunk, heads=max(1, dim // 64), agg_layers=1, inf_layers=1).scan.to(m.device)
         leaves = torch.randn(batch, chunks, chunk, dim, device=m.device, requires_grad=True)
         weight = torch.randn_like(leaves)
         for name, plan in PLANS.items():
@@ -296,12 +297,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=["training", "combine", "latency"],
                         default=["training", "combine", "latency"], help="default: all")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    parser.add_argument("--compile", action="store_true", help="the tree under torch.compile, too")
     parser.add_argument("--params", type=float, default=20e6, help="of each model in latency (default 20e6)")
     parser.add_argument("--layers", type=int, default=6, help="of the baselines in latency (default %(default)s)")
     options = parser.parse_args()
     machine, rows = Machine(options.quick), []
     if "training" in options.only:
-        rows += training(machine, options.quick)
+        rows += training(machine, options.quick, options.compile)
         show(rows)
     if "combine" in options.only:
         rows += (found := combine(machine, options.quick))

@@ -50,7 +50,9 @@ def parser(
 
 
 def prepare(options: argparse.Namespace) -> torch.device:
-    """Seeds, threads, the device."""
+    """Seeds, threads, the device. Raises SystemExit where there is nothing to do."""
+    if options.steps < 1 or options.minutes <= 0 or options.batch < 1 or options.every < 1:
+        raise SystemExit("--steps, --batch and --every are from 1 on, --minutes above 0")
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // 2))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
@@ -168,7 +170,7 @@ def write_json(path: Path, record: Any) -> None:
 
 def record(options: argparse.Namespace, device: torch.device, rows: list[Score], **more: Any) -> Score:
     """What a result file says."""
-    said = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    said = {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("out", "resume")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"options": said, "device": name, "torch": torch.__version__, **more, "rows": rows}
 

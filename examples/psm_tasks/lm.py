@@ -189,7 +189,7 @@ def main() -> int:
         p.error("--vocab is 256 for bytes, or more for byte pairs")
     if not o.text.exists():
         p.error(f"there is no {o.text}")
-    o.task = __file__
+    o.task = Path(__file__).name
     device = prepare(o)
     data = Task(o, device)
     sizes = f"{len(data.text):,} tokens to train on, {len(data.held):,} held out"

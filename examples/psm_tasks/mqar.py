@@ -133,7 +133,7 @@ def main() -> int:
         o.vocab, o.lengths = 128, [64, 128]
     if min(o.lengths) < 3 * o.pairs or o.vocab < 4 * o.pairs:
         p.error("lengths hold the pairs and as many questions, the vocabulary four times as many tokens as pairs")
-    o.task = __file__
+    o.task = Path(__file__).name
     device = prepare(o)
     rows = []
     makers = models(o)

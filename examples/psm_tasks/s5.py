@@ -135,7 +135,7 @@ def plot(rows: list[Score], path: Path) -> None:
 
 def main() -> int:
     names = ["psm", "gpt", "mamba2"]
-    p = parser(__doc__ or "", minutes=4, steps=20_000, rate=1e-3, batch=512, models=names)
+    p = parser(__doc__ or "", minutes=6, steps=40_000, rate=1e-3, batch=512, models=names)
     task = p.add_argument_group("task")
     task.add_argument("--things", type=int, default=5, choices=[3, 4, 5], help="S3, S4 or S5 (default %(default)s)")
     task.add_argument("--noise", type=float, default=0.0, help="on psm's states in training (default %(default)s)")
@@ -151,7 +151,7 @@ def main() -> int:
     o = p.parse_args()
     if o.smoke:
         o.steps, o.batch, o.dim, o.sequences, o.test, o.every = min(o.steps, 12), 8, 32, 4, 24, 6
-    o.task = __file__
+    o.task = Path(__file__).name
     device, table = prepare(o), products(o.things)
     rows = []
     makers = models(o)
