@@ -133,7 +133,7 @@ def run_scan(
 
     def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
         before = Fields(previous) if previous is not None else None
-        levels = [] if not spec.levels else [_levels(spec, prefix), _levels(spec, previous)]
+        levels = [] if not spec.levels else [_held_levels(spec, prefix), _held_levels(spec, previous)]
         found = rules.output(Fields(prefix), before, Fields(tokens), params, n, *levels)
         return {s.name: as_output(found[s.name], s, call, next(iter(prefix.values())).shape[:2]) for s in spec.outputs}
 
@@ -193,7 +193,7 @@ def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
-def _levels(spec: Spec, prefix: Values | None) -> Fields | None:
+def _held_levels(spec: Spec, prefix: Values | None) -> Fields | None:
     """What a counter holds, [.., *lanes, levels, *dims], from a tensor a level."""
     if prefix is None:
         return None
@@ -224,7 +224,7 @@ def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
         before = Fields(counter_prefix(state, like, empty))
     try:
         for c in (after, state) if spec.levels else ():
-            levels.append(_levels(spec, counter_levels(c, like, spec.levels, empty)))
+            levels.append(_held_levels(spec, counter_levels(c, like, spec.levels, empty)))
     except LevelError as error:
         raise ArgumentError(f"PSM609: {spec.name}: {error}.") from None
     found = rules.output(Fields(prefix), before, tokens, params, n, *levels)
