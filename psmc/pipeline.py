@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from psmc.algebra.prover import prove
+from psmc.algebra.prover import Progress, prove
 from psmc.algebra.repair import Repair, repair
 from psmc.algebra.report import diagnostic_for
 from psmc.algebra.verdict import Proof
@@ -34,6 +34,7 @@ class Compilation:
     declared: Aggregator
     file: str
     budget: float = 20.0
+    progress: Callable[[Progress], None] | None = None  # of the proof
 
     @cached_property
     def agg(self) -> Aggregator:
@@ -49,7 +50,7 @@ class Compilation:
         """The proof, its counterexamples held against fp64, and what that has to say of them."""
         if self.agg.combine is None:
             return Proof(None, None), {}
-        return confirmed(self.agg, prove(self.agg, self.budget))
+        return confirmed(self.agg, prove(self.agg, self.budget, progress=self.progress))
 
     @cached_property
     def diagnostic(self) -> Diagnostic | None:

@@ -13,6 +13,9 @@ from psmc.cli import console, inputs
 from psmc.diagnostics import Diagnostic, PsmcError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from psmc.algebra.prover import Progress as ProofProgress
     from psmc.algebra.smt import Opinion
     from psmc.algebra.verdict import Proof, Verdict
     from psmc.pipeline import Compilation
@@ -47,7 +50,7 @@ def command(files: tuple[str, ...], as_json: bool, budget: float, second: bool, 
     with console.progress("checking", len(paths)) as progress:
         for path in paths:
             progress.step(path.name)
-            rows += check_file(path, budget, second)
+            rows += check_file(path, budget, second, lambda p: progress.detail(_doing(p)))
     failed = [d for row in rows for d in row.diagnostics]
     if certificate is not None:
         _write_certificate(Path(certificate), rows)
@@ -118,7 +121,13 @@ class Row:
         return None if fix is None else fix.text
 
 
-def check_file(path: Path, budget: float, second: bool = False) -> list[Row]:
+def _doing(at: ProofProgress) -> str:
+    return f"{at.law} of '{at.component}'" + (f", {at.cases} cases" if at.cases else "")
+
+
+def check_file(
+    path: Path, budget: float, second: bool = False, progress: Callable[[ProofProgress], None] | None = None
+) -> list[Row]:
     """A row an aggregator; one row for a file that cannot be read or parsed."""
     from psmc import pipeline
 
@@ -127,6 +136,8 @@ def check_file(path: Path, budget: float, second: bool = False) -> list[Row]:
         found = pipeline.read(inputs.one_file(str(path)), budget)
     except PsmcError as error:
         return [Row(str(path), None, error.diagnostics, time.perf_counter() - begun)]
+    for each in found:
+        each.progress = progress
     return [_check(str(path), each, second) for each in found]
 
 

@@ -114,11 +114,14 @@ class Progress:
     def step(self, what: str) -> None:
         """The next item begins."""
 
+    def detail(self, text: str) -> None:
+        """What is being done about it."""
+
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Progress]:
     """A bar on stderr while something takes long; nothing where that is no terminal."""
-    if not terminal(sys.stderr) or total < 2:
+    if not terminal(sys.stderr) or not total:
         yield Progress()
         return
     from rich.console import Console
@@ -132,9 +135,14 @@ def progress(title: str, total: int) -> Iterator[Progress]:
 
         class _Shown(Progress):
             begun = 0
+            what = ""
 
             def step(self, what: str) -> None:
+                self.what = what
                 bar.update(task, completed=self.begun, description=f"{title} {what}"[:60])
                 self.begun += 1
+
+            def detail(self, text: str) -> None:
+                bar.update(task, description=f"{title} {self.what}: {text}"[:90])
 
         yield _Shown()
