@@ -261,11 +261,11 @@ def latency(m: Machine, quick: bool, params: float, layers: int) -> list[Row]:
 
 
 def prefilled(model: Any, seen: Tensor) -> Any:
-    """The state after `seen` [B, T]: few streams at a time, for the logits' sake."""
+    """The state after `seen` [B, T]: few streams at a time, for memory's sake."""
     from psmc.nn import join
 
     size = max(1, 2**18 // seen.shape[1])
-    return join([model.prefill(part)[1] for part in seen.split(size)])
+    return join([model.prefill(part, last=True)[1] for part in seen.split(size)])
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -93,7 +93,7 @@ class Task:
     @torch.no_grad()
     def latency(self, model: Any) -> Score:
         """Milliseconds a token behind one window, and the bytes of the state then."""
-        state = model.prefill(self.held[None, : self.o.length].to(self.device))[1]
+        state = model.prefill(self.held[None, : self.o.length].to(self.device), last=True)[1]
         token = self.held[self.o.length : self.o.length + 1].to(self.device)
         count = 10 if self.o.smoke else 200
         for n in range(count + 10):

@@ -195,14 +195,16 @@ class Trunk(nn.Module):
             x = layer.run(x, turn, keep if n == len(self.layers) - 1 else None)[0]
         return self.norm(x if keep is None else x[:, -keep:])  # type: ignore[no-any-return]
 
-    def fill(self, x: Tensor, cache: Tensor, start: int = 0) -> Tensor:
-        """As `forward`, writing keys and values [N, layers, 2, window, H, E] at the positions of x."""
+    def fill(self, x: Tensor, cache: Tensor, start: int = 0) -> None:
+        """Writes the keys and values of x [N, L, dim] into [N, layers, 2, window, H, E]; computes nothing else."""
         x, turn = self._placed(x, start)
-        stop = start + x.shape[1]
-        for n, layer in enumerate(self.stack()):
-            x, k, v = layer.run(x, turn)
+        stop, layers = start + x.shape[1], self.stack()
+        for n, layer in enumerate(layers):
+            if n < len(layers) - 1:
+                x, k, v = layer.run(x, turn)
+            else:
+                _, k, v = layer.attention.project(layer.norm(x), turn)
             cache[:, n, 0, start:stop], cache[:, n, 1, start:stop] = k.transpose(1, 2), v.transpose(1, 2)
-        return self.norm(x)  # type: ignore[no-any-return]
 
     def empty_cache(self, batch: int) -> Tensor:
         attention = self.stack()[0].attention

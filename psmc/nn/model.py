@@ -93,13 +93,13 @@ class LanguageModel(nn.Module):
             x = block(x)
         return self.vocabulary.logits(x)
 
-    def prefill(self, tokens: Tensor) -> tuple[Tensor, State]:
-        """Logits [B, T, vocab], and the state after these tokens."""
+    def prefill(self, tokens: Tensor, last: bool = False) -> tuple[Tensor, State]:
+        """Logits [B, T, vocab], only of the last token if `last`, and the state after these tokens."""
         x, after = self.vocabulary.embed(tokens), State()
         for n, block in enumerate(self.stack()):
             x, state = block.prefill(x)
             after |= within(state, str(n))
-        return self.vocabulary.logits(x), after
+        return self.vocabulary.logits(x[:, -1:] if last else x), after
 
     def init_state(self, batch: int) -> State:
         states = [within(block.init_state(batch), str(n)) for n, block in enumerate(self.stack())]
@@ -134,9 +134,10 @@ class TransformerPSM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.vocabulary.logits(self.scan(self.vocabulary.embed(tokens)))
 
-    def prefill(self, tokens: Tensor) -> tuple[Tensor, State]:
+    def prefill(self, tokens: Tensor, last: bool = False) -> tuple[Tensor, State]:
+        """Logits [B, T, vocab], only of the last token if `last`, and the state after these tokens."""
         x, state = self.scan.prefill(self.vocabulary.embed(tokens))
-        return self.vocabulary.logits(x), state
+        return self.vocabulary.logits(x[:, -1:] if last else x), state
 
     def init_state(self, batch: int) -> State:
         return self.scan.init_state(batch)

@@ -30,7 +30,7 @@ def generate(
         fail("PSM653", "temperature is from 0 on, top_k from 1 on.")
     draws = torch.Generator(prompt.device).manual_seed(seed)
     if state is None:
-        rows, state = model.prefill(prompt)
+        rows, state = model.prefill(prompt, last=True)
         logits = rows[:, -1]
     else:
         state = {k: x.clone() for k, x in state.items()}
