@@ -15,6 +15,7 @@ from psmc import ir
 from psmc.frontend.psm import parse
 from psmc.frontend.resolve import resolve
 from psmc.ir.canonical import Names, canonical, canonical_assign, fold, tighten
+from psmc.ir.rewrite import inline, walk
 from psmc.ir.text import show, show_expr, show_interval, show_number
 from psmc.ir.verify import verify
 from psmc.source import SourceFile
@@ -411,3 +412,22 @@ def _broken() -> list[tuple[str, ir.Aggregator]]:
 def test_verifier_finds(text: str, agg: ir.Aggregator) -> None:
     with pytest.raises(AssertionError, match=text):
         verify(agg)
+
+
+def test_inlining_twice_captures_nothing() -> None:
+    """An index that a reduction further out had to rename is incoming further in."""
+    i, j, m = (ir.Index(x, "K") for x in "ijm")
+
+    def ref(name: str, *subs: ir.Index) -> ir.Expr:
+        return ir.Ref("let" if name in ("q", "far") else "param", name, subs)
+
+    def product(index: ir.Index, a: ir.Expr, b: ir.Expr) -> ir.Expr:
+        return ir.Reduce("sum", index, ir.Op("mul", (a, b)))
+
+    q = ir.Assign("q", (i, j), product(m, ref("r", i, m), ref("w", m, j)))
+    far = ir.Assign("far", (i, j), product(m, ref("q", i, m), ref("k", j, m)))
+    h = ir.Assign("h", (i, j), product(m, ref("far", i, m), ref("v", m, j)))
+    (found,) = inline(ir.Block((q, far), (h,))).results
+    assert found.value.free == {i, j}
+    for node in walk(found.value):
+        assert not isinstance(node, ir.Ref) or len(set(node.subs)) == 2, show_expr(found.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from psmc.ir.nodes import Assign, Block, Expr, Eye, Index, IndexValue, Op, Reduce, Ref, Sub
+from psmc.ir.nodes import Assign, Block, Expr, Eye, Index, IndexValue, Op, Reduce, Ref, Sub, subs_free
 
 
 def children(node: Expr) -> tuple[Expr, ...]:
@@ -86,9 +86,6 @@ _Env = tuple[tuple[Index, Sub], ...]  # a substitution, sorted by index
 
 def rename(root: Expr, subs: Mapping[Index, Sub]) -> Expr:
     """Substitute free indices, capture-free: bound indices that clash are renamed. Iterative: gradients are deep."""
-    incoming = {s.name for s in subs.values() if isinstance(s, Index)} | {
-        i.name for s in subs.values() if isinstance(s, Expr) for i in s.free
-    }
     memo: dict[tuple[Expr, _Env], Expr] = {}
 
     def live(node: Expr, env: _Env) -> _Env:
@@ -96,8 +93,12 @@ def rename(root: Expr, subs: Mapping[Index, Sub]) -> Expr:
         return env if all(k in free for k, _ in env) else tuple(kv for kv in env if kv[0] in free)
 
     def enter(node: Expr, env: _Env) -> _Env:
-        """The substitution below `node`: a reduction hides its own index, or gives it another name."""
-        if not isinstance(node, Reduce) or node.index.name not in incoming:
+        """The substitution below `node`: a reduction hides its own index, or gives it another name where that of an
+        incoming index, one renamed further out among them, is the same."""
+        if not isinstance(node, Reduce):
+            return env
+        incoming = {i.name for _, s in env for i in subs_free((s,))}
+        if node.index.name not in incoming:
             return env
         bound = fresh(node.index, incoming | {i.name for i in node.body.free})
         return tuple(sorted((*env, (node.index, bound)), key=lambda kv: kv[0]))
