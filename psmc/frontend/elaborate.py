@@ -112,6 +112,7 @@ class Elaborator:
                 level.span,
                 helps=("write sum[c] … at(c).S[i, j]; for one level alone, where(c == 0, …, 0)",),
             )
+        self.indices.counts_levels(index, level.span)
         written = node.subs or ()
         if len(written) != len(handle.dims):
             wrong_rank(node, handle, len(written), bool(node.subs))

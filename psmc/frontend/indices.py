@@ -27,6 +27,7 @@ class Indices:
     def __init__(self) -> None:
         self._bound: dict[ir.Index, sf.Name] = {}
         self._class: dict[ir.Index, _Class] = {}
+        self._level: ir.Index | None = None
 
     def bind(self, name: sf.Name) -> ir.Index:
         """A new index variable."""
@@ -71,6 +72,12 @@ class Indices:
         for index, found in self._class.items():
             if found is second:
                 self._class[index] = first
+
+    def counts_levels(self, index: ir.Index, span: Span) -> None:
+        """The index is a level of a counter: all such run over one dim."""
+        if self._level is not None:
+            self.same(self._level, index, span)
+        self._level = index
 
     def dim(self, index: ir.Index) -> str:
         """The dim found, or an error that says the index has none."""

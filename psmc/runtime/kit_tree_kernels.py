@@ -72,9 +72,8 @@ class TreeKernels:
         sums = torch.empty((sum(counts), len(table.param_shares), call.lanes.count), device=call.device)
 
         def back(stage: int, given: list[Any], results: list[Any], out: list[Any], whole: bool) -> None:
-            name, leaves, lane_maps = "upper_backward", [nodes[stage], *call.params], call.param_maps
-            if stage == 0:
-                name, leaves, lane_maps = "backward", tensors, maps
+            name, lane_maps = ("upper_backward", call.param_maps) if stage else ("backward", maps)
+            leaves: list[Any] = [nodes[stage], *call.params] if stage else tensors
             tail = (call.sizes[stage - 1] if stage else 0, sum(counts[:stage]))
             call.launch(name, stage, [*leaves, *given, above[stage], *results, *out, sums], lane_maps, tail, (whole,))
 
@@ -190,7 +189,7 @@ class TreeCall:
         front = like.dim() - slot.rank
         last = list(range(-len(slot.axes), 0))
         own = like.movedim([front + a for a in slot.axes], last).flatten(-len(slot.axes)).movedim(-1, 0)
-        found = self.lanes.reduced(grad.movedim(-1, 0), own, slot.lanes, lead + 1)
+        found: Tensor = self.lanes.reduced(grad.movedim(-1, 0), own, slot.lanes, lead + 1)
         found = found.movedim(0, -1).unflatten(-1, slot.sizes)
         return found.movedim(last, [front + a for a in slot.axes])
 
