@@ -28,8 +28,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SPECS = sorted(EXAMPLES.glob("*.psm"))
 WRONG = sorted((EXAMPLES / "wrong").glob("*.psm"))
 SIZES = {"K": 3, "V": 2, "D": 2, "N": 3, "P": 2, "H": 3, "C": 2}
-# No second form: nothing to lift (fixed order, extern), or not a recurrence over a token (gather, counts, flags).
-ONE_FORM = {"s5_word", "welford", "segmented_sum", "transformer_psm", "pr_lstm"}
+# No second form: nothing to lift (fixed order, extern), or not a recurrence over a token (counts).
+ONE_FORM = {"welford", "transformer_psm", "pr_lstm"}
 
 
 def load(name: str) -> ir.Aggregator:

@@ -448,6 +448,7 @@ def test_a_recurrence_run_as_written_is_its_lift_and_its_combine(name: str) -> N
         if t.interval is not None:
             bounded = None not in (t.interval.lo, t.interval.hi)
             v = torch.sigmoid(v) if bounded else v.abs() if t.interval.lo is not None else -v.abs()
+            v = (v * (int(t.interval.hi) + 1)).long() if t.kind == "int" else v
         (inputs if t in written.inputs else params)[t.name] = v.to(torch.complex128) if t.kind == "complex" else v
     outputs, final = fold(written, inputs, params)
     scanned, last = fold(lifted(written), inputs, params)
