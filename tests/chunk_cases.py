@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from psmc.codegen.chunk_factors import Fused
 from psmc.codegen.chunk_kernels import kernel_text
 from psmc.plan.chunked_kernels import ChunkTile, ChunkTiles, tiles
 from psmc.runtime.kit_chunk_kernels import ChunkKernels
@@ -32,9 +33,9 @@ def one_tile(wide: bool, kernel: str, tile: ChunkTile) -> ChunkTiles:
     )
 
 
-def kernels(sizes: ChunkTiles) -> ChunkKernels:
+def kernels(sizes: ChunkTiles, fused: Fused | None = None) -> ChunkKernels:
     """The printed kernels, loaded."""
-    text = "from types import SimpleNamespace\n" + kernel_text(sizes)
+    text = "from types import SimpleNamespace\n" + kernel_text(sizes, fused)
     if text not in _MADE:
         file = _FOLDER / f"chunk_{len(_MADE)}.py"
         file.write_text(text)

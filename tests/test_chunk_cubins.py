@@ -20,6 +20,9 @@ from chunk_cases import kernels, table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from psmc.codegen.chunk_factors import Fused, fuse  # noqa: E402
+from psmc.pipeline import read  # noqa: E402
+
 SHARED = 227 * 1024  # of one block on sm_90
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -30,44 +33,66 @@ NAMES = {2: "bf16", 4: "fp32"}
 
 
 def source(
-    kernel: str, size: int, decay: int, key: int, value: int, shift: int = 0
+    kernel: str, size: int, decay: int, key: int, value: int, spec: str | None = None
 ) -> tuple[ASTSource, dict[str, int]]:
-    """A kernel as the host launches it on contiguous factors of `size` bytes."""
-    made = kernels(table(decay == 2))
+    """A kernel as the host launches it on contiguous tensors of `size` bytes; of a spec's own kernels, if there is one."""
+    fused = None if spec is None else fused_spec(spec)
+    shift = 0 if fused is None else fused.shift
+    made = kernels(table(decay == 2), fused)
     function = getattr(made.table, kernel)
     bk = max(16, 1 << (key - 1).bit_length())
-    tokens, bv, bks, warps, stages = next(t for limit, t in made.table.tiles[kernel][size] if bk <= limit)
-    factor, state = NAMES[size], NAMES[size]
-    types = dict.fromkeys(("p_q", "p_b", "p_c", "p_x", "p_z", "p_dy", "p_y", "p_dq", "p_db", "p_dc"), factor)
-    types |= {"p_start": "fp32", "p_final": "fp32", "p_end": "fp32", "p_states": state, "p_costates": state}
-    if decay or kernel in ("pairs", "inner"):
-        types |= {"p_log": factor if decay == 2 else "fp32", "p_dlog": "fp32"}
-    if decay == 2:
-        types["p_pairs"] = state
-    if kernel == "forward":
-        del types["p_states"]
+    tiled = "gradients" if kernel == "normed" else "forward" if kernel == "step" else kernel
+    tokens, bv, bks, warps, stages = next(t for limit, t in made.table.tiles[tiled][size] if bk <= limit)
+    operand = NAMES[size]
+    absent = {"p_code", "p_cu", "p_chunks", "p_owner", "p_slots", "p_y"}
+    absent |= set() if made.table.norm else {"p_zstart", "p_zfinal", "p_zstates", "p_zend", "p_zcostates", "p_dw", "p_z"}
+    absent |= set() if made.table.width else {"p_sums"}
+    absent |= set() if made.table.seen else {"p_seen"}
+    absent |= set() if decay == 2 else {"p_qs", "p_bs", "p_pairs", "p_total", "p_k2"}
+    absent |= set() if decay == 1 else {"p_log", "p_dlog"}
+    if fused is None:
+        absent |= {"p_n", "p_dn"} | ({"p_dk2"} if decay < 2 else set())
+    elif not any(a.name == "n" for a in fused.numbers):
+        absent |= {"p_n", "p_dn"}
+    absent -= {"p_k2", "p_dk2"} if fused is not None else set()
+    whole = {"p_log", "p_n", "p_total", "p_sums", "p_dw", "p_start", "p_final", "p_end", "p_decay", "p_dlog", "p_dn", "p_s",
+             "p_z", "p_zstart", "p_zfinal", "p_zstates", "p_zend", "p_zcostates"}  # fmt: skip
     fixed = {
         "DECAY": decay, "SHIFT": shift, "PREC": {2: "bf16", 4: "tf32x3"}[size], "K": key, "V": value, "BT": tokens,
-        "BK": min(bk, bks) if kernel == "states" else bk, "BV": max(16, min(bv, 1 << (value - 1).bit_length())),
-        "NS": stages, "BACK": True, "BC": 16,
+        "BK": min(bk, bks) if kernel in ("states", "gradients", "prepare") else bk, "BV": max(16, min(bv, 1 << (value - 1).bit_length())),
+        "NS": stages, "BACK": True, "LB": 4, "LT": tokens.bit_length() - 1,
     }  # fmt: skip
-    if kernel == "inner":
-        fixed["BV"] = max(16, 1 << (value - 1).bit_length())
+    if kernel == "step":
+        fixed["BV"] = min(128, fixed["BV"] * 2)
+        warps = 8
     signature, constants, aligned = {}, {}, {}
     for n, name in enumerate(function.arg_names):
-        if name in fixed or (name.startswith("p_") and name not in types):
-            signature[name], constants[n,] = "constexpr", fixed.get(name)
+        if name in fixed or name in absent or name.endswith("_r"):
+            signature[name], constants[n,] = "constexpr", 1 if name.endswith("_r") else fixed.get(name)
             continue
-        signature[name] = "*" + types[name] if name in types else "fp32" if name == "scale" else "i32"
-        if name not in ("T", "S", "SEG", "scale"):
+        if name.startswith("p_"):
+            number = name in whole or re.fullmatch(r"p_d?s\d", name) is not None
+            signature[name] = "*" + ("fp32" if number else operand)
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if name not in ("T", "S", "SEG", "SHARE", "scale"):
             aligned[n,] = [["tt.divisibility", 16]]
     options = {"num_warps": warps, "num_stages": stages}
     return ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned), options
 
 
-def resources(kernel: str, size: int, decay: int, key: int, value: int, target: str = "sm_90") -> dict[str, Any]:
+def fused_spec(name: str) -> Fused:
+    (made,) = read(Path(__file__).parent.parent / "examples" / f"{name}.psm")
+    found = fuse(made.agg, made.structure)
+    assert found is not None
+    return found
+
+
+def resources(
+    kernel: str, size: int, decay: int, key: int, value: int, target: str = "sm_90", spec: str | None = None
+) -> dict[str, Any]:
     """Registers, bytes spilt and bytes of shared memory."""
-    built = triton.compile(*_arguments(source(kernel, size, decay, key, value), target))
+    built = triton.compile(*_arguments(source(kernel, size, decay, key, value, spec), target))
     found = {"shared": built.metadata.shared}
     if target == "sm_90":
         ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -86,12 +111,12 @@ def _arguments(made: tuple[ASTSource, dict[str, int]], target: str) -> tuple[AST
 
 
 @pytest.mark.parametrize(
-    ("kernel", "decay"), [("forward", 1), ("states", 1), ("gradients", 1), ("pairs", 2), ("states", 2)]
+    ("kernel", "decay"), [("forward", 1), ("states", 1), ("gradients", 1), ("prepare", 2), ("states", 2), ("gradients", 2)]
 )
 def test_resources(kernel: str, decay: int) -> None:
     found = resources(kernel, 2, decay, 128, 128)
     assert found["shared"] <= SHARED
-    assert found["spilt"] <= 256, found
+    assert found["spilt"] <= 512, found
 
 
 @pytest.mark.parametrize("target", ["sm_100", "gfx942"])
@@ -103,7 +128,7 @@ def report() -> None:
     """Everything, as a table: python tests/test_chunk_cubins.py."""
     for size, key, value in ((2, 128, 128), (2, 64, 64), (2, 256, 256), (4, 64, 64), (4, 128, 128), (2, 96, 80)):
         for decay in (0, 1, 2):
-            for kernel in ("forward", "states", "gradients", *(("pairs", "inner") if decay == 2 else ())):
+            for kernel in ("forward", "states", "gradients", *(("prepare",) if decay == 2 else ())):
                 try:
                     found = resources(kernel, size, decay, key, value)
                 except Exception as error:

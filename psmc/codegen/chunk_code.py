@@ -16,8 +16,10 @@ from psmc.plan.chunked import extra_indices, split_layers
 from psmc.structure.report import Affine, Layer, Linear, Structure
 
 
-def print_layers(agg: Aggregator, structure: Structure) -> tuple[list[Source], str]:
-    """(functions, the `LAYERS` literal) of a spec that `plan.chunked` licenses."""
+def print_layers(
+    agg: Aggregator, structure: Structure, fused: tuple[Source, str] | None = None
+) -> tuple[list[Source], str]:
+    """(functions, the `LAYERS` literal) of a spec that `plan.chunked` licenses; `fused`: from `chunk_factors`."""
     small, stacks = split_layers(structure)
     sources: list[Source] = []
     entries: list[str] = []
@@ -28,21 +30,24 @@ def print_layers(agg: Aggregator, structure: Structure) -> tuple[list[Source], s
     for n, stack in enumerate(stacks):
         components = tuple(a.component for a in stack)
         parts = [p for r in structure.readout for p in r.linear if p.component in components]
-        queries = _queries(stack, parts)
-        rows = _factors(stack, tuple(queries))
+        asked = queries(stack, parts)
+        rows = factors(stack, tuple(asked))
         if not stack[0].rank and not any(r.name.endswith("_key") for r in rows):
             rows = [part for r in rows for part in _apart(agg, r)]
         plain = {r.name: found for r in rows if (found := _plain(agg, r)) is not None}
         block = Block(results=tuple(r for r in rows if r.name not in plain))
-        sources.append(print_block(agg, block, Signature(f"factors_{n}", "x, s, prev, p, n", _inputs(agg))))
+        sources.append(print_block(agg, block, Signature(f"factors_{n}", "x, s, prev, p, n", inputs_like(agg))))
         lying = {k: x for k, (x, _) in plain.items()}
         scales = {k: text for k, (_, text) in plain.items() if text}
-        entries.append(_entry(stack, queries, n, lying, scales, _shown(structure)))
+        if fused is not None:
+            sources.append(fused[0])
+        taken = "None" if fused is None else fused[1]
+        entries.append(_entry(stack, asked, n, lying, scales, _shown(structure), taken))
     sources.append(_readout(agg, structure))
     return sources, "LAYERS = (\n" + "".join(f"    {entry},\n" for entry in entries) + ")\n"
 
 
-def _inputs(agg: Aggregator) -> tuple[Like, ...]:
+def inputs_like(agg: Aggregator) -> tuple[Like, ...]:
     return tuple(Like(f"x.{t.name}", t.kind) for t in agg.leaf_inputs)
 
 
@@ -52,7 +57,7 @@ def _small(agg: Aggregator, layers: tuple[Layer, ...]) -> Iterator[Source]:
     held = {n for layer in layers for n in layer.element}
     element = tuple(c.name for c in agg.state if c.name in held)
     right = tuple(Like(f"r.{name}", agg.component(name).kind) for name in element)
-    yield print_block(agg, restrict(agg.leaf, element), Signature("lift_small", "x, p, n", _inputs(agg)))
+    yield print_block(agg, restrict(agg.leaf, element), Signature("lift_small", "x, p, n", inputs_like(agg)))
     for name, wanted in (("combine_small", element), ("advance_small", members)):
         yield print_block(agg, restrict(agg.combine, wanted), Signature(name, "l, r, p, n", right))
 
@@ -60,7 +65,7 @@ def _small(agg: Aggregator, layers: tuple[Layer, ...]) -> Iterator[Source]:
 _Query = tuple[Assign | None, Assign | None]  # (q, p) over outer, extra, key
 
 
-def _queries(stack: tuple[Affine, ...], parts: list[Linear]) -> dict[_Query, list[Linear]]:
+def queries(stack: tuple[Affine, ...], parts: list[Linear]) -> dict[_Query, list[Linear]]:
     """Linear parts by the vectors that they read with, in the first component's indices."""
     found: dict[_Query, list[Linear]] = {}
     head = stack[0]
@@ -79,7 +84,7 @@ def _queries(stack: tuple[Affine, ...], parts: list[Linear]) -> dict[_Query, lis
     return found
 
 
-def _factors(stack: tuple[Affine, ...], queries: tuple[_Query, ...]) -> list[Assign]:
+def factors(stack: tuple[Affine, ...], asked: tuple[_Query, ...]) -> list[Assign]:
     """Named results over (outer, key) or (outer, value): see `kit_layers.Chunked`."""
     rows: list[Assign] = []
     affine = stack[0]
@@ -100,30 +105,32 @@ def _factors(stack: tuple[Affine, ...], queries: tuple[_Query, ...]) -> list[Ass
     for j, each in enumerate(stack):
         value = each.outer if each.value is None else (*each.outer, each.value)
         rows += [_over(f"c{c}_{j}" if j else f"c{c}", x.value, value) for c, x in enumerate(each.injection.right)]
-    for c, query in enumerate(queries):
+    for c, query in enumerate(asked):
         rows += [_over(f"{x}{c}", a.value, a.indices) for x, a in zip("qp", query, strict=True) if a is not None]
     return rows
 
 
 def _apart(agg: Aggregator, row: Assign) -> list[Assign]:
     """A vector b as an input and the number a token `n` that multiplies it, if that is what it is."""
-    if row.name[0] != "b":
-        return [row]
+    split = split_number(row) if row.name[0] == "b" else None
+    return [row] if split is None or _plain(agg, split[0]) is None else list(split)
+
+
+def split_number(row: Assign) -> tuple[Assign, Assign] | None:
+    """A vector b as one factor and the number a token `n` that multiplies it; None if that is not what it is."""
     over, under = _product(row.value)
     key = row.indices[-1]
     vectors = [x for x in over if key in x.free]
     if len(vectors) != 1 or any(key in x.free for x in under) or len(over) + len(under) == 1:
-        return [row]
-    vector = Assign(row.name, row.indices, vectors[0])
-    if _plain(agg, vector) is None:
-        return [row]
+        return None
     rest = [x for x in over if x is not vectors[0]]
     number = rest[0] if rest else ONE
     for x in rest[1:]:
         number = Op("mul", (number, x))
     for x in under:
         number = Op("div", (number, x))
-    return [vector, _over(f"n{row.name[1:]}", number, row.indices[:-1])]
+    vector = Assign(row.name, row.indices, vectors[0])
+    return vector, _over(f"n{row.name[1:]}", number, row.indices[:-1])
 
 
 def _product(expr: Expr) -> tuple[list[Expr], list[Expr]]:
@@ -149,11 +156,11 @@ def _plain(agg: Aggregator, row: Assign) -> tuple[str, str] | None:
         return None
     own = next(t.dims for t in agg.leaf_inputs if t.name == value.name)
     whole = value.subs == row.indices and own == tuple(i.dim for i in row.indices)
-    text = "" if scale is None else _number_text(scale)
+    text = "" if scale is None else number_text(scale)
     return (value.name, text) if whole and text is not None else None
 
 
-def _number_text(expr: Expr) -> str | None:
+def number_text(expr: Expr) -> str | None:
     """A Python number of `n`; None if it takes a tensor."""
     helpers: set[str] = set()
     shown = ExprPrinter(Like("n", "real"), {}, lambda ref: None, helpers).show(expr, ())
@@ -180,8 +187,8 @@ def _over(name: str, value: Expr, axes: tuple[Index, ...]) -> Assign:
 
 
 def _entry(
-    stack: tuple[Affine, ...], queries: dict[_Query, list[Linear]], n: int, plain: dict[str, str],
-    scales: dict[str, str], shown: tuple[str, ...],
+    stack: tuple[Affine, ...], asked: dict[_Query, list[Linear]], n: int, plain: dict[str, str],
+    scales: dict[str, str], shown: tuple[str, ...], fused: str,
 ) -> str:  # fmt: skip
     names = tuple(a.component for a in stack)
     orders = []
@@ -190,7 +197,7 @@ def _entry(
         orders.append(tuple(a.decay.value.indices.index(i) for i in wanted))
         assert sorted(orders[-1]) == list(range(len(a.decay.value.indices)))
     reads = []
-    for parts in queries.values():
+    for parts in asked.values():
         placed = []
         for part in parts:
             (own,) = (a for a in stack if a.component == part.component)
@@ -203,7 +210,8 @@ def _entry(
     return (
         f"Chunked({names!r}, factors_{n}, rank={stack[0].rank}, columns={stack[0].injection.rank}, "
         f"reads=({''.join(f'{r}, ' for r in reads)}), orders={tuple(orders)!r}, outer={len(stack[0].outer)}, "
-        f"vectors={vectors!r}, plain={plain!r}, scales=lambda n: {numbers}, shown={shown!r})"
+        f"vectors={vectors!r}, plain={plain!r}, scales=lambda n: {numbers}, shown={shown!r}, "
+        f"fused={fused})"
     )
 
 
@@ -222,7 +230,7 @@ def _readout(agg: Aggregator, structure: Structure) -> Source:
         return Ref("state", ref.name, ref.subs, ref.value_kind)
 
     results = tuple(replace(r.epilogue, value=replace_refs(r.epilogue.value, rule)) for r in structure.readout)
-    return print_block(agg, Block(results=results), Signature("readout", "s, prev, x, p, n", _inputs(agg)))
+    return print_block(agg, Block(results=results), Signature("readout", "s, prev, x, p, n", inputs_like(agg)))
 
 
 def _in_full(agg: Aggregator, part: Linear, affine: Affine) -> Assign:

@@ -1,37 +1,171 @@
-"""The chunked plan's kernels as text: templates/chunk_*.py.j2, then the host's table of them."""
+"""The chunked plan's kernels as text: templates/chunk_*.py.j2 over what `chunk_factors` fused, then a table of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+from psmc.codegen.chunk_factors import SIZE, Fused, Raw, fuse, reads_seen, scalar, transposed
 from psmc.codegen.render import render
+from psmc.codegen.triton_expr import Key, LaneFunction, helper_texts, key_of, print_function
+from psmc.ir import Aggregator, Assign, Block, Expr
+from psmc.ir.rewrite import refs
 from psmc.plan.chunked_kernels import ChunkTiles, tiles
 from psmc.structure.report import Affine, Structure
 
 _LOG2E = "1.4426950408889634"
 _BOUND = "60.0"  # exponents within which a product of two scaled factors neither overflows nor loses digits
-_KERNELS = ("forward", "states", "join", "gradients", "pairs", "inner", "step")
+_FILES = ("parts", "tokens", "lift", "decays", "prepare", "forward", "states", "inner", "gradients", "normed", "step")
+_KERNELS = ("forward", "states", "join", "gradients", "step")
+_SAYS = {"q": "What reads the state", "b": "What enters the state over the key", "log": "Log of the decay, finite"}
 
 
-def print_chunk_kernels(structure: Structure) -> str:
+def print_chunk_kernels(agg: Aggregator, structure: Structure) -> str:
     """Module text that defines CHUNK_KERNELS, the table of `runtime.kit_chunk_kernels`, and KERNELS; '' if no layer is
     one for these kernels."""
     found = [x.affine for x in structure.layers if x.affine is not None and x.cls == "affine" and by_kernel(x.affine)]
     if not found:
         return ""
-    return kernel_text(tiles(any(a.decay.kind == "K" for a in found))) + "\n\nKERNELS = None\n"
+    wide = any(a.decay.kind == "K" for a in found)
+    return kernel_text(tiles(wide), fuse(agg, structure)) + "\n\nKERNELS = None\n"
 
 
-def kernel_text(sizes: ChunkTiles) -> str:
-    files = ("parts", "decays", "forward", "states", "gradients", "pairs", "inner", "step")
-    parts = [render(f"chunk_{name}.py.j2", log2e=_LOG2E, bound=_BOUND) for name in files]
-    rows = "".join(f"    {name}=chunk_{name}_kernel,\n" for name in _KERNELS)
+def kernel_text(sizes: ChunkTiles, fused: Fused | None = None) -> str:
+    """Without `fused`: q, b and the log of a decay over the key lie in memory, and the output is y."""
+    f = _view(fused or _PLAIN)
+    files = [name for name in _FILES if (name != "prepare" or f.log) and (name != "normed" or f.norm)]
+    parts = [render(f"chunk_{name}.py.j2", log2e=_LOG2E, bound=_BOUND, f=f) for name in files]
+    kernels = [*_KERNELS, *(["prepare"] if f.log else []), *(["normed"] if f.norm else [])]
+    rows = "".join(f"    {name}=chunk_{name}_kernel,\n" for name in kernels)
     table = (
         f"CHUNK_KERNELS = SimpleNamespace(\n{rows}"
         "    interpreted=triton is not None and not isinstance(chunk_forward_kernel, triton.JITFunction),\n"
-        f"    tiles={sizes.literal()},\n)\n"
+        f"    params={f.params!r},\n    grads={f.stored!r},\n    operands={f.operands!r},\n    norm={f.norm!r},\n"
+        f"    width={f.handed},\n    seen={f.seen!r},\n    tiles={sizes.literal()},\n)\n"
     )
-    return "\n\n".join(part.strip() + "\n" for part in parts) + "\n\n" + table
+    return "\n\n".join(_tidy(part) for part in parts) + "\n\n" + table
 
 
 def by_kernel(affine: Affine) -> bool:
     """Whether these kernels run a layer: no transition of low rank, no decay over the value, one outer axis at most."""
     return affine.rank == 0 and affine.decay.kind in ("none", "constant", "scalar", "K")
+
+
+_QUERY, _KEY, _LOG = (Raw(name, "factor") for name in ("q", "b", "log"))
+_PLAIN = Fused(
+    stack=(), output="", shift=0, keys=(_QUERY, _KEY, _LOG), values=(), c=Raw("c", "factor"), q=_QUERY.ref, b=_KEY.ref,
+    log=_LOG.ref, scale="1.0", numbers=(), torch_rows=(), sums=(), readout=None, seen=None,
+)  # fmt: skip
+
+
+def _tidy(text: str) -> str:
+    """No blank lines inside functions and no blanks at the end of lines; jinja leaves some."""
+    lines = [line.rstrip() for line in text.strip().splitlines()]
+    inside = [bool(x) or not next((y for y in lines[n:] if y), "").startswith((" ", ")")) for n, x in enumerate(lines)]
+    return "\n".join(x for x, keep in zip(lines, inside, strict=True) if keep) + "\n"
+
+
+def _view(f: Fused) -> SimpleNamespace:
+    """What the templates read."""
+    keys = {_key(raw): f"k{n}" for n, raw in enumerate(f.keys)}
+    values = {_key(raw): f"v{n}" for n, raw in enumerate(f.values)}
+    shown = [a.name for a in f.numbers if a.name[0] == "s"]
+    numbers = {key_of(scalar(name)): name for name in shown}
+    tile = {k: f"b_{x}.to(tl.float32)" for k, x in {**keys, **values, key_of(scalar("c")): "c"}.items()}
+    tile |= {k: f"b_{x}[:, None]" for k, x in numbers.items()}
+    tile |= {key_of(scalar(n)): f"b_{n}[:, None]" for n in ("w", *_names(f, "e"))}
+    tile |= {key_of(scalar(n)): f"b_{n}" for n in ("y", "seen", "dq", "db", "dlog")}
+    tile |= {key_of(scalar(f"d{n}")): f"d_{n}[:, None]" for n in _names(f, "e")}
+    tile |= {key_of(scalar("do")): "b_do.to(tl.float32)"}
+    tile |= {(SIZE, n, 0): f"tl.full([1, 1], {n}, tl.float32)" for n in ("K", "V")}
+    made: list[LaneFunction] = []
+
+    def function(name: str, values: Sequence[tuple[str, Expr]]) -> LaneFunction:
+        order = sorted({key_of(r) for r in refs(*(v for _, v in values))})
+        made.append(print_function(name, Block(results=tuple(Assign(n, (), v) for n, v in values)), order))
+        return made[-1]
+
+    def over(expr: Expr, held: dict[Key, str]) -> list[str]:
+        return sorted({held[key_of(r)] for r in refs(expr) if key_of(r) in held}, key=lambda n: (n[0], int(n[1:] or 0)))
+
+    def factor(name: str, expr: Expr) -> SimpleNamespace:
+        plain = next((f"b_{x}" for k, x in keys.items() if any(key_of(r) == k and r == expr for r in refs(expr))), None)
+        call = plain or function(f"lift_{name}", [(name, expr)]).call(tile)
+        return SimpleNamespace(name=name, says=_SAYS.get(name, ""), reads=over(expr, keys), call=call,
+                               lifted=plain is None)  # fmt: skip
+
+    loaded = [factor(n, x) for n, x in (("q", f.q), ("b", f.b), ("log", f.log)) if x is not None]
+    sums = [factor(n, x) for n, x in zip(_names(f, "e"), f.sums, strict=True)]
+    for n, x in enumerate(sums):
+        x.at = n + f.norm
+    back, through = transposed(f)
+    readout = None
+    held = {**values, **numbers}
+    if f.readout is not None:
+        call = function("lane_readout", [("o", f.readout)]).call(tile)
+        readout = SimpleNamespace(reads=over(f.readout, held), call=call)
+    ahead = SimpleNamespace(results=["b_dy"])
+    if back:
+        pull = function("lane_back", back)
+        asked = [r.name for _, e in back for r in refs(e)]
+        at = {"w": 0} | {n: x.at for n, x in zip(_names(f, "e"), sums, strict=True)}
+        ahead = SimpleNamespace(
+            results=[f"b_d{n}" for n in pull.results],
+            call=pull.call(tile),
+            seen=reads_seen(tuple(e for _, e in back)),
+            sums=[SimpleNamespace(name=n, at=i) for n, i in at.items() if n in asked],
+            reads=sorted({*(x for _, e in back for x in over(e, held)), *(["c"] if "c" in asked else [])}),
+        )
+    behind = function("lane_factors", through)
+    stored = [SimpleNamespace(name=n, param=f.keys[int(n[1:])].kind == "param") for n in behind.results]
+    summed = [n[3:] for n in ahead.results if n[3:] in (*_names(f, "e"), *shown)]
+    kept_values = [SimpleNamespace(name=n[3:], param=f.values[int(n[4:])].kind == "param") for n in ahead.results
+                   if n[3:] in values.values()]  # fmt: skip
+    reached = [n for n in summed if n[0] == "s"]
+    places = [*keys.values(), "c", *values.values(), *shown]
+    pointers = [f"p_{n}" for n in (*places, "log", "n", "code")]
+    strides = [f"{n}_{axis}" for n in (*places, "l", "n") for axis in "tgr"]
+    fed = {x for part in loaded if part.name != "log" for x in part.reads}
+    return SimpleNamespace(
+        legend=_legend(f), args=", ".join([*pointers, *strides]), log=f.log is not None, norm=f.norm,
+        texts=[t.rstrip() for t in (*helper_texts(made), *(x.text for x in made))],
+        factors=loaded, sums=sums, readout=readout, back=ahead if back else None, outs=", ".join(ahead.results),
+        back_says=" and the readout's gradients" if len(ahead.results) > 1 else "", width=max(1, f.norm + len(sums)),
+        handed=f.norm + len(sums), sum_names="".join(f"b_{n}, " for n in _names(f, "e")),
+        sum_grads="".join(f"d_{n}, " for n in summed if n[0] == "e"),
+        key_grads="".join(f"p_d{n}, " for n in keys.values()),
+        value_grads="".join(f"p_d{n}, " for n in values.values()),
+        number_grads="".join(f"p_d{n}, " for n in reached), numbers=reached, row_sums=summed,
+        back_keys=SimpleNamespace(
+            outs=", ".join(f"d_{n}" for n in behind.results), call=behind.call(tile), stored=stored,
+            reads=sorted({x for _, e in through for x in over(e, keys)}),
+        ),
+        back_values=kept_values,
+        params=(tuple(r.kind == "param" for r in f.keys), tuple(r.kind == "param" for r in f.values)),
+        stored=(tuple(n in behind.results for n in keys.values()),
+                tuple(n in [v.name for v in kept_values] for n in values.values()), tuple(n in reached for n in shown)),
+        operands=tuple(n for n, (x, raw) in enumerate(zip(keys.values(), f.keys, strict=True))
+                       if x in fed and raw.kind != "param"),
+        seen=_how_seen(f, back),
+    )  # fmt: skip
+
+
+def _how_seen(f: Fused, back: tuple[tuple[str, Expr], ...]) -> str:
+    """What backward reads of the readout: '', 'output' or 'y'."""
+    if not back or not reads_seen(tuple(e for _, e in back)):
+        return ""
+    return "y" if f.seen == scalar("seen") else "output"
+
+
+def _names(f: Fused, letter: str) -> list[str]:
+    return [f"{letter}{n}" for n in range(len(f.sums))]
+
+
+def _key(raw: Raw) -> Key:
+    return key_of(raw.ref)
+
+
+def _legend(f: Fused) -> list[str]:
+    named = [f"k{n} {raw.attribute}" for n, raw in enumerate(f.keys)] + [f"c {f.c.attribute}"]
+    named += [f"v{n} {raw.attribute}" for n, raw in enumerate(f.values)]
+    return ["over the key k0, k1, ..., over the value c, v0, ..., numbers a token s0, ...: " + ", ".join(named)]

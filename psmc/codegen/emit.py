@@ -8,6 +8,7 @@ import re
 
 from psmc.algebra.verdict import Proof, Proved, Refuted, Unknown, Verdict
 from psmc.codegen.chunk_code import print_layers
+from psmc.codegen.chunk_factors import print_fused
 from psmc.codegen.chunk_kernels import print_chunk_kernels
 from psmc.codegen.paste import KIT, POINTWISE_KIT, Pasted, imports, paste
 from psmc.codegen.pointwise import print_kernels
@@ -44,7 +45,7 @@ def emit(
     pasted = paste(files)
     sources, layers = function_sources(agg, live), ""
     if plan.name == "chunked" and structure is not None:
-        found, layers = print_layers(agg, structure)
+        found, layers = print_layers(agg, structure, print_fused(agg, structure))
         sources += found
     functions = join(sources)
     spec_text = show(declared).strip()
@@ -107,7 +108,7 @@ def _kernels(agg: Aggregator, structure: Structure | None, plan: Plan) -> str:
     if structure is not None and isinstance(plan, PointwisePlan):
         return print_kernels(agg, structure, plan)
     if structure is not None and plan.name == "chunked":
-        return print_chunk_kernels(structure)
+        return print_chunk_kernels(agg, structure)
     return ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KERNELS = ("forward", "states", "gradients", "pairs", "inner")
+KERNELS = ("forward", "states", "gradients", "prepare")
 _KEYS = (64, 128, 256)  # a row holds up to this key block
 
 
@@ -58,5 +58,7 @@ def _tile(kernel: str, size: int, key: int, wide: bool) -> ChunkTile:
     if kernel == "states":
         return ChunkTile(tokens, 64, 64, 4, 2 if size == 2 else 1)
     if kernel == "gradients":
+        if wide:
+            return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 8, 1)
         return ChunkTile(tokens, 64 if size == 2 else 32, key, 8 if key > 64 else 4, 1)
-    return ChunkTile(tokens, 64, key, 4 if key > 64 else 2, 1)
+    return ChunkTile(tokens, 64, min(key, 64), 8, 1)

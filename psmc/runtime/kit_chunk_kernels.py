@@ -9,28 +9,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from psmc.runtime.kit_chunk_layer import LayerFactors, matrix_layer, simple_layer
-from psmc.runtime.kit_chunk_views import (
-    Lanes,
-    _block,
-    _laid,
-    _matrices,
-    _multiprocessors,
-    _places,
-    _rows_of,
-    _strides,
-)
+from psmc.runtime.kit_chunk_layer import chunk_layer, chunk_step
+from psmc.runtime.kit_chunk_views import ChunkCall, Kept, Lanes, _block, _folded, _laid, _multiprocessors
 
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
+_NEAR = 4  # 2^4 tokens of a chunk are a product among themselves
 
 
 class ChunkKernels:
-    """The kernels of the chunked plan. `table`: the kernels and `tiles`, which the compiler wrote."""
+    """The kernels of the chunked plan. `table`: the kernels, what they fuse, and `tiles`, which the compiler wrote."""
 
     def __init__(self, table: Any) -> None:
         self.table = table
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
+        self.keeps = True  # states of a forward for its backward, where they are not more than its tensors
 
     def takes(self, key: int, value: int, device: torch.device) -> bool:
         """Whether there are kernels for this device and these sizes."""
@@ -39,197 +32,235 @@ class ChunkKernels:
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cuda" or self.interpreted
 
+    layer, step = chunk_layer, chunk_step
+
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
         shift: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None, number: Tensor | None = None,
+        code: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in `dtype` (q's), and the last state [N, G, K, V] in fp32.
+        """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in `dtype` (q's), and the last state [N, G, K, V] in fp32, by
+        kernels that fuse nothing.
 
         q, b [B, T, G, K], c [B, T, G, V]; log: log of the decay, None, [B, T, G] or [B, T, G, K]; start [N, G, K, V] or
         None; cu: N + 1 offsets of sequences in a batch of 1; number: [B, T, G], multiplies b (log not over K).
         Differentiable in q, b, c, log, start and number.
         """
-        found: tuple[Tensor, Tensor] = _ChunkScan.apply(
-            self, q, b, c, log, start, cu, shift, scale, dtype or q.dtype, number
-        )  # type: ignore[no-untyped-call]
-        return found
-
-    def layer(
-        self, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
-        start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
-    ) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
-        """`matrix_layer` with these kernels."""
-        return matrix_layer(self, call, layer, sizes, widths, found, start, mask, reset, cu)
-
-    def step(
-        self, call: Any, layer: Any, outer: list[int], found: dict[str, Tensor], states: list[Tensor],
-        slots: Tensor | None,
-    ) -> list[Tensor] | None:  # fmt: skip
-        """One token, in place: each component's readout [B, 1, G, V] as its state [rows, G, K, V] moves on, in the rows
-        that `slots` [B] names. None: not for the kernel."""
-        f = LayerFactors(call, layer, tuple(outer), found, None, None)
-        sides = [(n, shift) for n, shift in (("q0", 0), ("p0", 1)) if n in f]
-        if not simple_layer(layer, f) or layer.columns != 1 or len(layer.reads) != 1 or len(sides) != 1:
-            return None
-        if not all(self.takes(s.shape[2], s.shape[3], s.device) and s.dtype == torch.float32 for s in states):
-            return None
-        name, shift = sides[0]
-        dtype = call.dtype if all(p[0] in layer.shown for p in layer.reads[0].parts) else torch.float32
-        q, b, log = _laid(f.rows(name)), _laid(f.rows("b0")), f.log()
-        number = f.number(0)
-        b = b if number is None else b * number.unsqueeze(-1)
-        outputs = []
-        for j, state in enumerate(states):
-            c = _laid(f.rows(f"c0_{j}" if j else "c0", layer.vectors[j]))
-            batch, _, lanes, key = q.shape
-            value = state.shape[3]
-            y = torch.empty(batch, 1, lanes, value, dtype=dtype, device=q.device)
-            bk, bv = _block(key), min(_block(value), 64)
-            kind = 0 if log is None else log.dim() - 2
-            self.table.step[(batch * lanes * -(-value // bv),)](
-                state, q, b, c, log, y, slots, *state.stride(), *_rows_of(q, b, c, log), lanes, f.scale(name), kind,
-                shift, key, value, bk, bv, num_warps=4 if bk * bv >= 4096 else 1,
-            )  # fmt: skip
-            outputs.append(y)
-        return outputs
-
-    # --- launches
-
-    def forward(
-        self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None, shift: int,
-        scale: float, dtype: torch.dtype, number: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        how = self.plan("forward", q, b, c, log, cu)
-        n = how.lanes
-        y = torch.empty(n.batch, n.tokens, n.lanes, n.value, dtype=dtype, device=q.device)
-        final = _matrices(n, n.sequences, q)
-        if not n.batch * n.tokens * n.lanes:
-            return y, final.zero_() if start is None else final.copy_(start)
-        pairs = self._pairs(q, b, log, shift, how)
-        begin, last = start, final
-        if how.segments > 1:
-            begin = self._starts(b, c, log, start, final, False, shift, 1.0, how, number)
-            last = None  # type: ignore[assignment]
-        grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
-        self.table.forward[grid](
-            q, b, c, log, number, pairs, begin, y, last, None, n.cu, n.first, *_strides(q, b, c, log, number), n.tokens,
-            how.segments, how.segment, n.lanes, scale, how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk,
-            how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+        wide = log is not None and log.dim() == 4
+        decay = 2 if wide else int(log is not None or code is not None)
+        keys = (q, b, log if wide else None)
+        shape = (c.shape[0], c.shape[1], max(q.shape[2], b.shape[2], c.shape[2]))
+        y, final, _ = self.call(
+            ChunkCall(start, None, None if wide else log, number, c, keys, (), (), shape, shift, scale, code, cu,
+                      dtype or q.dtype, decay)
         )  # fmt: skip
         return y, final
 
-    def backward(
-        self, dy: Tensor, d_final: Tensor | None, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None,
-        start: Tensor | None, cu: Tensor | None, shift: int, scale: float, d_log: bool,
-        number: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-        """Gradients of q, b, c, log (in fp32; None if not wanted), start and number (in fp32)."""
-        how = self.plan("gradients", q, b, c, log, cu)
+    def call(self, a: ChunkCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The output [B, T, G, V], the last states [N, G, K, V] and [N, G, K] of z in fp32. Differentiable."""
+        found = _ChunkScan.apply(self, a, *a.tensors)  # type: ignore[no-untyped-call]
+        return found[0], found[1], found[2]
+
+    # --- launches
+
+    def forward(self, a: ChunkCall, keep: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Kept]:
+        """`call`, and what its backward needs, if `keep`."""
+        how = self.plan("forward", a)
         n = how.lanes
-        dq, db, dc = (
-            torch.empty(n.batch, n.tokens, n.lanes, w, dtype=x.dtype, device=q.device)
-            for x, w in ((q, n.key), (b, n.key), (c, n.value))
-        )
-        d_start = _matrices(n, n.sequences, q)
-        dlog = torch.zeros(log.shape, dtype=torch.float32, device=q.device) if log is not None and d_log else None
-        dn = None if number is None else torch.zeros(number.shape, dtype=torch.float32, device=q.device)
-        if not dy.numel():
-            return dq, db, dc, dlog, d_start.zero_() if d_final is None else d_final.float(), dn
-        dy = dy.contiguous()
-        states = self.states(b, c, log, start, None, False, shift, 1.0, cu, how.bt, number)
-        costates = self.states(q, dy, log, d_final, d_start, True, shift, scale, cu, how.bt)
-        pairs = self._pairs(q, b, log, shift, how)
-        grid = (n.chunks * n.lanes,)
-        shared = (n.tokens, n.lanes, scale)
-        strides = _strides(q, b, c, log)
-        kinds = (how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages)
-        self.table.gradients[grid](
-            q, b, c, log, number, pairs, dy, states, costates, dq, db, dc, dlog, dn, n.cu, n.first, n.owner, *strides,
-            *_places(number), *shared, *kinds,
-            num_warps=how.warps, num_stages=how.stages,
+        out = torch.empty(*a.shape, n.value, dtype=a.dtype, device=a.c.device)
+        final, zfinal = self._matrices(n, n.sequences, a)
+        if not out.numel():
+            for x, start in ((final, a.start), (zfinal, a.zstart)):
+                if x is not None:
+                    x.zero_() if start is None else x.copy_(start)
+            return out, final, zfinal, Kept(None, None, None, None)
+        sums = self._sums(a)
+        made = self._prepared(a, how, sums)
+        begin = a.start, a.zstart
+        last: Any = (final, zfinal)
+        if how.segments > 1:
+            begin = self._starts(a, made, begin, last, None, how)
+            last = None, None
+        y = torch.empty_like(out) if keep and self.table.seen == "y" else None
+        states, zstates = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else (None, None)
+        grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
+        self.table.forward[grid](
+            *a.raw, made.q, made.b, made.pairs, made.total, sums, *begin, out, y, *last, states, zstates, n.cu, n.first,
+            n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.shift, how.precision, n.key, n.value,
+            how.bt, how.bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
-        if how.decay == 2:
-            inner = self.plan("inner", q, b, c, log, cu, how.bt)
-            self.table.inner[grid](
-                q, b, c, log, dy, dq, db, dlog, n.cu, n.first, n.owner, *strides, *shared, shift, how.precision, n.key,
-                n.value, how.bt, how.bk, _block(n.value), 16, num_warps=inner.warps,
+        seen = out if self.table.seen == "output" else y
+        return out, final, zfinal, Kept(seen, sums, states, zstates) if keep else Kept(None, None, None, None)
+
+    def backward(
+        self, a: ChunkCall, kept: Kept, do: Tensor, d_final: Tensor | None, d_zfinal: Tensor | None,
+        wanted: tuple[bool, ...],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Gradients of `a.tensors`, of those that are `wanted`."""
+        how = self.plan("gradients", a)
+        n = how.lanes
+        d_start, d_zstart = self._matrices(n, n.sequences, a)
+        given = a.of(wanted)
+        keys, values = (
+            [self._gradient(x, n, param, stored and bool(asked))
+             for x, param, stored, asked in zip(xs, params, kinds, flags, strict=True)]
+            for xs, params, kinds, flags in (
+                (a.keys, self.table.params[0], self.table.grads[0], given.keys),
+                (a.values, self.table.params[1], self.table.grads[1], given.values),
+            )
+        )  # fmt: skip
+        few = {"dtype": torch.float32, "device": a.c.device}
+        numbers = [torch.zeros(a.shape, **few) if asked else None for asked in given.numbers]  # type: ignore[call-overload]
+        bk = min(how.bk, how.bks)
+        blocks = -(-n.key // bk)
+        each = (blocks, *a.shape)  # what adds up over the key comes in shares
+        dlog = torch.zeros(each, **few) if a.log is not None and given.log else None  # type: ignore[call-overload]
+        dn = torch.zeros(each, **few) if a.n is not None and given.n else None  # type: ignore[call-overload]
+        dc = torch.empty(*a.shape, n.value, dtype=a.c.dtype, device=a.c.device)
+        if not do.numel():
+            for x, d in ((d_start, d_final), (d_zstart, d_zfinal)):
+                if x is not None:
+                    x.zero_() if d is None else x.copy_(d)
+            shares = [None if x is None else x[0] for x in (dlog, dn)]
+            return [d_start, d_zstart, *shares, dc, *keys, *values, *numbers]
+        do = do.contiguous()
+        grid = (n.chunks * n.lanes,)
+        made = self._prepared(a, how, kept.sums)
+        dw = None
+        if self.table.norm:
+            dw = torch.empty(a.shape, **few)  # type: ignore[call-overload]
+            self.table.normed[grid](
+                *a.raw, do, kept.seen, kept.sums, dw, n.cu, n.first, n.owner, n.tokens, n.lanes, n.value, how.bt,
+                how.bv,
             )  # fmt: skip
-        return dq, db, dc, dlog, d_start, dn
+        states, zstates = kept.states, kept.zstates
+        if states is None:
+            states, zstates = self.states(a, made, None, how.bt)
+        back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, ends=(d_start, d_zstart))
+        costates, zcostates = self.states(a, made, back, how.bt, (d_final, d_zfinal))
+        reached = [x for x, stored in zip(numbers, self.table.grads[2], strict=True) if stored]
+        self.table.gradients[(n.chunks * n.lanes * blocks,)](
+            *a.raw, made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, states, costates, zstates, zcostates,
+            *keys, dc, *values, *reached, dlog, dn, n.cu, n.first, n.owner, n.tokens, n.batch * n.tokens, n.lanes,
+            a.scale, a.decay, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, _NEAR,
+            how.bt.bit_length() - 1, num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+        dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
+        return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers]
 
     def states(
-        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, back: bool,
-        shift: int, scale: float, cu: Tensor | None, bt: int = 0, number: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The state before each chunk (behind it, if `back`), [chunks, G, K, V] as operands; into `end`: the last."""
-        how = self.plan("states", x, x, z, log, cu, bt)
+        self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0,
+        begin: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
+        how = self.plan("states", a, bt)
         n = how.lanes
-        states = torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=how.operand, device=x.device)
+        found = self._states(n, how.operand, a)
+        begin = (a.start, a.zstart) if begin is None else begin
+        ends = (None, None) if back is None else back.ends
         if how.segments > 1:
-            end = _matrices(n, n.sequences, x) if end is None else end
-            start = self._starts(x, z, log, start, end, back, shift, scale, how, number)
-            end = None
-        self._walk(x, z, log, start, end, None, states, back, shift, scale, how, number)
-        return states
+            spare = self._matrices(n, n.sequences, a) if back is None else ends
+            begin = self._starts(a, made, begin, spare, back, how)
+            ends = None, None
+        self._walk(a, made, begin, ends, None, found, back, how)
+        return found
 
     def _starts(
-        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, last: Tensor, back: bool, shift: int,
-        scale: float, how: SimpleNamespace, number: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """What each segment starts from, [N, S, G, K, V]; into `last`: where the last ends."""
+        self, a: ChunkCall, made: SimpleNamespace, first: Any, last: Any, back: SimpleNamespace | None,
+        how: SimpleNamespace,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """What each segment starts from, [N, S, G, K, V] and [N, S, G, K]; into `last`: where the last ends."""
         n = how.lanes
-        ends, starts = (_matrices(n, n.sequences * how.segments, x) for _ in range(2))
-        width = n.key if how.decay == 2 else 1
-        left = torch.empty(n.sequences, how.segments, n.lanes, width, dtype=torch.float32, device=x.device)
-        own = self.plan("states", x, x, z, log, n.cu, how.bt)
+        ends, starts = (self._matrices(n, n.sequences * how.segments, a) for _ in range(2))
+        width = n.key if a.decay == 2 else 1
+        left = torch.empty(n.sequences, how.segments, n.lanes, width, dtype=torch.float32, device=a.c.device)
+        own = self.plan("states", a, how.bt)
         own.segments, own.segment = how.segments, how.segment
-        self._walk(x, z, log, None, ends, left, None, back, shift, scale, own, number)
-        block = min(1024, _block(n.key * n.value))
-        self.table.join[(n.sequences * n.lanes * -(-n.key * n.value // block),)](
-            start, ends, left, starts, last, how.segments, n.lanes, back, how.decay, n.key, n.value, block
-        )
+        self._walk(a, made, (None, None), ends, left, (None, None), back, own)
+        for begin, end, start, final, value in zip(first, ends, starts, last, (n.value, 1), strict=True):
+            if end is not None:
+                block = min(1024, _block(n.key * value))
+                self.table.join[(n.sequences * n.lanes * -(-n.key * value // block),)](
+                    begin, end, left, start, final, how.segments, n.lanes, back is not None, a.decay, n.key, value,
+                    block,
+                )  # fmt: skip
         return starts
 
     def _walk(
-        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, left: Tensor | None,
-        states: Tensor | None, back: bool, shift: int, scale: float, how: SimpleNamespace,
-        number: Tensor | None,
+        self, a: ChunkCall, made: SimpleNamespace, begin: Any, ends: Any, left: Tensor | None, states: Any,
+        back: SimpleNamespace | None, how: SimpleNamespace,
     ) -> None:  # fmt: skip
         n = how.lanes
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
+        given = back or SimpleNamespace(do=None, seen=None, dw=None, sums=None)
         self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
-            x, z, log, number, start, end, left, states, n.cu, n.first, *_strides(x, z, log, number), n.tokens,
-            how.segments, how.segment, n.lanes, scale, back, how.decay, shift, how.precision, n.key, n.value, how.bt,
-            bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+            *a.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.dw, *begin, *ends, left,
+            *states, n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, back is not None, a.decay,
+            a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, num_warps=how.warps,
+            num_stages=how.stages,
         )  # fmt: skip
 
-    def _pairs(self, q: Tensor, b: Tensor, log: Tensor | None, shift: int, how: SimpleNamespace) -> Tensor | None:
-        """A of every chunk for a decay over the key, [B, T, G, BT] as operands."""
-        if how.decay != 2:
-            return None
+    def _prepared(self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None) -> SimpleNamespace:
+        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K]."""
+        if a.decay != 2:
+            return SimpleNamespace(q=None, b=None, pairs=None, total=None)
         n = how.lanes
-        pairs = torch.empty(n.batch, n.tokens, n.lanes, how.bt, dtype=how.operand, device=q.device)
-        own = self.plan("pairs", q, b, b, log, n.cu, how.bt)
-        self.table.pairs[(n.chunks * n.lanes,)](
-            q, b, log, pairs, n.cu, n.first, n.owner, *_places(q), *_places(b), *_places(log), n.tokens, n.lanes, shift,
-            how.precision, n.key, how.bt, how.bk, 16, num_warps=own.warps,
+        device = a.c.device
+        made = SimpleNamespace(
+            q=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
+            b=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
+            pairs=torch.empty(*a.shape, how.bt, dtype=how.operand, device=device),
+            total=torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=device),
+        )
+        own = self.plan("prepare", a, how.bt)
+        self.table.prepare[(n.chunks * n.lanes,)](
+            *a.raw, made.q, made.b, made.pairs, made.total, sums, n.cu, n.first, n.owner, n.tokens, n.lanes, a.shift,
+            how.precision, n.key, how.bt, min(how.bk, own.bks), _NEAR, how.bt.bit_length() - 1, num_warps=own.warps,
         )  # fmt: skip
-        return pairs
+        return made
 
     # --- sizes
 
-    def plan(
-        self, kernel: str, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, cu: Tensor | None, bt: int = 0
-    ) -> SimpleNamespace:
+    def _matrices(self, n: Lanes, count: int, a: ChunkCall) -> tuple[Tensor, Tensor | None]:
+        options: Any = {"dtype": torch.float32, "device": a.c.device}
+        z = torch.empty(count, n.lanes, n.key, **options) if self.table.norm else None
+        return torch.empty(count, n.lanes, n.key, n.value, **options), z
+
+    def _states(self, n: Lanes, operand: torch.dtype, a: ChunkCall) -> tuple[Tensor, Tensor | None]:
+        states = torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=operand, device=a.c.device)
+        norm = self.table.norm
+        return states, torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=a.c.device) if norm else None
+
+    def _sums(self, a: ChunkCall) -> Tensor | None:
+        if not self.table.width:
+            return None
+        return torch.empty(*a.shape, self.table.width, dtype=torch.float32, device=a.c.device)
+
+    def _worth(self, n: Lanes, bt: int) -> bool:
+        """Whether the states before each chunk are kept for backward: numbers a token, beside those of q, b, c, y."""
+        return self.keeps and n.key * n.value <= bt * 2 * (n.key + n.value)
+
+    @staticmethod
+    def _gradient(x: Tensor | None, n: Lanes, param: bool, wanted: bool) -> Tensor | None:
+        if x is None or not wanted:
+            return None
+        if param:
+            return torch.zeros(n.chunks, n.lanes, x.shape[-1], dtype=torch.float32, device=x.device)
+        return torch.empty(n.batch, n.tokens, n.lanes, x.shape[-1], dtype=x.dtype, device=x.device)
+
+    def plan(self, kernel: str, a: ChunkCall, bt: int = 0) -> SimpleNamespace:
         """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
-        batch, tokens, lanes, key = q.shape
-        value = c.shape[-1]
-        dtype = torch.promote_types(torch.promote_types(q.dtype, b.dtype), c.dtype)
-        decay = 0 if log is None else 1 if log.dim() == 3 else 2
+        (batch, tokens, lanes), cu = a.shape, a.cu
+        key, value = next(k for k in a.keys if k is not None).shape[-1], a.c.shape[-1]
+        dtype = a.c.dtype
+        for k in self.table.operands:
+            own = a.keys[k]
+            dtype = dtype if own is None else torch.promote_types(dtype, own.dtype)
         bk = _block(key)
         sizes = self.table.tiles[kernel][2 if dtype == torch.bfloat16 else 4]
-        own, bv, bks, warps, stages = next(tile for largest, tile in sizes if bk <= largest)
-        bt = bt or own
+        tokens_of, bv, bks, warps, stages = next(tile for largest, tile in sizes if bk <= largest)
+        bt = bt or tokens_of
         bv = min(bv, _block(value))
         sequences = batch if cu is None else cu.shape[0] - 1
         chunks = batch * -(-tokens // bt) if cu is None else -(-tokens // bt) + sequences
@@ -238,13 +269,12 @@ class ChunkKernels:
             lengths = (cu[1:] - cu[:-1] + bt - 1) // bt
             ends = lengths.cumsum(0)
             first = ends - lengths
-            numbers = torch.arange(chunks, device=cu.device)
-            owner = torch.searchsorted(ends, numbers, right=True)
+            owner = torch.searchsorted(ends, torch.arange(chunks, device=cu.device), right=True)
             owner = torch.where(owner < sequences, owner, -1)
         wide = -(-value // bv) * (-(-key // bks) if kernel == "states" else 1)
-        segments, segment = self._split(q, sequences * lanes * wide, tokens, bt)
+        segments, segment = self._split(a.c, sequences * lanes * wide, tokens, bt)
         return SimpleNamespace(
-            lanes=Lanes(batch, tokens, lanes, key, value, sequences, chunks, cu, first, owner), decay=decay, bt=bt,
+            lanes=Lanes(batch, tokens, lanes, key, value, sequences, chunks, cu, first, owner), bt=bt,
             bk=bk, bks=bks, bv=bv, warps=warps, stages=stages, segments=segments, segment=segment,
             precision=_PRECISION[dtype], operand=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
         )  # fmt: skip
@@ -264,29 +294,37 @@ class ChunkKernels:
 class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: ChunkKernels, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None,
-        cu: Tensor | None, shift: int, scale: float, dtype: torch.dtype, number: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        q, b, c = _laid(q), _laid(b), _laid(c)
-        log = None if log is None else _laid(log)
-        number = None if number is None else _laid(number)
-        start = None if start is None else start.float().contiguous()
-        ctx.kernels, ctx.shift, ctx.scale = kernels, shift, scale
-        ctx.save_for_backward(q, b, c, log, start, cu, number)
+        ctx: Any, kernels: ChunkKernels, a: ChunkCall, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        starts = [None if x is None else x.float().contiguous() for x in tensors[:2]]
+        laid = [None if x is None else _laid(x) for x in tensors[2:]]
+        keep = any(ctx.needs_input_grad)
+        out, final, zfinal, kept = kernels.forward(a.of([*starts, *laid]), keep)
+        ctx.kernels, ctx.plain = kernels, a.of([None] * len(tensors))
+        ctx.save_for_backward(*starts, *laid, *kept)
         ctx.set_materialize_grads(False)
-        return kernels.forward(q, b, c, log, start, cu, shift, scale, dtype, number)
+        return out, final, zfinal
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        q, b, c, log, start, cu, number = ctx.saved_tensors
-        dy, d_final = grads
-        if dy is None:
-            dy = torch.zeros(*c.shape[:3], c.shape[3], dtype=q.dtype, device=q.device)
-        d_final = None if d_final is None else d_final.float().contiguous()
-        dq, db, dc, dlog, d_start, dn = ctx.kernels.backward(
-            dy, d_final, q, b, c, log, start, cu, ctx.shift, ctx.scale, ctx.needs_input_grad[4], number
-        )
-        dlog = None if dlog is None else dlog.to(log.dtype)
-        dn = None if dn is None or number is None else dn.to(number.dtype)
-        return None, dq, db, dc, dlog, d_start if ctx.needs_input_grad[5] else None, *[None] * 4, dn
+        count = len(ctx.saved_tensors) - len(Kept._fields)
+        tensors, kept = ctx.saved_tensors[:count], Kept(*ctx.saved_tensors[count:])
+        a: ChunkCall = ctx.plain.of(tensors)
+        do, d_final, d_zfinal = grads
+        if do is None:
+            do = torch.zeros(*a.shape, a.c.shape[3], dtype=a.dtype, device=a.c.device)
+        ends = [None if x is None else x.float().contiguous() for x in (d_final, d_zfinal)]
+        wanted = ctx.needs_input_grad[2:]
+        found = ctx.kernels.backward(a, kept, do, *ends, wanted)
+        params = (False,) * 5 + tuple(p for part in ctx.kernels.table.params for p in part)
+        params += (False,) * (len(found) - len(params))
+        whole: list[Tensor | None] = []
+        for at, (x, d, param) in enumerate(zip(tensors, found, params, strict=True)):
+            if x is None or d is None or not wanted[at]:
+                whole.append(None)
+            elif at < 2:
+                whole.append(d)
+            else:
+                whole.append(_folded(d.sum(0)[None, None] if param else d, x))
+        return None, None, *whole

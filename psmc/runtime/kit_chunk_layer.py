@@ -9,9 +9,48 @@ import torch
 from torch import Tensor
 
 from psmc.runtime.kit_bind import spread
+from psmc.runtime.kit_chunk_views import ChunkCall, _block, _laid
+from psmc.runtime.kit_op import token_code
 
 
-def matrix_layer(
+def fused_call(
+    call: Any, fused: Any, tokens: Any, params: Any, given: dict[str, Tensor],
+    starts: tuple[Tensor | None, Tensor | None], mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+) -> ChunkCall:  # fmt: skip
+    """What the kernels of a fused layer are called with. given: what torch computes of it; starts: of S and z."""
+    lanes = prod(call.lanes)
+
+    def placed(x: Tensor, own: tuple[int, ...]) -> Tensor:
+        """[B, T, lanes of its own, *own]; a single lane axis may be shorter than the call's."""
+        if len(call.lanes) == 1 and x.dim() == 3 + len(own):
+            return x
+        x = spread(x, x.dim() - len(own), call.lanes)
+        whole: Tensor = x.expand(*call.leading, *call.lanes, *own).reshape(*call.leading, lanes, *own)
+        return whole
+
+    def found(name: str, kind: str, lag: int) -> Tensor:
+        if kind == "param":
+            x = getattr(params, name)
+            whole: Tensor = x.expand(*call.lanes, x.shape[-1]).reshape(1, 1, lanes, x.shape[-1])
+            return whole
+        x = given[name] if kind == "factor" else getattr(tokens, f"{name}_lag{lag}") if lag else call.inputs[name]
+        x = x.to(call.dtype) if (kind == "factor" or lag) and not name.startswith("log") else x
+        return placed(x, x.shape[-1:])
+
+    def number(name: str) -> Tensor | None:
+        x = given.get(name)
+        return None if x is None else x.expand(*call.leading, *call.lanes).reshape(*call.leading, lanes)
+
+    decay = fused.decay if reset is None else max(fused.decay, 1)
+    code = None if mask is None and reset is None else token_code(mask, reset)
+    return ChunkCall(
+        *starts, number("log"), number("n"), found(*fused.c), tuple(found(*k) for k in fused.keys),
+        tuple(found(*v) for v in fused.values), tuple(x for k in fused.numbers if (x := number(k)) is not None),
+        (*call.leading, lanes), fused.shift, fused.scale(call.n), code, cu, call.dtype, decay,
+    )  # fmt: skip
+
+
+def chunk_layer(
     kernels: Any, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
     start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
 ) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
@@ -54,6 +93,27 @@ def matrix_layer(
         assert final is not None
         states.append(final)
     return outputs, states
+
+
+def chunk_step(
+    kernels: Any, a: ChunkCall, states: list[Tensor], slots: Tensor | None, width: int
+) -> Tensor | None:  # fmt: skip
+    """One token by kernel: the output [B, 1, G, V] as S [rows, G, K, V] and z [rows, G, K, 1] move on in place, in the
+    rows that `slots` [B] names. None: not for the kernel."""
+    (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
+    if not kernels.takes(key, value, a.c.device) or any(s.dtype != torch.float32 for s in states):
+        return None
+    bk, bv = _block(key), min(_block(value), width)
+    if len(states) > 1 and bv < value:
+        return None
+    z = states[1] if len(states) > 1 else None
+    out = torch.empty(*a.shape, value, dtype=a.dtype, device=a.c.device)
+    a = a.of([None if x is None else _laid(x) for x in a.tensors])
+    kernels.table.step[(batch * lanes * -(-value // bv),)](
+        *a.raw, states[0], z, out, slots, *states[0].stride(), *((0, 0, 0) if z is None else z.stride()[:3]), lanes,
+        a.scale, a.decay, a.shift, key, value, bk, bv, num_warps=8 if bk * bv >= 16384 else 4 if bk * bv >= 4096 else 1,
+    )  # fmt: skip
+    return out
 
 
 def simple_layer(layer: Any, f: LayerFactors) -> bool:

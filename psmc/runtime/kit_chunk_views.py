@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,27 +24,81 @@ class Lanes(NamedTuple):
     owner: Tensor | None
 
 
+class ChunkCall(NamedTuple):
+    """One call. keys: what q, b and a log over the key are made of, [B, T, G, K] each, or [1, 1, G, K] of a param; c
+    [B, T, G, V]; values: what the readout reads, likewise; numbers [B, T, G] for the readout; log, n [B, T, G]; start
+    [N, G, K, V] and zstart [N, G, K] in fp32. A tensor may have fewer lanes, each for several of the G in turn.
+
+    shape: B, T, G; shift, scale: y_t = scale qᵀ S_(t - shift); code [B, T] int8: bit 0 a token counts, bit 1 the state
+    is new before it; cu: N + 1 offsets of sequences in a batch of 1; dtype: of the output; decay: 0 none, 1 a number a
+    token, 2 over the key.
+    """
+
+    start: Tensor | None
+    zstart: Tensor | None
+    log: Tensor | None
+    n: Tensor | None
+    c: Tensor
+    keys: tuple[Tensor | None, ...]
+    values: tuple[Tensor, ...]
+    numbers: tuple[Tensor, ...]
+    shape: tuple[int, int, int]
+    shift: int
+    scale: float
+    code: Tensor | None
+    cu: Tensor | None
+    dtype: torch.dtype
+    decay: int
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a gradient may be wanted of, in order."""
+        return (*self[:5], *self.keys, *self.values, *self.numbers)
+
+    def of(self, tensors: Any) -> ChunkCall:
+        """The same call over other `tensors`."""
+        a, b = len(self.keys), len(self.values)
+        rest = tuple(tensors[5:])
+        return self._replace(
+            start=tensors[0], zstart=tensors[1], log=tensors[2], n=tensors[3], c=tensors[4], keys=rest[:a],
+            values=rest[a : a + b], numbers=rest[a + b :],
+        )  # fmt: skip
+
+    @property
+    def raw(self) -> list[Any]:
+        """The arguments with which all kernels begin: pointers, then strides of tokens and lanes, lanes to one."""
+        placed = (*self.keys, self.c, *self.values, *self.numbers)
+        strides: list[int] = []
+        for x in (*placed, self.log, self.n):
+            if x is None:
+                strides += (0, 0, 1)
+            else:  # of a param, tokens lie on top of each other
+                token = 0 if x.shape[:2] == (1, 1) else x.stride(1)
+                strides += (token, x.stride(2), self.shape[2] // x.shape[2])
+        return [*placed, self.log, self.n, self.code, *strides]
+
+
+class Kept(NamedTuple):
+    """What a backward needs of its forward: what the kernels read of the readout, sums [B, T, G, width] that they
+    handed on, and the states before each chunk, if they were kept."""
+
+    seen: Tensor | None
+    sums: Tensor | None
+    states: Tensor | None
+    zstates: Tensor | None
+
+
 def _laid(x: Tensor) -> Tensor:
-    """A factor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous."""
+    """A tensor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous."""
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     return x if even and (x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
-def _places(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(1), x.stride(2))
-
-
-def _strides(*factors: Tensor | None) -> list[int]:
-    return [s for x in factors for s in _places(x)]
-
-
-def _rows_of(*factors: Tensor | None) -> list[int]:
-    """Strides of the batch and the lanes."""
-    return [s for x in factors for s in ((0, 0) if x is None else (x.stride(0), x.stride(2)))]
-
-
-def _matrices(n: Lanes, count: int, like: Tensor) -> Tensor:
-    return torch.empty(count, n.lanes, n.key, n.value, dtype=torch.float32, device=like.device)
+def _folded(x: Tensor, like: Tensor) -> Tensor:
+    """Gradients of all G lanes [B, T, G, ...] as those of the lanes that `like` has, in its dtype."""
+    if x.shape[2] != like.shape[2]:
+        x = x.unflatten(2, (like.shape[2], -1)).sum(3)
+    return x.to(like.dtype)
 
 
 def _block(n: int) -> int:

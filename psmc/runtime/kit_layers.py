@@ -13,6 +13,7 @@ from torch import Tensor
 
 from psmc.runtime.kit_bind import Call, Spec
 from psmc.runtime.kit_chunk import Factors, chunk_scan
+from psmc.runtime.kit_chunk_layer import fused_call
 from psmc.runtime.kit_decay import Step
 from psmc.runtime.kit_layer import fill_masked, scan_tokens
 from psmc.runtime.kit_run import Rules, Tokens, as_output, as_state, prepared, start_state
@@ -36,6 +37,25 @@ class Reads(NamedTuple):
     parts: tuple[tuple[str, int, tuple[int, ...]], ...]
 
 
+class FusedLayer(NamedTuple):
+    """What the kernels compute of a layer and its readout themselves.
+
+    keys, c, values: (name, 'input' | 'param' | 'factor', lag) of the tensors that they read; given(x, s, prev, p, n):
+    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. output:
+    what the kernels give, in full.
+    """
+
+    keys: tuple[tuple[str, str, int], ...]
+    c: tuple[str, str, int]
+    values: tuple[tuple[str, str, int], ...]
+    numbers: tuple[str, ...]
+    given: Callable[..., Values]
+    scale: Callable[..., float]
+    shift: int
+    decay: int
+    output: str
+
+
 class Chunked(NamedTuple):
     """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ; several components that differ in C alone are one S.
 
@@ -45,7 +65,7 @@ class Chunked(NamedTuple):
     orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
     plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
     numbers that multiply some of them. b0 is to be multiplied by n0 [..., *outer], where it is there. shown: linear
-    parts that are outputs as they stand.
+    parts that are outputs as they stand. fused: what kernels compute of it, if all of it is of that kind.
     """
 
     components: tuple[str, ...]
@@ -59,6 +79,7 @@ class Chunked(NamedTuple):
     plain: Mapping[str, str]
     scales: Callable[..., dict[str, float]]
     shown: tuple[str, ...]
+    fused: FusedLayer | None
 
     @property
     def vector(self) -> bool:
@@ -89,17 +110,23 @@ def run_layers(
     before: Values = {}
     final: Values = {}
     tokens = Tokens(x)
+    answer: Values | None = None
     for layer in rules.layers:
         if isinstance(layer, Scanned):
             prefix, previous, end = _scanned(spec, rules, call, layer, x, params, given)
             after |= fill_masked(prefix, mask)  # what is read of padding may be infinite and must not meet a gradient
             before |= fill_masked(previous, mask)
         else:
-            found = layer.factors(tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n)
-            outputs, end = _chunked(spec, call, layer, found, given, tokens, getattr(rules, "matrices", None))
-            after |= fill_masked(outputs, mask)
+            reads = tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n
+            done = _fused(spec, call, layer, reads, given, getattr(rules, "matrices", None))
+            if done is None:
+                outputs, end = _chunked(spec, call, layer, reads, given, getattr(rules, "matrices", None))
+                after |= fill_masked(outputs, mask)
+            else:
+                answer, end = done
         final |= end
-    answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
+    if answer is None:
+        answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
     outputs = {s.name: as_output(answer[s.name], s, call, leading) for s in spec.outputs}
     if mask is not None:
         outputs = {k: torch.where(_flag(mask, o), o, torch.zeros_like(o)) for k, o in outputs.items()}
@@ -117,27 +144,28 @@ def step_layers(spec: Spec, rules: Rules, call: Call, state: Values, slots: Tens
     if wanted or spec.taps or len(rules.layers) != 1 or isinstance(rules.layers[0], Scanned):
         return None
     layer = rules.layers[0]
+    if layer.fused is None or call.compute != torch.float32:
+        return None
     now = replace(call, inputs={k: x.unsqueeze(1) for k, x in call.inputs.items()}, leading=(*call.leading, 1))
     x, p = prepared(spec, now, {}, True)
     tokens, params, none = Tokens(x), SimpleNamespace(**p), SimpleNamespace()
-    slots_of = [next(s for s in spec.components if s.name == name) for name in layer.components]
-    outer = [call.sizes[slots_of[0].dims[k]] for k in layer.orders[0][: layer.outer]]
     states = []
     for name, order, vector in zip(layer.components, layer.orders, layer.vectors, strict=True):
         s = state[name]
         front = s.dim() - len(order)
+        if not s.is_contiguous():
+            return None
         s = s.permute(*range(front), *(front + k for k in order))
         s = s.unsqueeze(-1) if vector else s
-        if not state[name].is_contiguous() or list(order[: layer.outer]) != list(range(layer.outer)):
-            return None
         states.append(s.flatten(1, -3) if s.dim() > 3 else s.unsqueeze(1))
-    found = layer.factors(tokens, none, none, params, call.n)
-    read = rules.matrices.step(now, layer, outer, found, states, slots)
-    if read is None:
+    fused = layer.fused
+    given = fused.given(tokens, none, none, params, call.n)
+    a = fused_call(now, fused, tokens, params, given, (None, None), None, None, None)
+    out = rules.matrices.step(a, states, slots, 128)
+    if out is None:
         return None
-    y = _linear_parts(now, layer, [()], [read], outer)
-    answer = rules.readout(SimpleNamespace(**y), none, tokens, params, call.n)
-    return {s.name: as_output(answer[s.name], s, now, now.leading).squeeze(1) for s in spec.outputs}
+    y = out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)
+    return {fused.output: as_output(y, spec.outputs[0], now, now.leading).squeeze(1)}
 
 
 def _scanned(
@@ -173,15 +201,43 @@ def _scanned(
     return parts[0], parts[1], final
 
 
+def _sizes(spec: Spec, call: Call, layer: Chunked) -> tuple[list[list[int]], list[int], torch.dtype]:
+    """(outer, key and value of each component, the widths of their values, the dtype of the states)."""
+    slots = [next(s for s in spec.components if s.name == name) for name in layer.components]
+    ordered = [[call.sizes[s.dims[k]] for k in order] for s, order in zip(slots, layer.orders, strict=True)]
+    widths = [1 if vector else sizes[-1] for vector, sizes in zip(layer.vectors, ordered, strict=True)]
+    return ordered, widths, call.of_kind(slots[0].kind)
+
+
+def _fused(
+    spec: Spec, call: Call, layer: Chunked, reads: tuple[Any, ...], given: _Given, kernels: Any
+) -> tuple[Values, Values] | None:
+    """(the outputs, the final states); None: not by fused kernels."""
+    if kernels is None or layer.fused is None or not all(call.leading) or call.compute != torch.float32:
+        return None
+    ordered, widths, dtype = _sizes(spec, call, layer)
+    if not kernels.takes(ordered[0][0], widths[0], call.device):
+        return None
+    begin = None
+    if given.initial is not None:
+        begin = _matrix_start(call, layer, ordered, widths, given, prod(call.lanes), dtype)
+    parts = (None, None) if begin is None else (begin[..., : widths[0]], begin[..., -1] if len(widths) > 1 else None)
+    tokens, params = reads[0], reads[3]
+    flags = given.mask, given.reset, given.cu_seqlens
+    fused = layer.fused
+    out, state, z = kernels.call(fused_call(call, fused, tokens, params, fused.given(*reads), parts, *flags))
+    states = [state] if z is None else [state, z.unsqueeze(-1)]
+    final = _matrix_states(call, layer, ordered, states)
+    return {fused.output: out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)}, final
+
+
 def _chunked(
-    spec: Spec, call: Call, layer: Chunked, found: Values, given: _Given, tokens: Tokens, kernels: Any
+    spec: Spec, call: Call, layer: Chunked, reads_of: tuple[Any, ...], given: _Given, kernels: Any
 ) -> tuple[Values, Values]:
     """The layer's linear readouts by name, and its final states [N, *lanes, *dims]."""
-    slots = [next(s for s in spec.components if s.name == name) for name in layer.components]
-    dtype = call.of_kind(slots[0].kind)
-    ordered = [[call.sizes[s.dims[k]] for k in order] for s, order in zip(slots, layer.orders, strict=True)]
+    found, tokens = layer.factors(*reads_of), reads_of[0]
+    ordered, widths, dtype = _sizes(spec, call, layer)
     outer, key = ordered[0][: layer.outer], ordered[0][layer.outer]
-    widths = [1 if vector else sizes[-1] for vector, sizes in zip(layer.vectors, ordered, strict=True)]
     batch, length = call.leading
     lanes = prod(call.lanes) * prod(outer)
     start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
@@ -197,7 +253,7 @@ def _chunked(
     for k in range(layer.columns):
         if f"n{k}" in found:
             found[f"b{k}"] = found[f"b{k}"] * found[f"n{k}"].unsqueeze(-1)
-    if len(slots) > 1:
+    if len(layer.components) > 1:
         found = {**found, **{f"c{k}": _side_by_side(found, f"c{k}", layer.vectors) for k in range(layer.columns)}}
 
     def rows(name: str, extra: int = 0) -> Tensor:

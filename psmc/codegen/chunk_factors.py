@@ -1,0 +1,320 @@
+"""What the chunk kernels compute themselves, read off the structure: q, b and the log of the decay from a token's
+inputs, the output from y, and the transposes of both.
+
+A factor is fused where it is elementwise over the key's index in inputs and params that have that index alone; a number
+a token, which has no index, stays torch's (it is 1/K of the traffic). The readout is fused where it is elementwise over
+the value in y, in w (what a normaliser gives), in sums over the key of elementwise terms, and in inputs, params and
+numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from psmc.codegen.chunk_code import factors, inputs_like, number_text, queries, split_number
+from psmc.codegen.torch_code import Signature, Source, print_block
+from psmc.derive.simplify import ONE, make
+from psmc.derive.vjp import vjp
+from psmc.ir import Aggregator, Assign, Block, Const, DimValue, Expr, Index, Infinity, Op, Reduce, Ref, Space
+from psmc.ir.rewrite import refs, transform, walk
+from psmc.plan.chunked import split_layers
+from psmc.structure.report import Affine, Linear, Structure
+
+SIZE: Space = "right"  # of a dim's size as a scalar
+Y, W, C, COTANGENT = "y", "w", "c", "do"
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A tensor that kernels read: an input (with its lag) or a param that varies over one index, or what torch computes
+    of a token, by the name of its factor."""
+
+    name: str
+    kind: str  # input, param, factor
+    lag: int = 0
+
+    @property
+    def ref(self) -> Ref:
+        space = {"input": "input", "param": "param", "factor": "state"}[self.kind]
+        return Ref(space, self.name, (), "real", self.lag)  # type: ignore[arg-type]
+
+    @property
+    def attribute(self) -> str:
+        return self.name + (f"_lag{self.lag}" if self.lag else "")
+
+
+@dataclass(frozen=True)
+class Fused:
+    """keys, values: what has the index of the key, of the value; c: what lies behind C. q, b, log (None: no decay over
+    the key): scalar expressions over `keys`. scale: the text of the number that multiplies q. numbers: [B, T, G], what
+    torch computes; of these `log` and `n` by name, s0, ... for the readout. sums: terms of sums over the key. readout:
+    over y, w, c, sums (e0, ...), values, numbers; None: the output is y. seen: y as an expression over the output (its
+    ref is Y itself where y must be kept)."""
+
+    stack: tuple[Affine, ...]
+    output: str
+    shift: int
+    keys: tuple[Raw, ...]
+    values: tuple[Raw, ...]
+    c: Raw
+    q: Expr
+    b: Expr
+    log: Expr | None
+    scale: str
+    numbers: tuple[Assign, ...]
+    torch_rows: tuple[Assign, ...]
+    sums: tuple[Expr, ...]
+    readout: Expr | None
+    seen: Expr | None
+
+    @property
+    def norm(self) -> bool:
+        return len(self.stack) > 1
+
+    @property
+    def decay(self) -> int:
+        return 2 if self.log is not None else 1 if any(a.name == "log" for a in self.numbers) else 0
+
+
+def scalar(name: str) -> Ref:
+    """A value of the kernel by name."""
+    return Ref("state", name, (), "real")
+
+
+def fuse(agg: Aggregator, structure: Structure) -> Fused | None:
+    """None where some part of the spec is not of this kind: then kernels see factors alone."""
+    _, stacks = split_layers(structure)
+    if len(stacks) != 1 or len(agg.output.results) != 1 or len(structure.readout) != 1:
+        return None
+    (stack,), (readout,) = stacks, structure.readout
+    head = stack[0]
+    single = [a.value is None for a in stack] in ([False], [False, True])
+    if head.rank or head.outer or head.injection.rank != 1 or not single or head.decay.logs is None:
+        return None
+    if head.decay.kind not in ("none", "constant", "scalar", "K") or len(readout.linear) != len(stack):
+        return None
+    if len(stack) == 2 and stack[1].injection.right[0].value != ONE:
+        return None
+    asked = queries(stack, list(readout.linear))
+    if len(asked) != 1 or len({p.component for p in readout.linear}) != len(stack):
+        return None
+    ((q, p),) = asked
+    if (q is None) == (p is None):
+        return None
+    if any(len(part.indices) != (part.component == head.component) for part in readout.linear):
+        return None
+    return _Fusion(agg, head, stack, factors(stack, tuple(asked))).whole(readout.linear, readout.epilogue)
+
+
+class _Fusion:
+    def __init__(self, agg: Aggregator, head: Affine, stack: tuple[Affine, ...], rows: list[Assign]) -> None:
+        self.agg, self.head, self.stack = agg, head, stack
+        self.rows = {r.name: r for r in rows}
+        self.dims = {t.name: t.dims for t in (*agg.leaf_inputs, *agg.params)}
+        self.keys: list[Raw] = []
+        self.values: list[Raw] = []
+        self.numbers: list[Assign] = []
+        self.torch_rows: list[Assign] = []
+        self.sums: list[Expr] = []
+
+    def whole(self, linear: tuple[Linear, ...], epilogue: Assign) -> Fused | None:
+        shift = int("p0" in self.rows)
+        q, scale = self._scaled(self.rows["p0" if shift else "q0"])
+        b = self._numbered(self.rows["b0"])
+        log = None
+        if "log_key" in self.rows:
+            log = self._factor(self.rows["log_key"])
+        elif "log" in self.rows:
+            self.numbers.append(self.rows["log"])
+        c = self._behind(self.rows["c0"])
+        shown = self._readout(linear, epilogue, c)
+        if shown is None:
+            return None
+        direct = shown == scalar(Y)
+        return Fused(
+            self.stack, epilogue.name, shift, tuple(self.keys), tuple(self.values), c, q, b, log, scale,
+            tuple(self.numbers), tuple(self.torch_rows), tuple(self.sums), None if direct else shown,
+            None if direct else _seen(shown),
+        )  # fmt: skip
+
+    def _scaled(self, row: Assign) -> tuple[Expr, str]:
+        """A query without the number that multiplies it."""
+        value = row.value
+        if isinstance(value, Op) and value.op in ("mul", "div"):
+            times, (left, right) = value.op == "mul", value.args
+            if times and not any(isinstance(x, Ref) for x in walk(left)):
+                left, right = right, left
+            if not right.free and not any(isinstance(x, Ref) for x in walk(right)):
+                text = number_text(right if times else Op("div", (ONE, right)))
+                if text is not None:
+                    return self._factor(Assign(row.name, row.indices, left)), text
+        return self._factor(row), "1.0"
+
+    def _numbered(self, row: Assign) -> Expr:
+        """b without the number a token that multiplies it, for a decay that is not over the key."""
+        split = None if "log_key" in self.rows else split_number(row)
+        if split is None:
+            return self._factor(row)
+        vector, number = split
+        self.numbers.append(Assign("n", number.indices, number.value))
+        return self._factor(vector)
+
+    def _factor(self, row: Assign) -> Expr:
+        """An expression over `keys`; where it is not elementwise, a key of its own."""
+        kept = len(self.keys)
+        found = self._elementwise(row.value, row.indices[-1], self.keys)
+        if found is None or not any(isinstance(x, Ref) and x.space != SIZE for x in walk(found)):
+            del self.keys[kept:]
+            self.torch_rows.append(row)
+            self.keys.append(Raw(row.name, "factor"))
+            return self.keys[-1].ref
+        return found
+
+    def _behind(self, row: Assign) -> Raw:
+        found: list[Raw] = []
+        value = self._elementwise(row.value, row.indices[-1], found)
+        if isinstance(value, Ref) and found and found[0].kind == "input":
+            return found[0]
+        self.torch_rows.append(row)
+        return Raw("c0", "factor")
+
+    def _raw(self, ref: Ref, index: Index, held: list[Raw]) -> Expr | None:
+        if ref.space not in ("input", "param") or ref.kind != "real" or ref.subs != (index,):
+            return None
+        if self.dims[ref.name] != (index.dim,):
+            return None
+        raw = Raw(ref.name, ref.space, ref.lag)
+        if raw not in held:
+            held.append(raw)
+        return raw.ref
+
+    def _elementwise(self, expr: Expr, index: Index, held: list[Raw]) -> Expr | None:
+        """`expr` as a scalar expression; None if it is not elementwise over `index`."""
+        failed = False
+
+        def rule(node: Expr) -> Expr | None:
+            nonlocal failed
+            if isinstance(node, Ref):
+                found = self._raw(node, index, held)
+                failed |= found is None
+                return found
+            if isinstance(node, DimValue):
+                failed |= node.dim not in (self.head.key.dim, self.head.value and self.head.value.dim)
+                return self._size(node)
+            failed |= not isinstance(node, (Op, Const, Infinity)) or node.kind == "complex"
+            return None
+
+        found = transform(expr, rule)
+        return None if failed else found
+
+    def _size(self, node: DimValue) -> Ref:
+        return Ref(SIZE, "K" if node.dim == self.head.key.dim else "V", (), "real")
+
+    def _readout(self, linear: tuple[Linear, ...], epilogue: Assign, c: Raw) -> Expr | None:
+        (index,) = epilogue.indices
+        named = {x.name: scalar(Y if x.component == self.head.component else W) for x in linear}
+        held: list[Raw] = []
+
+        def show(node: Expr) -> Expr | None:
+            if isinstance(node, Ref) and node.space == "let":
+                return named[node.name]
+            if isinstance(node, (Const, Infinity)):
+                return node
+            if isinstance(node, DimValue):
+                return self._size(node) if node.dim in (self.head.key.dim, index.dim) else None
+            if isinstance(node, Reduce):
+                return self._sum(node)
+            inner = list(walk(node))
+            if index not in node.free and not any(isinstance(x, Ref) and x.space == "let" for x in inner):
+                if not any(isinstance(x, Ref) for x in inner) or node.kind != "real":
+                    return self._parts(node, show)
+                whole = not any(isinstance(x, Reduce) for x in inner)
+                return self._number(node) if whole else self._parts(node, show)
+            if isinstance(node, Ref):
+                found = self._raw(node, index, held)
+                return scalar(C) if found == c.ref else found
+            return self._parts(node, show)
+
+        shown = show(epilogue.value)
+        self.values = [x for x in held if x != c]
+        return shown
+
+    @staticmethod
+    def _parts(node: Expr, show: object) -> Expr | None:
+        assert callable(show)
+        if not isinstance(node, Op) or node.kind == "complex":
+            return None
+        args = [show(a) for a in node.args]
+        return None if any(a is None for a in args) else Op(node.op, tuple(args))
+
+    def _sum(self, node: Reduce) -> Expr | None:
+        if node.op != "sum" or node.index.dim != self.head.key.dim or node.free:
+            return None
+        term = self._elementwise(node.body, node.index, self.keys)
+        if term is None:
+            return None
+        if term not in self.sums:
+            self.sums.append(term)
+        return scalar(f"e{self.sums.index(term)}")
+
+    def _number(self, node: Expr) -> Expr:
+        known = [a for a in self.numbers if a.name[0] == "s"]
+        for a in known:
+            if a.value == node:
+                return scalar(a.name)
+        self.numbers.append(Assign(f"s{len(known)}", (), node))
+        return scalar(self.numbers[-1].name)
+
+
+def _seen(readout: Expr) -> Expr:
+    """y again from the output, where that loses nothing; else y itself."""
+    y = scalar(Y)
+    if isinstance(readout, Op) and readout.op == "div" and readout.args[0] == y and y not in walk(readout.args[1]):
+        return make("mul", scalar("seen"), readout.args[1])
+    return scalar("seen")
+
+
+def print_fused(agg: Aggregator, structure: Structure) -> tuple[Source, str] | None:
+    """The torch function of what stays torch's, and the literal of `kit_layers.FusedLayer`."""
+    f = fuse(agg, structure)
+    if f is None:
+        return None
+    block = Block(results=(*f.torch_rows, *f.numbers))
+    source = print_block(agg, block, Signature("given_0", "x, s, prev, p, n", inputs_like(agg)))
+    keys, values = (tuple((r.name, r.kind, r.lag) for r in raws) for raws in (f.keys, f.values))
+    numbers = tuple(a.name for a in f.numbers if a.name[0] == "s")
+    return source, (
+        f"FusedLayer({keys!r}, {(f.c.name, f.c.kind, f.c.lag)!r}, {values!r}, {numbers!r}, given_0, "
+        f"lambda n: {f.scale}, "
+        f"{f.shift}, {f.decay}, {f.output!r})"
+    )
+
+
+def transposed(f: Fused) -> tuple[tuple[tuple[str, Expr], ...], tuple[tuple[str, Expr], ...]]:
+    """(of the readout, by what it is the cotangent of: y, w, c, values, sums, numbers; of the factors and sums, by
+    key): scalar expressions, those that are not 0."""
+    sums = [scalar(f"e{n}") for n in range(len(f.sums))]
+    shown = [scalar(a.name) for a in f.numbers if a.name[0] == "s"]
+    back: list[tuple[str, Expr]] = []
+    if f.readout is not None:
+        wrt = [scalar(Y), scalar(W), scalar(C), *(v.ref for v in f.values), *sums, *shown]
+        names = ["y", "w", "c_read", *(f"v{n}" for n in range(len(f.values))), *(x.name for x in (*sums, *shown))]
+        found = vjp([f.readout], [scalar(COTANGENT)], wrt)
+        back = [(n, _again(e, f)) for n, e in zip(names, found, strict=True) if e is not None]
+    rows = [f.q, f.b, *([] if f.log is None else [f.log]), *f.sums]
+    logs = [] if f.log is None else ["dlog"]
+    given = [scalar(n) for n in ("dq", "db", *logs, *(f"de{n}" for n in range(len(f.sums))))]
+    through = vjp(rows, given, [k.ref for k in f.keys])
+    return tuple(back), tuple((f"k{n}", e) for n, e in enumerate(through) if e is not None)
+
+
+def _again(expr: Expr, f: Fused) -> Expr:
+    y = scalar(Y)
+    return transform(expr, lambda n: f.seen if n == y else None)
+
+
+def reads_seen(exprs: tuple[Expr, ...]) -> bool:
+    return any(r.name == "seen" for r in refs(*exprs))
+
+
+__all__ = ["COTANGENT", "SIZE", "Fused", "Raw", "fuse", "print_fused", "reads_seen", "scalar", "transposed"]
