@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import hashlib
 import re
 
 from psmc.algebra.verdict import Proof, Proved, Refuted, Unknown, Verdict
 from psmc.codegen.chunk_code import print_layers
-from psmc.codegen.chunk_factors import print_fused
 from psmc.codegen.chunk_kernels import print_chunk_kernels
 from psmc.codegen.paste import KIT, POINTWISE_KIT, Pasted, imports, paste
 from psmc.codegen.pointwise import print_kernels
 from psmc.codegen.render import render
+from psmc.codegen.specialise import names_read
 from psmc.codegen.torch_code import function_sources, join, taps
 from psmc.codegen.tree_code import print_tree_kernels
 from psmc.diagnostics import fail
@@ -25,6 +26,7 @@ from psmc.plan.pointwise import PointwisePlan
 from psmc.plan.tree import TreePlan
 from psmc.structure.report import Structure
 
+_CONTENTS = "(sections)"
 _LAWS = (("associativity", "associative"), ("identity", "identity element"))
 
 
@@ -42,10 +44,9 @@ def emit(
     if plan.name == "chunked":
         more = ("kit_chunk_views", "kit_chunk_layer", "kit_chunk_kernels") if matrices else ()
         files = (*KIT[:-2], "kit_cut", "kit_decay", "kit_chunk", *more, "kit_layers", *KIT[-2:])
-    pasted = paste(files)
     sources, layers = function_sources(agg, live), ""
     if plan.name == "chunked" and structure is not None:
-        found, layers = print_layers(agg, structure, print_fused(agg, structure))
+        found, layers = print_layers(agg, structure)
         sources += found
     functions = join(sources)
     spec_text = show(declared).strip()
@@ -54,9 +55,19 @@ def emit(
         for n in ("lift", "combine", "advance", "recurrence", "output", "identity", "start")
         if f"def {n}(" in functions
     ]
+    rules = ", ".join(
+        [
+            *(f"{n}={n}" for n in names),
+            *(["layered=run_layers", "layers=LAYERS", "readout=readout"] if layers else []),
+            *(["matrices=ChunkKernels(CHUNK_KERNELS)", "stepped=step_layers"] if matrices else []),
+        ]
+    )
+    written = "\n".join((functions, kernels, layers, f"dict({rules})"))
+    roots = {"Aggregator", "Spec", "Slot", "Values", *names_read(ast.parse(written))}
+    pasted = paste(files, frozenset(roots), _never(agg, plan, names, layers, matrices))
     runtime = pasted.body
     digest = hashlib.sha256("\n".join((spec_text, functions, kernels, runtime, repr(plan))).encode()).hexdigest()[:16]
-    extra = ["math"] if "math." in functions + kernels else []
+    used = names_read(ast.parse("\n".join((written, runtime)))) | {"SimpleNamespace", *(["Callable"] if extern else [])}
     public = agg.name
     _require_free(declared, pasted, "\n".join((functions, kernels, layers)))
     text = render(
@@ -65,24 +76,51 @@ def emit(
         spec=_docstring(spec_text),
         summary=[*_proof_lines(declared, proof), f"Plan: {plan.name}. " + "; ".join(plan.why) + "."],
         command=f"psmc compile {file}",
-        imports=imports(paste((*files, *_launching(plan))) if kernels and not matrices else pasted, extra),
+        imports=imports(paste((*files, *([] if matrices or not kernels else _launching(plan)))), used, ["math"]),
         public=public,
         mathematics=functions.strip() + "\n",
         kernels=kernels.strip(),
         runtime=runtime.strip() + "\n",
         border=_border(agg, digest, live),
-        rules=", ".join(
-            [
-                *(f"{n}={n}" for n in names),
-                *(["layered=run_layers", "layers=LAYERS", "readout=readout"] if layers else []),
-                *(["matrices=ChunkKernels(CHUNK_KERNELS)", "stepped=step_layers"] if matrices else []),
-            ]
-        ),
+        rules=rules,
         layers=layers,
         fold=plan.fold,
         extern=extern,
     )
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+    return _with_contents("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+
+
+def _with_contents(text: str) -> str:
+    """The module with a list of its sections, by line, in place of the mark."""
+    lines = text.splitlines()
+    found = [(at, line.removeprefix("# --- ")) for at, line in enumerate(lines, 1) if line.startswith("# --- ")]
+    mark = lines.index(_CONTENTS)
+    shown = [f"{at + len(found) - 1:5}  {_short(title)}" for at, title in found]
+    return "\n".join([*lines[:mark], *shown, *lines[mark + 1 :]]) + "\n"
+
+
+def _short(title: str) -> str:
+    head = title.split(". ")[0].rstrip(".")
+    return head if len(head) <= 110 else head[:110].rsplit(" ", 1)[0] + " ..."
+
+
+def _never(agg: Aggregator, plan: Plan, names: list[str], layers: str, matrices: bool) -> frozenset[str]:
+    """Conditions in the runtime that this spec never meets."""
+    outputs = (a.value for a in (*agg.output.lets, *agg.output.results))
+    return frozenset(
+        text
+        for met, texts in (
+            (plan.fold == "tree", ("fold == 'tree'", "self.fold == 'tree'", "self.fold_order == 'tree'")),
+            (bool(taps(agg)), ("spec.taps", "self.spec.taps", "self.extras")),
+            (any("level" in r.space or r.space == "prev" for r in refs(*outputs)), ("spec.previous", "spec.levels")),
+            (bool(layers), ("hasattr(rules, 'layers')",)),
+            (matrices, ("hasattr(self.rules, 'matrices')", "hasattr(self.rules, 'stepped')")),
+            ("recurrence" in names, ("hasattr(rules, 'recurrence')",)),
+            (isinstance(agg.combine, Extern), ("hasattr(rules, 'extern')", "hasattr(self.rules, 'extern')")),
+        )
+        if not met
+        for text in texts
+    )
 
 
 def _require_free(declared: Aggregator, pasted: Pasted, code: str) -> None:
@@ -108,7 +146,7 @@ def _kernels(agg: Aggregator, structure: Structure | None, plan: Plan) -> str:
     if structure is not None and isinstance(plan, PointwisePlan):
         return print_kernels(agg, structure, plan)
     if structure is not None and plan.name == "chunked":
-        return print_chunk_kernels(agg, structure)
+        return print_chunk_kernels(structure)
     return ""
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from psmc.codegen.specialise import Part, answered, names_read, reachable
+
 _RUNTIME = Path(__file__).resolve().parent.parent / "runtime"
 # In the order of their use; `tree` files only where a tree is the meaning of the spec or its state.
 KIT = (
@@ -37,36 +39,49 @@ class Pasted:
 
 
 @cache
-def paste(files: tuple[str, ...] = KIT) -> Pasted:
-    """The files as one namespace. Asserts that no top-level name is defined twice."""
+def paste(
+    files: tuple[str, ...] = KIT, roots: frozenset[str] | None = None, false: frozenset[str] = frozenset()
+) -> Pasted:
+    """The files as one namespace. Asserts that no top-level name is defined twice.
+
+    `roots`: names that are wanted, with all that they need (None: everything); `false`: conditions that never hold.
+    """
     plain: set[str] = set()
     names: dict[str, set[str]] = {}
-    bodies: list[str] = []
+    parts: list[Part] = []
+    titles: dict[str, str] = {}
     defined: set[str] = set()
     for name in files:
-        text = (_RUNTIME / f"{name}.py").read_text(encoding="utf-8")
-        tree = ast.parse(text)
+        text = answered((_RUNTIME / f"{name}.py").read_text(encoding="utf-8"), false)
+        tree, lines = ast.parse(text), text.splitlines()
+        doc = ast.get_docstring(tree) or name
+        titles[name] = doc.split("\n\n")[0].replace("\n", " ")
         last = 0
         for node in tree.body:
+            end = node.end_lineno or node.lineno
             if isinstance(node, ast.Import):
                 plain |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 if node.module != "__future__" and not (node.module or "").startswith("psmc"):
                     names.setdefault(node.module or "", set()).update(alias.name for alias in node.names)
             elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-                here = set(_defined(node))
+                here = frozenset(_defined(node))
                 assert not here & defined, f"{name}: {sorted(here & defined)} defined twice"
                 defined |= here
-                continue
-            last = node.end_lineno or last
-        doc = ast.get_docstring(tree) or name
-        title = doc.split("\n\n")[0].replace("\n", " ")
-        bodies.append(f"# {'-' * 3} {title}\n" + "\n".join(text.splitlines()[last:]).rstrip() + "\n")
+                parts.append(Part(name, "\n".join(lines[last:end]) + "\n", here, names_read(node)))
+            last = end
+    if roots is not None:
+        parts = reachable(parts, roots)
+    bodies = []
+    for name in files:
+        here_text = "".join(p.text for p in parts if p.file == name)
+        if here_text:
+            bodies.append(f"# {'-' * 3} {titles[name]}\n" + here_text.rstrip() + "\n")
     return Pasted(
         frozenset(plain),
         tuple(sorted((m, frozenset(n)) for m, n in names.items())),
         "\n\n".join(bodies),
-        frozenset(defined),
+        frozenset(x for p in parts for x in p.defines),
     )
 
 
@@ -81,10 +96,14 @@ def _defined(node: ast.stmt) -> Iterable[str]:
             yield name
 
 
-def imports(pasted: Pasted, plain: Iterable[str] = ()) -> str:
-    """The import block, standard library first, sorted."""
-    lines = [(module, f"import {module}") for module in pasted.plain | set(plain)]
-    lines += [(module, f"from {module} import {', '.join(sorted(names))}") for module, names in pasted.names]
+def imports(pasted: Pasted, used: frozenset[str] | None = None, plain: Iterable[str] = ()) -> str:
+    """The import block, standard library first, sorted. `used`: the names that the module reads (None: all)."""
+    whole = {m for m in pasted.plain | set(plain) if used is None or m.split(".")[0] in used}
+    lines = [(module, f"import {module}") for module in whole]
+    for module, names in pasted.names:
+        wanted = sorted(names if used is None else names & used)
+        if wanted:
+            lines.append((module, f"from {module} import {', '.join(wanted)}"))
     standard = sorted(text for module, text in lines if module.split(".")[0] != "torch")
     ours = sorted(text for module, text in lines if module.split(".")[0] == "torch")
     return "\n".join(sorted(standard, key=_order)) + "\n\n" + "\n".join(sorted(ours, key=_order))

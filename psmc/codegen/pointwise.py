@@ -29,7 +29,7 @@ def print_kernels(agg: Aggregator, structure: Structure, plan: PointwisePlan) ->
     texts.append(render("pointwise_segments.py.j2", **_segments(one, tensors)))
     texts.append(render("pointwise_backward.py.j2", **_backward(one, tensors)))
     texts.append(render("pointwise_step.py.j2", **_step(one, tensors)))
-    texts += [paste(POINTWISE_KIT).body, table(plan, tensors)]
+    texts += [paste(POINTWISE_KIT, frozenset({"PointwiseKernels"})).body, table(plan, tensors)]
     return "\n\n".join(_tidy(t) for t in texts) + "\n"
 
 

@@ -88,7 +88,8 @@ def print_tree_kernels(agg: Aggregator, plan: TreePlan) -> str:
     texts = [render("tree_lane.py.j2", functions=[*helper_texts(shown), *(f.text for f in shown)], **shared)]
     texts.append(render("tree_forward.py.j2", **shared, **forward))
     texts.append(render("tree_backward.py.j2", **shared, **backward))
-    texts += [paste(("kit_lanes", "kit_tree_kernels")).body, _table(agg, plan, found, slots, {**read, **table})]
+    pasted = paste(("kit_lanes", "kit_tree_kernels"), frozenset({"TreeKernels"}))
+    texts += [pasted.body, _table(agg, plan, found, slots, {**read, **table})]
     return "\n\n".join(_tidy(t) for t in texts) + "\n"
 
 

@@ -40,6 +40,8 @@ def tap_tokens(
 
 def tap_token(spec: Spec, call: Call, state: Tails | None) -> tuple[dict[str, Tensor], Tails]:
     """The same for one token."""
+    if not spec.taps:
+        return {}, {}
     lags: dict[str, Tensor] = {}
     tails: Tails = {}
     for name, longest in spec.taps.items():
