@@ -146,9 +146,9 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "PSM304": ("identity element neither proved nor refuted", "e∘x = x and x∘e = x are proved like the claim itself."),
     "PSM401": (
-        "recurrence that is not affine",
-        "A recurrence is lifted to a scan if it is affine in the state, in (+, *), (max, +), (min, +) or "
-        "(logaddexp, +).",
+        "recurrence that cannot be lifted",
+        "A recurrence is lifted to a scan if its maps compose to maps of the same form: affine in a semiring, "
+        "fractional-linear, with a floor and a ceiling, or of a finite set; docs/language.md lists them.",
     ),
     "PSM402": ("recurrence on several indices", "A transition mixes the entries of a state along one index only."),
     "PSM403": (
