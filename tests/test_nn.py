@@ -255,6 +255,17 @@ def test_what_decoding_holds():
     assert sum(calls) < 2 * 300 and not any(calls[::2])
 
 
+def test_a_prefilled_state_holds_no_more():
+    """Not the storage of what it was computed from: as many bytes as after decoding the same tokens."""
+    model = made(2)
+    tokens = torch.randn(1, 2 * 89, 3, dtype=DOUBLE)
+    with torch.no_grad():
+        prefilled, decoded = model.prefill(tokens)[1], decode(model, tokens)[1]
+    assert state_bytes(prefilled) == state_bytes(decoded)
+    stored = {x.data_ptr(): x.untyped_storage().nbytes() for x in prefilled.values()}
+    assert sum(stored.values()) == state_bytes(prefilled)
+
+
 def test_recomputing_gives_the_same_gradients():
     tokens = draw(3, 41)
     found = []

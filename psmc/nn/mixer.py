@@ -136,7 +136,7 @@ class ScanMixer(nn.Module):
         if self.conv:
             raw = z[..., : self.mixed]
             padded = F.pad(raw, (0, 0, self.conv - 1, 0))
-            tail = padded[:, padded.shape[1] - self.conv + 1 :]
+            tail = padded[:, padded.shape[1] - self.conv + 1 :].clone() if keep else None
             mixed = F.conv1d(padded.transpose(1, 2), self.kernel, groups=self.mixed).transpose(1, 2)
             z = torch.cat([F.silu(mixed), z[..., self.mixed :]], -1)
         inputs, params = self._inputs(z), self._params()

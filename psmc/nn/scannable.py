@@ -83,7 +83,7 @@ class PrefixScannable(nn.Module):
         if leaves is not None and self.plan == "tree":
             rows, after = tree_scan(self._merge, leaves, recompute=self.recompute)
             assert after is not None
-            counter = after
+            counter = _alone(after)
         elif leaves is not None:
             each = []
             for i in range(full):
@@ -265,6 +265,15 @@ class PrefixScannable(nn.Module):
     def _identity(self, batch: int) -> Node:
         found = {n: getattr(self, f"identity_{n}") for n in self._names}
         return {n: x.unsqueeze(0).expand(batch, *x.shape) for n, x in found.items()}
+
+
+def _alone(counter: Node) -> Node:
+    """A counter that does not hold the memory of the trees it was cut from; the largest tree is its own fold."""
+    kept = {k: x if k == "position" else x.clone() for k, x in counter.items()}
+    levels = [int(k.rpartition(".")[2]) for k in kept if k != "position"]
+    top = f".{max(levels, default=0)}"
+    roots = {k: x for k, x in kept.items() if k.endswith(f".root{top}")}
+    return kept | {k.removesuffix(f".root{top}") + f".fold{top}": x for k, x in roots.items()}
 
 
 def counter_part(counter: Node, rows: list[int]) -> Node:
