@@ -9,6 +9,7 @@ import re
 
 from psmc.algebra.verdict import Proof, Proved, Refuted, Unknown, Verdict
 from psmc.codegen.chunk_code import print_layers
+from psmc.codegen.chunk_factors import print_fused
 from psmc.codegen.chunk_kernels import print_chunk_kernels
 from psmc.codegen.paste import KIT, POINTWISE_KIT, Pasted, imports, paste
 from psmc.codegen.pointwise import print_kernels
@@ -18,7 +19,7 @@ from psmc.codegen.torch_code import function_sources, join, taps
 from psmc.codegen.tree_code import print_tree_kernels
 from psmc.diagnostics import fail
 from psmc.ir import Aggregator, Extern, Interval, Tensor
-from psmc.ir.query import nearest_float
+from psmc.ir.query import level_dims, nearest_float
 from psmc.ir.rewrite import refs
 from psmc.ir.text import show
 from psmc.plan.base import Plan
@@ -46,7 +47,7 @@ def emit(
         files = (*KIT[:-2], "kit_cut", "kit_decay", "kit_chunk", *more, "kit_layers", *KIT[-2:])
     sources, layers = function_sources(agg, live), ""
     if plan.name == "chunked" and structure is not None:
-        found, layers = print_layers(agg, structure)
+        found, layers = print_layers(agg, structure, print_fused(agg, structure))
         sources += found
     functions = join(sources)
     spec_text = show(declared).strip()
@@ -146,7 +147,7 @@ def _kernels(agg: Aggregator, structure: Structure | None, plan: Plan) -> str:
     if structure is not None and isinstance(plan, PointwisePlan):
         return print_kernels(agg, structure, plan)
     if structure is not None and plan.name == "chunked":
-        return print_chunk_kernels(structure)
+        return print_chunk_kernels(agg, structure)
     return ""
 
 
@@ -183,7 +184,7 @@ def _border(agg: Aggregator, digest: str, live: tuple[str, ...]) -> str:
     """The `Spec(...)` literal."""
     outputs = tuple(Tensor(a.name, tuple(i.dim for i in a.indices), a.value.kind) for a in agg.output.results)
     values = (a.value for a in (*agg.output.lets, *agg.output.results))
-    previous = any(r.space == "prev" for r in refs(*values))
+    previous = any(r.space in ("prev", "prev_level") for r in refs(*values))
     rows = [
         ("name", repr(agg.name)),
         ("digest", repr(digest)),
@@ -197,6 +198,8 @@ def _border(agg: Aggregator, digest: str, live: tuple[str, ...]) -> str:
         ("taps", repr(dict(taps(agg)))),
         ("previous", repr(previous)),
     ]
+    if dims := level_dims(agg):
+        rows.append(("levels", repr(next(d.size for d in agg.dims if d.name == dims[0]))))
     return "Spec(\n" + "".join(f"    {key}={value},\n" for key, value in rows) + ")"
 
 
