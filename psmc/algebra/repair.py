@@ -1,7 +1,8 @@
 """The usual mistakes, undone one at a time: a repair is offered only if it proves.
 
-Tried in order: a component that forgets its left operand is carried on; operands of one component swapped; a rescale
-by a running maximum put in; one operand of one term exchanged. For an identity element: another one.
+Tried in order: a component that forgets its left operand is carried on; one that forgets its right operand takes it in;
+operands of one component swapped; a rescale by a running maximum, or by a component's decay, put in; one operand of one
+term exchanged; one sign. Then components that are missing (psmc/algebra/missing.py). For an identity element: another.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import reduce
+from itertools import chain, islice
 
 from psmc.algebra.laws import flat_combine
+from psmc.algebra.missing import declared, factors_of, missing
 from psmc.algebra.prover import prove, survives
 from psmc.algebra.verdict import Proof, Proved, Refuted
 from psmc.ir import Aggregator, Assign, Block, Component, Const, Expr, Eye, Index, Infinity, Op, Reduce, Ref
-from psmc.ir.rewrite import fresh, refs, transform, with_children
+from psmc.ir.rewrite import children, fresh, refs, rename, transform, with_children
 from psmc.ir.text import show_assign, show_expr
 
 MAX_FLIPS = 60
@@ -36,9 +40,9 @@ def repair(agg: Aggregator, proof: Proof, budget: float = 5.0) -> Repair | None:
         return None
     deadline = time.monotonic() + budget
     if isinstance(proof.associativity, Refuted):
-        candidates = rules(agg)
+        candidates: Iterator[Repair] = rules(agg)
     elif isinstance(proof.identity, Refuted):
-        candidates = identities(agg, proof.identity.counterexample.component)
+        candidates = chain(identities(agg, proof.identity.counterexample.component), rules(agg))
     else:
         return None
     for candidate in candidates:
@@ -65,6 +69,9 @@ def rules(agg: Aggregator) -> Iterator[Repair]:
         if not any(r.space == "left" and r.name == result.name for r in refs(result.value)):
             for value in _carried(agg.component(result.name)):
                 yield changed(result, value, f"'{result.name}' of the left element is never carried on")
+        elif not any(r.space == "right" and r.name == result.name for r in refs(result.value)):
+            value = Op("add", (result.value, _operands(agg.component(result.name))[1]))
+            yield changed(result, _at(agg, result, value), f"'{result.name}' of the right element is never taken in")
     for result in order:
         yield changed(result, _swapped(result.value), f"the operands of '{result.name}' are in the wrong order")
     for scale in rule.results:
@@ -73,23 +80,38 @@ def rules(agg: Aggregator) -> Iterator[Repair]:
             names = ", ".join(f"'{n}'" for n in values)
             yield _changed(agg, rule, values, f"the old scale of {names} is forgotten", scale)
     for result in order:
-        for count, value in enumerate(_flipped(result.value)):
-            if count >= MAX_FLIPS:
-                break
+        for name, value in _decayed(agg, result):
+            yield changed(result, value, f"'{result.name}' of the left element is not scaled by '{name}'")
+    for result in order:
+        for value in islice(_flipped(result.value), MAX_FLIPS):
             yield changed(result, value, f"'{result.name}' reads the wrong operand in one place")
+    for result in order:
+        for value in islice(_signs(result.value), MAX_FLIPS):
+            yield changed(result, value, f"'{result.name}' has a wrong sign")
+    for added in missing(agg, rule):
+        yield Repair(*added)
 
 
 def _changed(
     agg: Aggregator, rule: Block, values: Mapping[str, Expr], why: str, named: Assign | None = None
 ) -> Repair:  # fmt: skip
-    """The spec with other values of some components; in the text, the value of `named` reads as its name."""
+    """The spec with other values of some components; in the text, the value of `named` reads as its name, where that
+    was assigned before."""
+    earlier = named is not None and all(_begins(agg, named.name) < _begins(agg, n) for n in values)
 
     def short(node: Expr) -> Expr | None:
-        return Ref("let", named.name, named.indices) if named is not None and node == named.value else None
+        return Ref("let", named.name, named.indices) if named is not None and earlier and node == named.value else None
 
     results = tuple(replace(r, value=values.get(r.name, r.value)) for r in rule.results)
     text = "; ".join(show_assign(replace(r, value=transform(r.value, short))) for r in results if r.name in values)
     return Repair(replace(agg, combine=Block(results=results)), text, why)
+
+
+def _begins(agg: Aggregator, name: str) -> int:
+    """Where a component's statement stands in the combine; an unknown place is taken for a good one."""
+    span = agg.where(f"combine {name}")
+    position = [r.name for r in flat_combine(agg).results].index(name)
+    return position if span is None else span.start
 
 
 def identities(agg: Aggregator, name: str) -> Iterator[Repair]:
@@ -103,12 +125,8 @@ def identities(agg: Aggregator, name: str) -> Iterator[Repair]:
         new = replace(component, identity=replace(component.identity, value=value))
         state = tuple(new if c.name == name else c for c in agg.state)
         shown = "eye" if isinstance(value, Eye) else show_expr(value)
-        text = f"{name}{_dims(component)} = {shown}"
+        text = f"{declared(component)} = {shown}"
         yield Repair(replace(agg, state=state), text, f"{shown} is the identity of '{name}'")
-
-
-def _dims(component: Component) -> str:
-    return f"[{', '.join(component.dims)}]" if component.dims else ""
 
 
 def _operands(component: Component) -> tuple[Ref, Ref]:
@@ -148,6 +166,38 @@ def _other_side(ref: Ref) -> Ref:
     return ref
 
 
+def _at(agg: Aggregator, result: Assign, value: Expr) -> Expr:
+    """`value` with the identity's indices as the result's."""
+    old = agg.component(result.name).identity.indices
+    return rename(value, dict(zip(old, result.indices, strict=True)))
+
+
+def _decayed(agg: Aggregator, result: Assign) -> Iterator[tuple[str, Expr]]:
+    """Every read of the left element's own component times another component of the right one."""
+    for other in agg.state:
+        if other.name == result.name or not set(other.dims) <= {i.dim for i in result.indices}:
+            continue
+        indices = tuple(next(i for i in result.indices if i.dim == d) for d in other.dims)
+        factor = Ref("right", other.name, indices, other.kind)
+
+        def scaled(node: Expr, factor: Expr = factor) -> Expr | None:
+            own = isinstance(node, Ref) and node.space == "left" and node.name == result.name
+            return Op("mul", (factor, node)) if own else None
+
+        value = transform(result.value, scaled)
+        if value != result.value:
+            yield other.name, value
+
+
+def _signs(expr: Expr) -> Iterator[Expr]:
+    """All trees with one sign turned."""
+    if isinstance(expr, Op) and expr.op == "neg":
+        yield expr.args[0]
+    if isinstance(expr, Op) and expr.op in ("add", "sub"):
+        yield Op("sub" if expr.op == "add" else "add", expr.args)
+    yield from _one_part(expr, _signs)
+
+
 def _rescaled(rule: Block, scale: Assign) -> dict[str, Expr]:
     """With m = max(x, y): reads of the left element times exp(x - m), of the right times exp(y - m), if not so yet."""
     new = scale.value
@@ -156,18 +206,20 @@ def _rescaled(rule: Block, scale: Assign) -> dict[str, Expr]:
     pairs = zip(("left", "right"), new.args, strict=True)
     factors = {side: Op("exp", (Op("sub", (arg, new)),)) for side, arg in pairs}
 
-    def scaled(node: Expr) -> Expr | None:
-        if isinstance(node, Ref) and node.space in factors and node.name in names:
-            return Op("mul", (node, factors[node.space]))
-        if isinstance(node, Op) and node.op == "mul" and isinstance(node.args[0], Op) and node.args[0].op == "mul":
-            inner = node.args[0]
-            if inner.args[1] == node.args[1] and node.args[1] in factors.values():
-                return inner  # it was rescaled already
-        return None
+    def scaled(node: Expr) -> Expr:
+        own = factors_of(node)
+        out: list[Expr] = []
+        for factor in own:
+            if isinstance(factor, Ref):
+                scale = factors.get(factor.space) if factor.name in names else None
+                out += [factor] if scale is None or scale in own else [factor, scale]
+            else:
+                out.append(factor if factor in factors.values() else with_children(factor, scaled))
+        return node if out == own else reduce(lambda x, y: Op("mul", (x, y)), out)
 
     read = {ref.name for ref in refs(new)}
     names = {r.name for r in rule.results if r.name not in read and set(scale.indices) <= set(r.indices)}
-    values = {r.name: transform(r.value, scaled) for r in rule.results if r.name in names}
+    values = {r.name: scaled(r.value) for r in rule.results if r.name in names}
     return {r.name: values[r.name] for r in rule.results if r.name in values and values[r.name] != r.value}
 
 
@@ -176,11 +228,18 @@ def _flipped(expr: Expr) -> Iterator[Expr]:
     if isinstance(expr, Ref) and expr.space in ("left", "right"):
         yield _other_side(expr)
         return
-    parts: list[Expr] = []
-    with_children(expr, lambda child: parts.append(child) or child)  # type: ignore[func-returns-value]
+    yield from _one_part(expr, _flipped)
+
+
+def _one_part(expr: Expr, change: Callable[[Expr], Iterator[Expr]]) -> Iterator[Expr]:
+    """All trees with one direct part changed."""
+    parts = children(expr)
     for k, part in enumerate(parts):
-        for new in _flipped(part):
-            yield with_children(expr, _in_turn([*parts[:k], new, *parts[k + 1 :]]))
+        for new in change(part):
+            try:
+                yield with_children(expr, _in_turn([*parts[:k], new, *parts[k + 1 :]]))
+            except TypeError:  # the kinds no longer fit
+                continue
 
 
 def _in_turn(values: list[Expr]) -> Callable[[Expr], Expr]:
