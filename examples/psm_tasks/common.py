@@ -99,9 +99,9 @@ class Training:
         return min(1.0, max(self.step / self.options.steps, self.seconds / (60 * self.options.minutes)))
 
     def rate(self) -> float:
-        """Warm-up over the first 2 %, a constant rate, then down to 0 over the last 40 %."""
+        """Warm-up over the first 10 %, a constant rate, then down to 0 over the last 40 %."""
         done = self.done()
-        return self.options.rate * min(1.0, (done + 1e-3) / 0.02, (1 - done) / 0.4)
+        return self.options.rate * min(1.0, (done + 1e-3) / 0.1, (1 - done) / 0.4)
 
     def run(self, batch: Callable[[int], Tensor], evaluate: Callable[[], Score], every: int) -> None:
         """Until the budget is used. `evaluate` runs every so many steps and at the end, off the clock."""
