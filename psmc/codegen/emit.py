@@ -115,8 +115,9 @@ def _never(agg: Aggregator, plan: Plan, names: list[str], layers: str, matrices:
             (bool(taps(agg)), ("spec.taps", "self.spec.taps", "self.extras")),
             (any("level" in r.space or r.space == "prev" for r in refs(*outputs)), ("spec.previous", "spec.levels")),
             (bool(layers), ("hasattr(rules, 'layers')",)),
-            (matrices, ("hasattr(self.rules, 'matrices')", "hasattr(self.rules, 'stepped')")),
-            ("recurrence" in names, ("hasattr(rules, 'recurrence')",)),
+            (matrices, ("hasattr(self.rules, 'matrices')", "hasattr(self.rules, 'stepped')", "lazily")),
+            ("recurrence" in names, ("hasattr(rules, 'recurrence')", "sequences")),
+            (plan.fold == "left", ("left",)),
             (isinstance(agg.combine, Extern), ("hasattr(rules, 'extern')", "hasattr(self.rules, 'extern')")),
         )
         if not met
