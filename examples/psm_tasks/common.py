@@ -59,6 +59,10 @@ def prepare(options: argparse.Namespace) -> torch.device:
     options.out.mkdir(parents=True, exist_ok=True)
     if name.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if options.compile:  # a graph for each length
+        import torch._dynamo
+
+        torch._dynamo.config.cache_size_limit = 64
     return torch.device(name)
 
 

@@ -34,7 +34,7 @@ def draw_tree(length: int) -> str:
         for n, row in enumerate(rows):
             lines.append((f"level {number}" if n == 0 else "").ljust(12) + "".join(row))
     count = sum(len(level) for level in schedule.levels)
-    return "\n".join([*lines, f"{count} combines in {len(schedule.levels)} calls"])
+    return "\n".join([*(line.rstrip() for line in lines), f"{count} combines in {len(schedule.levels)} calls"])
 
 
 def draw_counter(length: int) -> str:
