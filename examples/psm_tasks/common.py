@@ -60,9 +60,9 @@ def prepare(options: argparse.Namespace) -> torch.device:
     if name.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if options.compile:  # a graph for each length
-        import torch._dynamo
+        from torch._dynamo import config
 
-        torch._dynamo.config.cache_size_limit = 64
+        config.cache_size_limit = 64
     return torch.device(name)
 
 
