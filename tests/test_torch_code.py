@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,12 +41,14 @@ from psmc.ir import (
     Ref,
 )
 from psmc.ir import Tensor as Declared
+from psmc.ir.query import level_dims
 from psmc.reference import Env, run
 from psmc.source import SourceFile
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.psm"))
-SPACES = {"x": "input", "p": "param", "l": "left", "r": "right", "s": "state", "prev": "prev"}
+SPACES = {"x": "input", "p": "param", "l": "left", "r": "right", "s": "state", "prev": "prev", "at": "level",
+          "prev_at": "prev_level"}  # fmt: skip
 SIZES = {"K": 3, "V": 2, "D": 4, "N": 3, "R": 2, "M": 5}
 
 
@@ -208,6 +211,9 @@ def call(
     spaces = {"x": agg.leaf_inputs, "p": agg.params, **{n: parts for n in ("l", "r", "s", "prev")}}
     signatures = {"lift": "x p", "combine": "l r p", "recurrence": "prev x p", "output": "s prev x p"}
     names = signatures[function].split()
+    if function == "output" and (levels := level_dims(agg)):
+        spaces |= {n: [replace(c, dims=(*levels, *c.dims)) for c in parts] for n in ("at", "prev_at")}
+        names += ["at", "prev_at"]
     block = {"lift": agg.leaf, "combine": agg.combine, "recurrence": agg.recurrence, "output": agg.output}[function]
     assert isinstance(block, Block)
     spread: dict[str, SimpleNamespace] = {}
@@ -223,7 +229,8 @@ def call(
                 setattr(spread[name], f"{declared.name}_lag{lag}" if lag else declared.name, value)
                 env[SPACES[name], declared.name, lag] = value
     printed = load(print_functions(agg, tuple(c.name for c in agg.state)))[function]
-    got = printed(*(spread[n] for n in names), SimpleNamespace(**sizes))
+    levels_last = [spread[n] for n in names if n in ("at", "prev_at")]
+    got = printed(*(spread[n] for n in signatures[function].split()), SimpleNamespace(**sizes), *levels_last)
     return got, run(block, Env(env, sizes, dtype, device)), [v for v in env.values() if v.requires_grad]
 
 

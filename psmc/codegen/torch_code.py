@@ -16,13 +16,17 @@ from psmc.codegen.linearise import Axes, Step, fresh, linearise
 from psmc.codegen.torch_expr import ExprPrinter, lagged, slot
 from psmc.codegen.torch_ops import ATOM, HELPERS, SUM
 from psmc.codegen.torch_value import Like, Printed
-from psmc.ir import Aggregator, Assign, Block, Kind, Ref
+from psmc.derive.names import declared_names, fresh_name
+from psmc.ir import Aggregator, Assign, Block, Expr, Kind, Ref
 from psmc.ir.query import level_dims, restrict, taps
-from psmc.ir.rewrite import refs, transform
+from psmc.ir.rewrite import inline, map_values, refs, transform
+from psmc.structure.attention import attentions
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LINE = 100  # characters of a right-hand side
-RESERVED = frozenset({"torch", "math", "max", "min", "abs", "int", "complex", "like", "prev", "at", "prev_at", *"xplrsn"})
+RESERVED = frozenset(
+    {"torch", "math", "max", "min", "abs", "int", "complex", "like", "prev", "at", "prev_at", *"xplrsn"}
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def print_lift(agg: Aggregator) -> Source:
 def print_combine(agg: Aggregator) -> Source:
     """Two elements to an element; of all components."""
     assert isinstance(agg.combine, Block)
-    return print_block(agg, agg.combine, Signature("combine", "l, r, p, n", _components(agg, "r")))
+    return print_rule(agg, agg.combine, Signature("combine", "l, r, p, n", _components(agg, "r")))
 
 
 def print_advance(agg: Aggregator, live: tuple[str, ...]) -> Source:
@@ -59,7 +63,7 @@ def print_advance(agg: Aggregator, live: tuple[str, ...]) -> Source:
     block = restrict(agg.combine, live)
     read = {r.name for a in (*block.lets, *block.results) for r in refs(a.value) if r.space == "left"}
     assert read <= set(live), f"{agg.name}: {sorted(read - set(live))} are read of l but not live"
-    return print_block(agg, block, Signature("advance", "l, r, p, n", _components(agg, "r")))
+    return print_rule(agg, block, Signature("advance", "l, r, p, n", _components(agg, "r")))
 
 
 def print_recurrence(agg: Aggregator) -> Source:
@@ -106,6 +110,35 @@ def join(sources: Sequence[Source]) -> str:
     """Helpers first, then the functions."""
     used = frozenset().union(*(s.helpers for s in sources))
     return "\n\n".join([*(text for name, text in HELPERS.items() if name in used), *(s.text for s in sources)])
+
+
+def print_rule(agg: Aggregator, block: Block, signature: Signature) -> Source:
+    """A combine. What of it is softmax attention is one call on operands that a function of their own computes."""
+    found = attentions(inline(block))
+    if not found:
+        return print_block(agg, block, signature)
+    taken = declared_names(agg)
+    given: dict[Expr, Ref] = {}
+    operands: list[Assign] = []
+    calls = []
+    for part in found:
+        name = fresh_name("attended", taken)
+        given[part.node] = Ref("input", name, part.indices)
+        groups = []
+        for base, group in (("query", (part.query,)), ("keys", part.keys), ("values", part.values)):
+            named = [replace(a, name=fresh_name(base, taken)) for a in group]
+            operands += named
+            groups.append(", ".join(f'a["{a.name}"]' for a in named))
+        calls.append(f"    {name} = _attention({groups[0]}, [{groups[1]}], [{groups[2]}])")
+    parts = replace(signature, name=f"{signature.name}_operands")
+    first = print_block(agg, Block(results=tuple(operands)), parts)
+    whole = map_values(inline(block), lambda e: transform(e, given.get))
+    text = print_block(agg, whole, signature)
+    head, body = text.text.split("\n", 1)
+    for ref in given.values():  # what a combine reads of no namespace
+        body = re.sub(rf"\bx\.{ref.name}\b", ref.name, body)
+    lines = [head, f"    a = {parts.name}({parts.parameters})", *calls, body]
+    return Source(f"{first.text}\n\n" + "\n".join(lines), first.helpers | text.helpers | {"_attention"})
 
 
 def print_block(agg: Aggregator, block: Block, signature: Signature) -> Source:

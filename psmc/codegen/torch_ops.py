@@ -112,6 +112,16 @@ CONSTANT_REDUCTIONS: dict[str, Row] = {
 }
 
 HELPERS: dict[str, str] = {
+    "_attention": '''\
+def _attention(query, keys, values):
+    """softmax(query keysᵀ) values over several sets of tokens at once, [..., tokens, width] each: one call of torch,
+    which keeps no scores where it has a kernel."""
+    lead = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, *keys, *values)))
+    sides = [torch.cat([x.expand(*lead, *x.shape[-2:]) for x in part], -2) for part in ((query,), keys, values)]
+    q, k, v = (x.reshape(-1, 1, *x.shape[-2:]) for x in sides)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+    return out.reshape(*lead, *out.shape[-2:])
+''',
     "_exp_sum": '''\
 def _exp_sum(first, *rest):
     """exp(first + ...); 0 with gradient 0 where a term is -inf, whatever the others are."""

@@ -19,7 +19,7 @@ def choose(agg: Aggregator, structure: Structure | None) -> Plan:
     fallback = general(agg)
     if fallback.fold == "tree":
         reason = tree.licensed(agg)
-        return tree.plan(agg) if reason is None else replace(fallback, refused=(("tree kernels", reason),))
+        return tree.plan(agg) if reason is None else tree.in_torch(agg, fallback, reason)
     if structure is None or fallback.fold != "scan":
         return fallback
     refused: list[tuple[str, str]] = []

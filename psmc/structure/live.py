@@ -80,7 +80,8 @@ def lanes(agg: Aggregator, element: tuple[str, ...]) -> tuple[str, ...]:
     bound = bound_dims(definitions)
     for definition in definitions:  # a literal or gathered position picks within the dim
         for ref in refs(definition.value):
-            bound |= {d for d, s in zip(tensors[ref.name], ref.subs["level" in ref.space :], strict=True) if not isinstance(s, Index)}
+            subs = ref.subs["level" in ref.space :]  # the first one of those is no dim of the tensor
+            bound |= {d for d, s in zip(tensors[ref.name], subs, strict=True) if not isinstance(s, Index)}
     whole = [agg.component(n).dims for n in element]
     whole += [tuple(i.dim for i in a.indices) for a in agg.output.results]
     found = [d.name for d in agg.dims if d.name not in bound and all(w.count(d.name) == 1 for w in whole)]
