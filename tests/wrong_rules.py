@@ -100,16 +100,18 @@ def wrong_at(agg: Aggregator, seed: int) -> bool:
         return False
     clear = torch.zeros(POINTS, dtype=torch.bool)
     calm = torch.ones(POINTS, dtype=torch.bool)
-    for name in left:
-        x, y = (flat(side[name]) for side in (left, right))
+    for component in agg.state:
+        name, rank = component.name, len(component.dims)
+        x, y = (flat(side[name], rank) for side in (left, right))
         clear |= ((x - y).abs() > _CLEAR * (1 + x.abs() + y.abs())).any(1)
         for side in (ab, bc, left, right):
-            calm &= (flat(side[name]).abs() < _LARGE).all(1)  # NaN is not
+            calm &= (flat(side[name], rank).abs() < _LARGE).all(1)  # NaN is not
     return bool((clear & calm).any())
 
 
-def flat(x: Tensor) -> Tensor:
-    return x.expand(POINTS, *x.shape[1:]).reshape(POINTS, -1).to(torch.complex128 if x.is_complex() else torch.float64)
+def flat(x: Tensor, rank: int) -> Tensor:
+    """`[POINTS, entries]`; what does not depend on the operands has no leading axis."""
+    return x.expand(POINTS, *x.shape[x.dim() - rank :]).reshape(POINTS, -1).to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def combined(
