@@ -39,7 +39,7 @@ def parser(
     machine = made.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto: cuda where there is one, else cpu")
     machine.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                         help="bf16 runs under autocast; auto: bf16 on cuda, fp32 on cpu")  # fmt: skip
+                         help="bf16 is autocast; auto: bf16 on cuda, fp32 on cpu (default: %(default)s)")  # fmt: skip
     machine.add_argument("--compile", action="store_true", help="torch.compile the training forward")
     machine.add_argument("--threads", type=int, default=0, help="CPU threads (default: half the cores)")
     files = made.add_argument_group("files")
