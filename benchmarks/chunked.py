@@ -2,7 +2,9 @@
 
     python benchmarks/chunked.py --out benchmarks/results/chunked.json [--peers] [--specs gla,mamba2] [--quick]
     python benchmarks/chunked.py --candidates [--decays 0,1,2] [--seconds 150]   # block sizes, checked, then timed
-    python benchmarks/chunked.py --kernels                                       # the kernels alone, without the spec
+    python benchmarks/chunked.py --kernels [--quick]                             # the kernels alone, without the spec
+    python benchmarks/chunked.py --accuracy [--quick]                            # errors against fp64
+    python benchmarks/chunked.py --traffic                                       # launches and bytes, without a GPU
 
 fla has to be told FLA_DISABLE_BACKEND_DISPATCH=1; this script does.
 """
@@ -28,8 +30,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from chunk_cases import Data, kernels, one_tile, table  # noqa: E402
 
 import psmc  # noqa: E402
+from benchmarks.chunk_traffic import rows as traffic_rows  # noqa: E402
 from benchmarks.measure import copy_bandwidth, first_call, median_ms, show, with_gradients, write  # noqa: E402
 from psmc.plan.chunked_kernels import ChunkTile, tiles  # noqa: E402
+from psmc.runtime.kit_chunk_kernels import ChunkKernels  # noqa: E402
+from psmc.runtime.kit_chunk_views import ChunkCall  # noqa: E402
 
 SHAPES = [(8, 4096, 16, 128, 128), (1, 65536, 16, 128, 128), (4, 4096, 64, 128, 128), (8, 4096, 32, 64, 64),
           (1, 8192, 96, 128, 128)]  # fmt: skip
@@ -203,38 +208,43 @@ def spec_rows(
 # --- block sizes
 
 
-def grid_of(kernel: str, key: int) -> Iterator[ChunkTile]:
-    """The shipped tile, and a handful of others; (tokens, values, warps, stages)."""
-    shipped = next(t for k, s, limit, t in tiles(False).rows if k == kernel and s == 2 and key <= limit)
-    yield shipped
+def grid_of(kernel: str, key: int, wide: bool) -> Iterator[ChunkTile]:
+    """The shipped tile, and a handful of others; (tokens, values, keys or 0: all, warps, stages)."""
+    yield next(t for k, s, limit, t in tiles(wide).rows if k == kernel and s == 2 and key <= limit)
     choices = {
-        "forward": [(64, 64, 8, 1), (64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 64, 4, 3), (64, 32, 4, 2),
-                    (64, 128, 8, 1), (128, 64, 8, 1)],
-        "states": [(64, 64, 4, 1), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 3)],
-        "gradients": [(64, 32, 8, 1), (64, 64, 4, 1), (64, 128, 8, 1), (64, 64, 8, 2), (64, 32, 4, 1), (32, 64, 4, 1),
-                      (32, 128, 8, 1)],
-        "pairs": [(64, 64, 1, 1), (64, 64, 2, 1), (64, 64, 4, 1), (32, 64, 2, 1)],
-        "inner": [(64, 64, 2, 1), (64, 64, 4, 1), (64, 64, 8, 1), (32, 64, 4, 1)],
+        "forward": [(64, 64, 0, 8, 1), (64, 64, 0, 8, 2), (64, 64, 0, 4, 1), (64, 64, 0, 4, 3), (64, 128, 0, 8, 2),
+                    (64, 128, 0, 8, 1), (64, 32, 0, 4, 2), (32, 64, 0, 4, 2), (32, 64, 0, 4, 3), (128, 64, 0, 8, 1)],
+        "states": [(64, 64, 64, 4, 1), (64, 64, 64, 4, 3), (64, 128, 64, 4, 2), (64, 64, 128, 4, 2),
+                   (64, 128, 64, 8, 2),
+                   (64, 128, 128, 8, 2), (64, 64, 64, 8, 2), (32, 64, 64, 4, 3)],
+        "gradients": [(64, 64, 64, 4, 1), (64, 64, 64, 8, 1), (64, 64, 64, 8, 2), (64, 32, 64, 8, 1), (64, 64, 0, 8, 1),
+                      (64, 32, 0, 8, 1), (64, 128, 64, 8, 1), (64, 64, 32, 4, 1), (32, 64, 64, 4, 1)],
+        "prepare": [(64, 64, 64, 4, 1), (64, 64, 64, 8, 1), (64, 64, 32, 4, 1), (64, 64, 0, 8, 1), (32, 64, 64, 4, 1)],
     }  # fmt: skip
-    for tokens, values, warps, stages in choices[kernel]:
-        keys = shipped.keys if kernel != "states" else 64
-        yield ChunkTile(tokens, values, keys, warps, stages)
-        if kernel == "states" and key > 64:
-            yield ChunkTile(tokens, values, 128, max(warps, 4), stages)
+    for tokens, values, keys, warps, stages in choices[kernel]:
+        yield ChunkTile(tokens, values, min(keys or key, key), warps, stages)
 
 
 def call_of(made: Any, kernel: str, args: tuple[Any, ...], bt: int) -> Callable[[], Any]:
-    """One kernel (or one of its callers) by itself."""
+    """One kernel by itself (with the one that it waits for, where a decay is over the key)."""
     q, b, c, log, start = args
+    wide = log is not None and log.dim() == 4
+    decay = 2 if wide else int(log is not None)
+    shape = (c.shape[0], c.shape[1], c.shape[2])
+    a = ChunkCall(start, None, None if wide else log, None, c, (q, b, log if wide else None), (), (), shape, 0, 1.0, None,
+                  None, c.dtype, decay)  # fmt: skip
+    how = made.plan("forward", a, bt)
+    if kernel == "prepare":
+        return lambda: made._prepared(a, how, None)
+    ready = made._prepared(a, how, None)
     if kernel == "states":
-        return lambda: made.states(b, c, log, start, None, False, 0, 1.0, None, bt)
-    if kernel == "pairs":
-        how = made.plan("forward", q, b, c, log, None, bt)
-        return lambda: made._pairs(q, b, log, 0, how)
-    if kernel in ("gradients", "inner"):
-        dy = torch.randn_like(c)
-        return lambda: made.backward(dy, None, q, b, c, log, start, None, 0, 1.0, log is not None)
-    return lambda: made.forward(q, b, c, log, start, None, 0, 1.0, c.dtype)
+        return lambda: made.states(a, ready, None, bt)
+    do = torch.randn_like(c)
+    kept = made.forward(a, True)[3]
+    made._prepared = lambda *_: ready
+    if kernel == "gradients":
+        return lambda: made.backward(a, kept, do, None, None, (True,) * len(a.tensors))
+    return lambda: made.forward(a)
 
 
 def check(decay: int, kernel: str, tile: ChunkTile, key: int, value: int) -> dict[str, Any]:
@@ -254,12 +264,12 @@ def check(decay: int, kernel: str, tile: ChunkTile, key: int, value: int) -> dic
 
 
 def candidates(decays: list[int], shape: tuple[int, ...], seconds: float) -> Iterator[dict[str, Any]]:
-    """Each tile checked, a dozen at a time, then timed; for 'inner' and 'gradients': the whole backward."""
+    """Each tile checked, a dozen at a time, then timed; for 'gradients': the costates and the gradients."""
     b, t, h, k, v = shape
     began = time.perf_counter()
     todo = [(decay, kernel, tile) for decay in decays
-            for kernel in ("forward", "states", "gradients", *(("pairs", "inner") if decay == 2 else ()))
-            for tile in dict.fromkeys(grid_of(kernel, k))]  # fmt: skip
+            for kernel in (*(("prepare",) if decay == 2 else ()), "forward", "gradients", "states")
+            for tile in dict.fromkeys(grid_of(kernel, k, decay == 2))]  # fmt: skip
     context = multiprocessing.get_context("spawn")
     workers = min(12, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
@@ -277,7 +287,7 @@ def candidates(decays: list[int], shape: tuple[int, ...], seconds: float) -> Ite
     for (decay, kernel, tile), row in zip(todo, checked, strict=True):
         row = {"decay": decay, "kernel": kernel, "tile": tile.numbers, **row}
         if "failed" not in row and time.perf_counter() - began < 2 * seconds:
-            made = kernels(one_tile(decay == 2, kernel, tile))
+            made = ChunkKernels(kernels(one_tile(decay == 2, kernel, tile)).table)
             row["ms"] = round(
                 median_ms(call_of(made, kernel, (q, key, val, logs[decay], None), tile.tokens), rep=15), 4
             )
@@ -305,18 +315,18 @@ def kernel_rows(shapes: list[tuple[int, ...]], bandwidth: float) -> Iterator[dic
                         row |= measure(run)
                     row["floor_ms"] = round(floor_ms((b, t, h, k, v), tensors, back, bandwidth), 4)
                     if back:
-                        parts = {n: call_of(made, n, (q, key, val, log, None), 64 if k <= 128 else 32)
-                                 for n in ("states", *(["pairs"] if decay == 2 else []))}  # fmt: skip
+                        parts = {n: call_of(ChunkKernels(made.table), n, (q, key, val, log, None), 64 if k <= 128 else 32)
+                                 for n in ("states", "forward", "gradients", *(["prepare"] if decay == 2 else []))}  # fmt: skip
                         row["parts"] = {n: round(median_ms(f, rep=10), 4) for n, f in parts.items()}
                 except Exception as error:
                     row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
                 yield row
 
 
-def accuracy_rows() -> Iterator[dict[str, Any]]:
+def accuracy_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
     """Relative errors against a sequential loop in fp64."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for k, v in ((128, 128), (64, 64), (96, 80), (256, 256)):
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32):
+        for k, v in ((128, 128), (96, 80)) if quick else ((128, 128), (64, 64), (96, 80), (256, 256)):
             for decay in (0, 1, 2):
                 for hard in (False, True):
                     for shift in (0, 1) if not hard else (0,):
@@ -340,6 +350,7 @@ def main() -> None:
     parser.add_argument("--candidates", action="store_true")
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--traffic", action="store_true", help="launches and bytes, counted without a GPU")
     parser.add_argument("--decays", default="0,1,2")
     parser.add_argument("--seconds", type=float, default=170.0)
     args = parser.parse_args()
@@ -350,9 +361,13 @@ def main() -> None:
         for row in found:
             rows.append(row)
             show([row])
+            if args.out:
+                write(args.out, rows, f"python benchmarks/chunked.py {' '.join(sys.argv[1:])}")
 
-    if args.accuracy:
-        keep(accuracy_rows())
+    if args.traffic:
+        keep(traffic_rows(tuple(args.specs.split(","))))
+    elif args.accuracy:
+        keep(accuracy_rows(args.quick))
     elif args.candidates:
         keep(candidates([int(d) for d in args.decays.split(",")], shapes[0], args.seconds))
     else:
@@ -361,8 +376,6 @@ def main() -> None:
             keep(kernel_rows([*shapes, *([] if args.quick else ALONE)], bandwidth))
         else:
             keep(spec_rows(args.specs.split(","), shapes, args.peers, bandwidth))
-    if args.out:
-        write(args.out, rows, f"python benchmarks/chunked.py {' '.join(sys.argv[1:])}")
 
 
 if __name__ == "__main__":

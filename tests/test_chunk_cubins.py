@@ -55,6 +55,8 @@ def source(
     elif not any(a.name == "n" for a in fused.numbers):
         absent |= {"p_n", "p_dn"}
     absent -= {"p_k2", "p_dk2"} if fused is not None else set()
+    if decay == 2 and kernel in ("forward", "states"):  # q and b lie scaled
+        absent |= {n for n in function.arg_names if re.fullmatch(r"p_k\d", n)}
     whole = {"p_log", "p_n", "p_total", "p_sums", "p_dw", "p_start", "p_final", "p_end", "p_decay", "p_dlog", "p_dn", "p_s",
              "p_z", "p_zstart", "p_zfinal", "p_zstates", "p_zend", "p_zcostates"}  # fmt: skip
     fixed = {

@@ -85,7 +85,7 @@ class ChunkKernels:
         states, zstates = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else (None, None)
         grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
         self.table.forward[grid](
-            *a.raw, made.q, made.b, made.pairs, made.total, sums, *begin, out, y, *last, states, zstates, n.cu, n.first,
+            *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, *begin, out, y, *last, states, zstates, n.cu, n.first,
             n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.shift, how.precision, n.key, n.value,
             how.bt, how.bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -195,7 +195,7 @@ class ChunkKernels:
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
         given = back or SimpleNamespace(do=None, seen=None, dw=None, sums=None)
         self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
-            *a.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.dw, *begin, *ends, left,
+            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.dw, *begin, *ends, left,
             *states, n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, back is not None, a.decay,
             a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, num_warps=how.warps,
             num_stages=how.stages,

@@ -65,6 +65,11 @@ class ChunkCall(NamedTuple):
         )  # fmt: skip
 
     @property
+    def scaled(self) -> ChunkCall:
+        """What is left to read where q and b lie scaled."""
+        return self._replace(keys=(None,) * len(self.keys)) if self.decay == 2 else self
+
+    @property
     def raw(self) -> list[Any]:
         """The arguments with which all kernels begin: pointers, then strides of tokens and lanes, lanes to one."""
         placed = (*self.keys, self.c, *self.values, *self.numbers)
