@@ -6,14 +6,17 @@ a proof.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from fractions import Fraction
 from itertools import product as positions_of
+from math import inf
 
 from psmc.algebra import numbers as nu
 from psmc.algebra.numbers import INF, NEG_INF, ONE, ZERO, Complex, Number, Real, real
 from psmc.algebra.ring import UndefinedError
+from psmc.algebra.terms import OutOfBudgetError
 from psmc.ir import Assign, Block, Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref, Sub
 from psmc.ir.query import needs_safe_exp, signed_terms
 from psmc.ir.rewrite import instantiate
@@ -27,11 +30,14 @@ Store = Mapping[tuple[str, str], Array]  # (space, name) -> array
 class Evaluator:
     """Evaluates expressions over `store`; lets of `block` are computed where they are read.
 
-    `plain`: exp(x - m) at x = -inf is what IEEE arithmetic makes of it, not the 0 of the language.
+    `plain`: exp(x - m) at x = -inf is what IEEE arithmetic makes of it, not the 0 of the language. Past the `deadline`
+    (of time.monotonic) it raises OutOfBudgetError.
     """
 
-    def __init__(self, sizes: Sizes, store: Store, lets: Mapping[str, Assign], *, plain: bool = False) -> None:
-        self.sizes, self.store, self.lets, self.plain = sizes, store, lets, plain
+    def __init__(
+        self, sizes: Sizes, store: Store, lets: Mapping[str, Assign], *, plain: bool = False, deadline: float = inf
+    ) -> None:
+        self.sizes, self.store, self.lets, self.plain, self.deadline = sizes, store, lets, plain, deadline
         self._done: dict[tuple[Expr, tuple[tuple[Index, int], ...]], Number | bool | UndefinedError] = {}
 
     def at(self, assign: Assign, position: Position) -> Number:
@@ -43,6 +49,8 @@ class Evaluator:
         key = (expr, tuple(sorted((i, where[i]) for i in expr.free)))
         found = self._done.get(key)
         if found is None:
+            if len(self._done) % 512 == 511 and time.monotonic() > self.deadline:
+                raise OutOfBudgetError("the time limit was reached")
             try:
                 found = self._visit(expr, dict(key[1]))
             except UndefinedError as error:
@@ -111,9 +119,9 @@ def positions(dims: tuple[str, ...], sizes: Sizes) -> Iterator[Position]:
     return positions_of(*(range(sizes[d]) for d in dims))
 
 
-def run(block: Block, sizes: Sizes, store: Store, *, plain: bool = False) -> dict[str, Array]:
+def run(block: Block, sizes: Sizes, store: Store, *, plain: bool = False, deadline: float = inf) -> dict[str, Array]:
     """All results of a block; entries without a value are None."""
-    evaluator = Evaluator(sizes, store, {a.name: a for a in block.lets}, plain=plain)
+    evaluator = Evaluator(sizes, store, {a.name: a for a in block.lets}, plain=plain, deadline=deadline)
     out: dict[str, Array] = {}
     for assign in block.results:
         array: Array = {}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from math import inf, prod
 from typing import Literal
 
 from psmc.algebra import numbers as nu
 from psmc.algebra.exact import Array, Evaluator, Position, Sizes, positions, run
 from psmc.algebra.numbers import Number
+from psmc.algebra.padded import MAX_ENTRIES, Corner, lazily
 from psmc.algebra.ring import UndefinedError
 from psmc.algebra.samples import Element, Sampler, declared
+from psmc.algebra.terms import OutOfBudgetError
 from psmc.algebra.values import element_text, formatted, nested, told_apart
 from psmc.algebra.verdict import Counterexample
 from psmc.ir import Aggregator, Block
@@ -56,24 +60,71 @@ class Refuter:
     def __init__(self, agg: Aggregator, sampler: Sampler) -> None:
         self.agg, self.sampler = agg, sampler
         self.components: frozenset[str] | None = None  # only these are compared, if set
+        self.deadline = inf
 
     def search(self, law: Law, trials: range, deadline: float) -> Counterexample | None:
         """A minimised counterexample among the numbered points."""
         hit = self.first(law, trials, deadline)
-        if hit is None:
-            return None
-        return self._counterexample(law, *self._minimised(law, *hit, deadline))
+        return None if hit is None else self._smallest(law, *hit, deadline)
+
+    def _smallest(
+        self, law: Law, point: Point, found: Difference, deadline: float,
+        test: Callable[[Law, Point], Difference | None] | None = None,
+    ) -> Counterexample:  # fmt: skip
+        with self._until(deadline):
+            small, less = self._minimised(law, point, found, deadline, test)
+            shown = self._declared(law, small, less)
+            if shown is None:
+                small, shown = point, self._declared(law, point, found)
+        return self._counterexample(law, small, shown or found)
+
+    @contextmanager
+    def _until(self, deadline: float) -> Iterator[None]:
+        """Evaluation raises OutOfBudgetError past the deadline."""
+        before, self.deadline = self.deadline, deadline
+        try:
+            yield
+        finally:
+            self.deadline = before
 
     def first(self, law: Law, trials: range, deadline: float) -> tuple[Point, Difference] | None:
         """The first of the numbered points where the law fails."""
-        for trial in trials:
-            if time.monotonic() > deadline:
-                return None
-            point = self._point(law, trial)
-            found = self.difference(law, point)
-            if found is not None:
-                return point, found
+        with self._until(deadline), suppress(OutOfBudgetError):
+            for trial in trials:
+                if time.monotonic() > deadline:
+                    return None
+                point = self._point(law, trial)
+                found = self.difference(law, point)
+                if found is not None and self._declared(law, point, found) is not None:
+                    return point, found
         return None
+
+    def _declared(self, law: Law, point: Point, found: Difference) -> Difference | None:
+        """What the declared sizes show in that place, where those of the point are smaller; None: no difference."""
+        if not self.sampler.shrunk:
+            return found
+        full = self._full(point)
+        if sum(prod(full.sizes[d] for d in t.dims) for t in declared(self.agg)) * len(full.operands) > MAX_ENTRIES:
+            return None
+        try:
+            left, right = (side[found.component].get(found.position) for side in self._sides(law, full, lazy=True))
+        except OutOfBudgetError:
+            return None
+        if right is None or (left is None) != (found.left is None):
+            return None
+        if left is not None and not nu.differ(left, right):
+            return None
+        return replace(found, left=left, right=right)
+
+    def _full(self, point: Point) -> Point:
+        """The point at the declared sizes, nothing but its corner stored."""
+        sizes = self.sampler.declared_sizes(point.sizes)
+        shapes = {t.name: tuple(sizes[d] for d in t.dims) for t in declared(self.agg)}
+
+        def grown(element: Element) -> Element:
+            return {n: Corner(a, self.sampler.filler(n), shapes[n]) for n, a in element.items()}
+
+        return Point(sizes, grown(point.params), tuple(map(grown, point.operands)))
 
     def _point(self, law: Law, trial: int) -> Point:
         rng = random.Random(trial)
@@ -98,13 +149,14 @@ class Refuter:
 
     def without_value(self, law: Law, trials: range, deadline: float) -> Counterexample | None:
         """An element x that e∘x (or x∘e) has no value for: inf - inf, 0 times infinity, 0/0."""
-        for trial in trials:
-            if time.monotonic() > deadline:
-                return None
-            point = self._point(law, trial)
-            found = self._missing(law, point)
-            if found is not None:
-                return self._counterexample(law, *self._minimised(law, point, found, deadline, self._missing))
+        with self._until(deadline), suppress(OutOfBudgetError):
+            for trial in trials:
+                if time.monotonic() > deadline:
+                    return None
+                point = self._point(law, trial)
+                found = self._missing(law, point)
+                if found is not None and self._declared(law, point, found) is not None:
+                    return self._smallest(law, point, found, deadline, self._missing)
         return None
 
     def _missing(self, law: Law, point: Point) -> Difference | None:
@@ -130,28 +182,34 @@ class Refuter:
             return str(error)
         return ""
 
-    def _sides(self, law: Law, point: Point) -> tuple[Element, Element]:
+    def _sides(self, law: Law, point: Point, lazy: bool = False) -> tuple[Element, Element]:
+        def of(left: Element, right: Element) -> Element:
+            return self.combine(point, left, right, lazy=lazy)
+
         if law == "associativity":
             a, b, c = point.operands
-            return (
-                self.combine(point, self.combine(point, a, b), c),
-                self.combine(point, a, self.combine(point, b, c)),
-            )
+            return of(of(a, b), c), of(a, of(b, c))
         (x,) = point.operands
-        e = self.identity(point)
-        return (self.combine(point, e, x) if law == "left identity" else self.combine(point, x, e)), x
+        e = self.identity(point, lazy=lazy)
+        return (of(e, x) if law == "left identity" else of(x, e)), x
 
-    def combine(self, point: Point, left: Element, right: Element, *, plain: bool = False) -> Element:
+    def combine(
+        self, point: Point, left: Element, right: Element, *, plain: bool = False, lazy: bool = False
+    ) -> Element:
         assert isinstance(self.agg.combine, Block)
-        return run(self.agg.combine, point.sizes, self._store(point, left, right), plain=plain)
+        store = self._store(point, left, right)
+        if lazy:
+            return lazily(self.agg.combine, point.sizes, store, self.deadline)
+        return run(self.agg.combine, point.sizes, store, plain=plain, deadline=self.deadline)
 
     def _store(self, point: Point, left: Element, right: Element) -> dict[tuple[str, str], Array]:
         store: dict[tuple[str, str], Array] = {("param", n): a for n, a in point.params.items()}
         return store | {("left", n): a for n, a in left.items()} | {("right", n): a for n, a in right.items()}
 
-    def identity(self, point: Point) -> Element:
+    def identity(self, point: Point, lazy: bool = False) -> Element:
         store = {("param", n): a for n, a in point.params.items()}
-        return run(Block(results=tuple(c.identity for c in self.agg.state)), point.sizes, store)
+        block = Block(results=tuple(c.identity for c in self.agg.state))
+        return lazily(block, point.sizes, store, self.deadline) if lazy else run(block, point.sizes, store)
 
     # --- minimisation ---------------------------------------------------------------------------
 
@@ -171,7 +229,10 @@ class Refuter:
                     if value == current or rank[name][value] >= rank[name].get(current, 1000):  # type: ignore[arg-type]
                         break
                     candidate = self._with(point, where, name, position, value)
-                    difference = test(law, candidate)
+                    try:
+                        difference = test(law, candidate)
+                    except OutOfBudgetError:
+                        return point, found
                     if difference is not None:
                         point, found, changed = candidate, difference, True
                         break
@@ -197,7 +258,7 @@ class Refuter:
         names = _OPERANDS[law]
         shapes = {t.name: t.dims for t in declared(self.agg)}
         elements = [(n, e) for n, e in zip(names, point.operands, strict=True)]
-        given = [f"{d}={s}" for d, s in self._used_sizes(point)]
+        given = [f"{d}={s}" for d, s in self._used_sizes(point)] + self._unshown()
         given += [f"{n}={formatted(nested(array, shapes[n], point.sizes))}" for n, array in point.params.items()]
         shown = elements if law == "associativity" else [("e", self.identity(point)), *elements]
         given += [f"{n}={element_text(e, shapes, point.sizes)}" for n, e in shown]
@@ -211,12 +272,14 @@ class Refuter:
         text = f"with {', '.join(given)}: {left} gives {values[0]}, {right} gives {place}={values[1]}."
         if law != "associativity":
             text = text.replace(f", {right} gives {place}=", f", not {place}=")
+        full = self._full(point) if self.sampler.shrunk else point
+        whole = [*zip(names, full.operands, strict=True), *([("params", full.params)] if full.params else [])]
         return Counterexample(
             law,
-            tuple(sorted(point.sizes.items())),
+            tuple(sorted(full.sizes.items())),
             tuple(
-                (n, tuple((c, nested(array, shapes[c], point.sizes)) for c, array in e.items()))
-                for n, e in [*elements, *([("params", point.params)] if point.params else [])]
+                (n, tuple((c, nested(_entries(array), shapes[c], full.sizes)) for c, array in e.items()))
+                for n, e in whole
             ),
             found.component,
             found.position,
@@ -228,6 +291,19 @@ class Refuter:
     def _used_sizes(self, point: Point) -> list[tuple[str, int]]:
         used = {d for t in declared(self.agg) for d in t.dims}
         return [(d.name, point.sizes[d.name]) for d in self.agg.dims if d.size is None and d.name in used]
+
+    def _unshown(self) -> list[str]:
+        """Of dims that are shown smaller than they are."""
+        if not self.sampler.shrunk:
+            return []
+        sizes = [f"{d.name}={d.size}" for d in self.agg.dims if d.name in self.sampler.shrunk]
+        others = [(t.name, self.sampler.filler(t.name)) for t in declared(self.agg) if t.dims]
+        odd = [f", {formatted(v)} of '{n}'" for n, v in others if v != 0]
+        return [f"{', '.join(sizes)} (entries that are not shown are 0{''.join(odd)})"]
+
+
+def _entries(array: Array) -> Array:
+    return array.filled() if isinstance(array, Corner) else array
 
 
 def undefined_components(refuter: Refuter, point: Point, left: Element, right: Element) -> list[str]:

@@ -10,6 +10,7 @@ from fractions import Fraction
 from psmc.algebra import interval_math as im
 from psmc.algebra.exact import Array, Sizes, positions
 from psmc.algebra.numbers import Complex, Number
+from psmc.algebra.padded import shrunk
 from psmc.ir import Aggregator, Block, Component, Const, Interval, Ref, Tensor
 from psmc.ir.rewrite import refs, walk
 
@@ -27,17 +28,18 @@ class Sampler:
     intervals: Mapping[str, Interval]
     pools: Mapping[str, tuple[Number, ...]]
     indices: Mapping[str, str]  # int component or param -> the dim it indexes
+    shrunk: frozenset[str] = frozenset()  # dims of fixed size that points have small
 
     @staticmethod
     def of(agg: Aggregator, intervals: Mapping[str, Interval]) -> Sampler:
         constants = _constants(agg)
         legal = {**intervals, **{p.name: p.interval for p in agg.params if p.interval is not None}}
         pools = {t.name: _pool(t.kind, legal.get(t.name), constants) for t in declared(agg)}
-        return Sampler(agg, intervals, pools, _gathers(agg))
+        return Sampler(agg, intervals, pools, _gathers(agg), shrunk(agg))
 
     def sizes(self, trial: int) -> dict[str, int]:
         """1 for all dims, then 2, then mixtures of 1 to 3."""
-        free = [d for d in self.agg.dims if d.size is None]
+        free = [d for d in self.agg.dims if d.size is None or d.name in self.shrunk]
         fixed = {d.name: d.size for d in self.agg.dims if d.size is not None}
         if trial % 4 == 0:
             chosen = {d.name: 1 for d in free}
@@ -57,6 +59,14 @@ class Sampler:
     def array(self, name: str, dims: tuple[str, ...], rng: random.Random, sizes: Sizes, width: int) -> Array:
         pool = self.choices(name, sizes)[:width]
         return {position: rng.choice(pool) for position in positions(dims, sizes)}
+
+    def declared_sizes(self, sizes: Sizes) -> dict[str, int]:
+        """The same with shrunk dims as large as they are."""
+        return {**sizes, **{d.name: d.size for d in self.agg.dims if d.size is not None}}
+
+    def filler(self, name: str) -> Number:
+        """What stands where a corner says nothing: the simplest legal value."""
+        return Fraction(0) if name in self.indices else self.pools[name][0]
 
     def choices(self, name: str, sizes: Sizes) -> tuple[Number, ...]:
         """Legal values, simplest first."""
