@@ -153,6 +153,8 @@ def content(ring: Ring, poly: Poly, of: Sign = "any") -> tuple[Unit, Poly]:
     if of != "any":
         least = {a: p for a, p in least.items() if _KNOWN[of](atom_bounds(ring, a))}
     common = least_coefficients(exponents)
+    if common and not is_real(ring, common) and all(is_real(ring, e) for e in exponents):
+        common = Poly({m: c for m, c in common if m.real})  # part of (e^ix + e^-ix)/2 would not be real
     factors = [(a, p) for a, p in least.items() if p]
     if common and (of == "any" or is_real(ring, common)):
         factors.append((Atom("exp", (common,), is_real(ring, common)), Fraction(1)))
