@@ -95,7 +95,7 @@ def add(a: V, b: V) -> V:
 
 
 def mul(a: V, b: V) -> V:
-    a, b = (b, a) if b.d == 0 else (a, b)
+    a, b = (b, a) if b.d == 0 and type(b.x) is Fraction else (a, b)
     n = a.x if a.d == 0 and type(a.x) is Fraction else None  # a constant times b
     e = None if a.e is b.e is None else NONE if n is None else root(up(b), n)
     times = 1 if n is None else inf if b.e and n.denominator > 1 else min(1e9, max(1, abs(n.numerator)) * n.denominator)
@@ -180,7 +180,7 @@ class Rule:
     def __init__(self, data: Any, seed: str, sizes: Any, clock: list[int], limit: int = 60) -> None:
         self.data, self.rng, self.clock = data, Random(seed), clock
         self.path, self.tie, self.limit = [], False, limit  # type: list[int], bool, int
-        free = sizes or {d: (1, 2, self.rng.randint(1, 3))[self.rng.randint(0, 2)] for d in data["dims"]}
+        free = sizes or {d: self.rng.choice((1, 2, 3)) for d in data["dims"]}
         self.sizes = {d: free[d] if size is None else size for d, size in data["dims"].items()}
         if not all(type(n) is int and 0 < n <= 4096 for n in self.sizes.values()):
             raise Refused("the size of a dim is a whole number from 1 to 4096")
@@ -256,7 +256,7 @@ class Rule:
             low = lo if lo > -inf else -reach if hi == inf else hi - 2 * reach  # 3 and 6: whole numbers, with ties
             high = hi if hi < inf else low + 2 * reach
             if t["kind"] == "int" and lo == -inf:
-                low, high = Fraction(-2 * (grid > 6)), Fraction(max(self.sizes.values(), default=4) - 1)
+                low, high = Fraction(-2 * (grid == 12)), Fraction(max(self.sizes.values(), default=4) - 1)
             for place in product(*(range(self.sizes[d]) for d in t["dims"])):
                 self.clock[0] -= 4
                 step = self.rng.randint(not with_lo and lo > -inf, grid - (not with_hi and hi < inf))
@@ -303,11 +303,11 @@ def examine(data: Any, law: str, seed: int, points: int, clock: list[int]) -> di
         x = [rule.tensors("state", "used", e) for e in given.get("x", [None] * LAWS[law][0])]
         pairs = [(said, name, p, a, right[name][p]) for said, (left, right) in sides(rule, law, params, x).items()
                  for name, array in left.items() for p, a in array.items()]  # fmt: skip
-        pointwise = False
+        grade = 0  # 1: some entry is compared at the point alone; 2: some entry has no value
         for said, name, place, a, b in pairs:
             distance = gap(a.x, b.x) if a and b else SAME * 2
             if SAME < distance < APART:
-                out["undefined"] += 1
+                grade = max(grade, 2 * (said != "e∘e = e"))
                 continue
             unseen.discard((said, name))
             alike, vague = same(a, b), rule.tie or a.d + b.d == inf or None in (a.r[2], b.r[2])
@@ -315,14 +315,14 @@ def examine(data: Any, law: str, seed: int, points: int, clock: list[int]) -> di
                 how = "the sides differ" if distance > APART else "the sides agree there, but not around it"
                 point = [{c: [show(v) for v in array.values()] for c, array in e.items()} for e in x]
                 raise Refused(f"{said} fails for {name}{[*place]}: {how}, {show(a)} and {show(b)}, at {point}")
-            pointwise |= not alike
+            grade = max(grade, int(not alike))
             degree = max(degree, a.d + b.d if alike else 1)
-        out["points"] += any(a and b for *_, a, b in pairs)
-        out["pointwise"] += pointwise
-        cells |= set() if pointwise else {(*rule.sizes.items(), *rule.path)}
-    if unseen or (not cells and 2 * out["points"] <= n):
+        out[("points", "pointwise", "undefined")[grade]] += 1
+        cells |= set() if grade else {(*rule.sizes.items(), *rule.path)}
+    if unseen or (not cells and out["undefined"] > out["pointwise"]):
         raise Refused(f"too few points were found where both sides have values: {out} {sorted(unseen)}")
-    return out | {"cells": len(cells), "error": round(log2(degree / Q[0]), 1) if cells and degree < inf else None}
+    error = round(log2(degree / Q[0]), 1) if cells and degree < inf else None
+    return out | {"points": out["points"] + out["pointwise"], "cells": len(cells), "error": error}
 
 
 def closed(data: Any, seed: int, points: int, clock: list[int]) -> None:

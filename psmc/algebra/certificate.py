@@ -31,7 +31,7 @@ _SIDES = {
     "right identity": ("x", "x∘e = x"),
 }
 _USED = re.compile(r"uses the interval of (?:param )?'([^']+)'")
-_CASES = re.compile(r"equal in each of (\d+) cases")
+_CASES = re.compile(r"equal (?:normal forms|in each of (\d+) cases)")
 
 
 def document(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _used(verdicts: Any) -> frozenset[str]:
 def _law(agg: Aggregator, verdict: Verdict | None) -> dict[str, Any]:
     match verdict:
         case Proved(method=method, certificate=lines):
-            cases = sum(int(n) for line in lines for n in _CASES.findall(line))
+            cases = sum(int(m[1] or 1) for line in lines if (m := _CASES.search(line)))
             return {"verdict": "proved", "method": method, "cases": cases, "lines": list(lines)}
         case Refuted(counterexample=found):
             return {"verdict": "refuted", "counterexample": _counterexample(agg, found), "text": found.text}

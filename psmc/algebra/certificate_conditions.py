@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from psmc.algebra import interval_math as im
 from psmc.algebra.intervals import bounds, closure
 from psmc.ir import Aggregator, Block, Const, Expr, Interval, Op
-from psmc.ir.rewrite import walk
+from psmc.ir.rewrite import inline, walk
 from psmc.ir.text import show
 
 _ASSUMED = "assumed: the laws are claimed where both sides have values"
@@ -19,13 +19,11 @@ def conditions(agg: Aggregator) -> list[dict[str, str]]:
     env: dict[tuple[str, str], Interval] = {("param", p.name): p.interval for p in agg.params if p.interval is not None}
     env |= {(side, n): i for n, i in closure(agg).closed.items() for side in ("left", "right")}
     out: list[dict[str, str]] = []
-    for assign in (*agg.combine.lets, *agg.combine.results):
+    for assign in inline(agg.combine).results:
         for term, must in _terms(assign.value):
             row = {"in": assign.name, "term": show(term), "must be": must, "because": _why(term, must, env)}
             if row not in out:
                 out.append(row)
-        if assign in agg.combine.lets:
-            env["let", assign.name] = bounds(assign.value, env)
     return out
 
 
