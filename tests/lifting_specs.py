@@ -147,4 +147,18 @@ CLASSES = {
     "permutations, from elsewhere": (
         """dim N = 3 input x[N] : int in [0, 2], z : int in [0, 1] state p[N] : int = iota
         recurrence { p[i] = where(z > 0, 2 - i, x[p[i]]) }""", "flag"),
+    # several at once
+    "one of each": (
+        """dim N = 3 input x, g in (0, 1), r in (0, inf), y[N] : int in [0, 2], z : int in [0, 1]
+        state P in [0, inf) = 1, w = 0, c = 0, m = 0, n = 0, p[N] : int = iota, o[N] : int = iota
+        recurrence {
+          P = (P + g) * r / (P + g + r);  w = relu(w + x);  c = clamp(g * c + x, -1, 1)
+          m = max(where(z > 0, 0, g * m), x);  n = g * n + x
+          p[i] = where(z > 0, i, y[p[i]]);  o[i] = y[o[i]] }""",
+        "a_P c_P f a_c b hi flag a_m a_n"),
+    "shared flags": (
+        """input x, g in (0, 1), h in (0, 1), z : int in [0, 1], y : int in [0, 1] state m = 0, n = 0, o = 0
+        recurrence { m = where(z > 0, x, max(g * m, x)); n = where(z > 0, 1, max(h * n, x))
+          o = where(y > 0, x, min(g * o, x)) }""",
+        "flag_m a_m a_n flag_o a_o"),
 }  # fmt: skip

@@ -63,7 +63,8 @@ def _advice(error: NotAffineError) -> tuple[str, ...]:
         signs = "say by intervals that no coefficient is negative and the denominator never 0"
         return (f"{signs}: {_declared(error.node)}.",)
     op = error.node.op if isinstance(error.node, Op) else ""
-    return (_ADVICE[op],) if op in _ADVICE else ()
+    advice = error.advice or _ADVICE.get(op)
+    return (advice,) if advice else ()
 
 
 def _declared(node: Expr) -> str:

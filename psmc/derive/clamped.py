@@ -87,7 +87,7 @@ def read(root: Expr, is_state: IsState, positive: Known) -> Clamped:
             done[node] = _operator(node, done, positive)
     found = done[root]
     if found is not None and found.falling:
-        raise NotAffineError(root, "it decreases in the state")
+        raise NotAffineError(root, "it falls where the state rises; with a floor or a ceiling only rising maps compose")
     return _constant(root) if found is None else found
 
 
@@ -127,7 +127,10 @@ def _choice(node: Op, one: Clamped, two: Clamped) -> Clamped:
     pairs = list(zip(one.parts, two.parts, strict=True))
     if one.falling != two.falling or any(isinstance(p, Infinity) != isinstance(q, Infinity) for p, q in pairs):
         # With where(c, x, inf) for a bound it would be one, but what multiplies an infinite bound has no gradient.
-        raise NotAffineError(node, "a choice between maps of which not both rise, or not both have a bound")
+        raise NotAffineError(
+            node, "a choice between maps of which not both rise, or not both have a bound",
+            "give both the same bounds; one that no value reaches is a finite number, as in max(a * s, -1e9).",
+        )  # fmt: skip
     a, b, hi, lo = (make("where", node.args[0], p, q) for p, q in pairs)
     return Clamped(a, b, hi, lo, falling)
 

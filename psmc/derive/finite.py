@@ -16,6 +16,7 @@ from psmc.ir import Assign, Expr, Index, IndexValue, Interval, Kind, Ref, Sub
 from psmc.ir.rewrite import refs, rename, replace_refs, transform, walk
 
 Bounds = Callable[[Expr, Index, Interval], Interval]  # of an expression, where an index used as a number lies inside
+_RANGE = "fix the size of its dim, and keep the value within: by min and max, or intervals on what it is made of."
 
 
 def finite(update: Assign, kind: Kind, is_state: IsState, bounds: Bounds, size: int | None) -> Maps:
@@ -34,9 +35,9 @@ def finite(update: Assign, kind: Kind, is_state: IsState, bounds: Bounds, size: 
         raise NotAffineError(value, f"a map that differs between positions '{index.name}' of the state")
     inside = None if size is None else Interval(Fraction(0), Fraction(size - 1), False, False)
     if inside is not None and not contains(inside, bounds(table, point, inside)):
-        raise NotAffineError(value, f"a value that is not known to be one of 0 .. {inside.hi}")
+        raise NotAffineError(value, f"a value that is not known to be one of 0 .. {inside.hi}", _RANGE)
     if inside is None and not isinstance(value, Ref):
-        raise NotAffineError(value, f"a value that is not known to be one of 0 .. {index.dim} - 1")
+        raise NotAffineError(value, f"a value that is not known to be one of 0 .. {index.dim} - 1", _RANGE)
     return Maps(update.name, (index,), kind, IndexValue(index), rename(table, {point: index}), (), _rule_over(index))
 
 

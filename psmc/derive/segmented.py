@@ -15,7 +15,7 @@ from psmc.derive.affine import Pair, Read
 from psmc.derive.group import Group, Lets, Slot
 from psmc.derive.semiring import IsState
 from psmc.derive.simplify import ONE, ZERO, make, simplify
-from psmc.ir import Assign, Expr, Index, Interval, Kind, Op, Ref
+from psmc.ir import Assign, Expr, Index, Infinity, Interval, Kind, Op, Ref
 from psmc.ir.rewrite import refs, transform, walk
 
 FLAG = "flag"
@@ -91,16 +91,16 @@ class Segmented(Group):
     def slots(self) -> tuple[Slot, ...]:
         unit = Interval(Fraction(0), Fraction(1), False, False)
         leaf = make("where", self.test, ONE, ZERO)
-        return (
-            Slot(self._pair, FLAG, self._over(), "int", unit, ZERO, leaf, (FLAG, self._over(), leaf)),
-            *(
-                replace(
-                    s, indices=self._over(s.indices), leaf=make("where", self.test, s.identity, s.leaf),
-                    key=(FLAG, self._over(s.indices), leaf, s.key),
-                )
-                for s in self.inner.slots()
-            ),
-        )  # fmt: skip
+        flag = Slot(self._pair, FLAG, self._over(), "int", unit, ZERO, leaf, (FLAG, self._over(), leaf))
+        return (flag, *map(self._slot, self.inner.slots()))
+
+    def _slot(self, slot: Slot) -> Slot:
+        """At a constant the identity's, which no map can overflow with, unless it is infinite: what multiplies that has
+        no gradient."""
+        finite = not any(isinstance(n, Infinity) for n in walk(slot.identity))
+        leaf = make("where", self.test, slot.identity, slot.leaf) if finite else slot.leaf
+        over = self._over(slot.indices)
+        return replace(slot, indices=over, leaf=leaf, key=(FLAG, over, self.test, slot.key))
 
     def _wide(self, read: Read) -> Read:
         return lambda side, pair, indices: read(side, pair, self._over(indices))

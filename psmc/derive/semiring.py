@@ -109,12 +109,13 @@ def negated(node: Expr) -> Expr:
 
 
 class NotAffineError(Exception):
-    """`node` is the smallest expression that is not affine in the state, `why` says so in words."""
+    """`node` is the smallest expression that is not affine in the state; `why`, in words; `advice`: what helps."""
 
-    def __init__(self, node: Expr, why: str) -> None:
+    def __init__(self, node: Expr, why: str, advice: str = "") -> None:
         super().__init__(why)
         self.node = node
         self.why = why
+        self.advice = advice
 
 
 class NotPositiveError(NotAffineError):
