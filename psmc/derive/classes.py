@@ -104,6 +104,10 @@ class _Search:
             found = affine(updates, ring, self.kinds)
         except BothSidesError:
             blame.both_sides(agg, updates[0].name)
+        if found.acted is not None and ring.reduce is None:
+            why = f"entries that are mixed by {ring.plus}, of which the language has no reduction"
+            self.failures.append(blame.Failure(f"{ring.plus} {ring.times}", NotAffineError(updates[0].value, why)))
+            return None
         if not ring.positive_factors:
             return AffineGroup(found)
         if not ring.non_negative:

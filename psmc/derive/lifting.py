@@ -72,7 +72,8 @@ def _joint(
     rings = [g.affine.ring for g in earlier if isinstance(g, AffineGroup) and not g.by]
     if len(rings) < len(earlier) or any(ring != rings[0] for ring in rings) or not _fits(updates, rings[0]):
         return None
-    return AffineGroup(_affine(agg, updates, rings[0], kinds))
+    found = _affine(agg, updates, rings[0], kinds)
+    return None if found.acted is not None and rings[0].reduce is None else AffineGroup(found)
 
 
 def _fits(updates: Sequence[Assign], ring: Semiring) -> bool:
