@@ -224,10 +224,11 @@ def main() -> int:
                 print(f"seed {seed} ({kind}): {signature}", file=sys.stderr, flush=True)
             done = sum(counted.values())
             bar.step(f"{kind} {outcome}")
-            if done % 5000 == 0 and not console.terminal(sys.stderr):
+            if done % 1000 == 0 and not console.terminal(sys.stderr):
                 print(f"{done} of {given.inputs}, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
 
-        run(list(range(given.first, given.first + given.inputs)), options, given.jobs, report)
+        with suppress(KeyboardInterrupt):  # what is done is reported
+            run(list(range(given.first, given.first + given.inputs)), options, given.jobs, report)
     failures = [shrunk(seed, kind, sign, options) for sign, (seed, kind) in failed.items()]
     if failures:
         given.failures.write_text(
