@@ -113,6 +113,8 @@ class _Search:
             return self._fail(ring, None, "a condition under a reduction could not be split on")
         for poly, strict in (_tightened(guard, True), _tightened(-guard, False)):
             facts = ring.facts.with_case(poly, strict=strict)
+            for factor in _factors_of_sign(ring, poly) if strict else ():
+                facts = facts.with_case(factor, strict=True)
             branch = ring.under(facts)
             if not feasible(facts_as_constraints(branch, ()), ring.deadline):
                 continue
@@ -120,6 +122,23 @@ class _Search:
             if not self.run(left, right, branch, depth + 1):
                 return False
         return True
+
+
+def _factors_of_sign(ring: Ring, poly: Poly) -> list[Poly]:
+    """What else is > 0 where poly = unit · rest is: both, if one of them is known to be ≥ 0; their negatives, if ≤ 0."""
+    (_, factors), rest = powers.content(ring, poly)
+    if not factors:
+        return []
+    unit = rg.monomial(ring, Fraction(1), factors)
+    if not (unit.real and rest.real):
+        return []
+    found: list[Poly] = []
+    for sign in (Fraction(1), Fraction(-1)):
+        known = [p for p in (unit, rest) if is_positive(ring, p.scaled(sign), strict=False)]
+        if known:
+            found += [p.scaled(sign) for p in (unit, rest) if p.constant is None]
+            break
+    return found
 
 
 def _equations(ring: Ring) -> tuple[Poly, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
 from psmc.algebra import interval_math as im
 from psmc.algebra.bounds import bounds
 from psmc.algebra.linear import Constraint, feasible
 from psmc.algebra.ring import Ring
-from psmc.algebra.terms import ONE, Poly
+from psmc.algebra.terms import ONE, Mono, Poly
 
 
 def is_positive(ring: Ring, poly: Poly, *, strict: bool = True) -> bool:
@@ -53,7 +53,22 @@ def facts_as_constraints(ring: Ring, polys: Iterable[Poly]) -> list[Constraint]:
             cases.append(Constraint({mono.key: Fraction(1)}, -known.lo, known.lo_open))
         if known.hi is not None:
             cases.append(Constraint({mono.key: Fraction(-1)}, known.hi, known.hi_open))
-    return cases
+    return cases + [c for m in monos for c in _products(ring, m, monos)]
+
+
+def _products(ring: Ring, mono: Mono, monos: Sequence[Mono]) -> Iterator[Constraint]:
+    """lo·rest ≤ x·rest ≤ hi·rest, for a rest ≥ 0 that is mentioned too."""
+    if mono.bound or len(mono.factors) < 2:
+        return
+    for atom, p in mono.factors:
+        rest = Mono(tuple((a, q) if a is not atom else (a, q - 1) for a, q in mono.factors if a is not atom or q > 1))
+        if p < 1 or rest not in monos or not im.non_negative(bounds(ring, Poly({rest: Fraction(1)}))):
+            continue
+        known = bounds(ring, Poly({Mono(((atom, Fraction(1)),)): Fraction(1)}))
+        if known.lo is not None:
+            yield Constraint({mono.key: Fraction(1), rest.key: -known.lo}, Fraction(0), False)
+        if known.hi is not None:
+            yield Constraint({mono.key: Fraction(-1), rest.key: known.hi}, Fraction(0), False)
 
 
 def _constraint(poly: Poly, *, strict: bool) -> Constraint:

@@ -15,7 +15,7 @@ from psmc.algebra.knowledge import is_positive
 from psmc.algebra.ring import Ring, SplitError, UndefinedError
 from psmc.algebra.terms import UNIT, ZERO, Atom, Bag, Poly, Term, number
 from psmc.ir import Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref, Sub
-from psmc.ir.query import needs_safe_exp, signed_terms
+from psmc.ir.query import signed_terms
 from psmc.ir.rewrite import rename
 
 _HALF = Fraction(1, 2)
@@ -63,9 +63,13 @@ class Normaliser:
         raise AssertionError(expr)
 
     def _exp(self, argument: Expr) -> Value:
-        """exp of a sum is 0 where one of its terms is -inf, whatever the others are."""
+        """exp of a difference is 0 where one of its terms is -inf, whatever the others are.
+
+        As `needs_safe_exp` has it of the spec's own text: an identity element's constants are substituted here.
+        """
         terms = signed_terms(argument)
-        if needs_safe_exp(terms) and any(self(t) == Infinite(-sign) for sign, t in terms):
+        difference = len(terms) > 1 and any(sign < 0 for sign, _ in terms)
+        if difference and any(self(t) == Infinite(-sign) for sign, t in terms):
             return ZERO
         return ex.exp(self.ring, self(argument))
 
