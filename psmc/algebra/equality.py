@@ -125,7 +125,7 @@ class _Search:
 
 
 def _factors_of_sign(ring: Ring, poly: Poly) -> list[Poly]:
-    """What else is > 0 where poly = unit · rest is: both, if one of them is known to be ≥ 0; their negatives, if ≤ 0."""
+    """What else is > 0 where poly = unit · rest > 0: both, if one is known to be ≥ 0; their negatives, if ≤ 0."""
     (_, factors), rest = powers.content(ring, poly)
     if not factors:
         return []

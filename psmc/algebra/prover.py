@@ -143,8 +143,8 @@ class _Attempt:
             equal = isinstance(outcome, Outcome) and outcome.equal
             return _contradiction(found) if equal else Refuted(found)
         verdict = self._compare(law, operands, sides, deadline)
-        if isinstance(verdict, Unknown) and verdict.undefined and law != "associativity":
-            # On a whole region: e∘x = x is then false there, unless evaluation finds no such point.
+        if isinstance(verdict, Unknown) and law != "associativity":
+            # Perhaps because one side has no value in a whole region: e∘x = x is then false there.
             found = self.refuter.without_value(law, _QUICK, deadline)
             if found is not None:
                 return Refuted(found)

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import inf, prod
 from typing import Literal
 
+from psmc.algebra import interval_math as im
 from psmc.algebra import numbers as nu
 from psmc.algebra.exact import Array, Evaluator, Position, Sizes, positions, run
 from psmc.algebra.numbers import Number
@@ -21,6 +23,7 @@ from psmc.algebra.values import element_text, formatted, nested, told_apart
 from psmc.algebra.verdict import Counterexample
 from psmc.ir import Aggregator, Block
 
+_AROUND = 3  # points
 Law = Literal["associativity", "left identity", "right identity"]
 _OPERANDS: dict[Law, tuple[str, ...]] = {
     "associativity": ("a", "b", "c"),
@@ -148,16 +151,35 @@ class Refuter:
                 yield from ((component.name, p) for p in positions(component.dims, point.sizes))
 
     def without_value(self, law: Law, trials: range, deadline: float) -> Counterexample | None:
-        """An element x that e∘x (or x∘e) has no value for: inf - inf, 0 times infinity, 0/0."""
+        """An element x that e∘x (or x∘e) has no value for, nor for elements around it: inf - inf, 0 times inf, 0/0."""
         with self._until(deadline), suppress(OutOfBudgetError):
             for trial in trials:
                 if time.monotonic() > deadline:
                     return None
                 point = self._point(law, trial)
                 found = self._missing(law, point)
-                if found is not None and self._declared(law, point, found) is not None:
+                if found is None or not all(self._missing(law, self._moved(point, k)) for k in range(_AROUND)):
+                    continue  # at most a set of measure 0
+                if self._declared(law, point, found) is not None:
                     return self._smallest(law, point, found, deadline, self._missing)
         return None
+
+    def _moved(self, point: Point, seed: int) -> Point:
+        """A point near by: real entries a little aside, within their intervals."""
+        rng = random.Random(seed)
+        legal = {t.name: t.interval for t in self.agg.params} | dict(self.sampler.intervals)
+        real = {t.name for t in declared(self.agg) if t.kind == "real"}
+
+        def aside(name: str, value: Number | None) -> Number | None:
+            moved = value + Fraction(rng.randint(-99, 99), 10_007) if isinstance(value, Fraction) else value
+            interval = legal.get(name)
+            inside = interval is None or (isinstance(moved, Fraction) and im.holds(interval, moved))
+            return moved if name in real and inside else value
+
+        def element(arrays: Element) -> Element:
+            return {n: {p: aside(n, v) for p, v in array.items()} for n, array in arrays.items()}
+
+        return replace(point, params=element(point.params), operands=tuple(map(element, point.operands)))
 
     def _missing(self, law: Law, point: Point) -> Difference | None:
         left, right = self._sides(law, point)
