@@ -71,7 +71,7 @@ def test_both_evaluations_show_the_difference(name: str, monkeypatch: pytest.Mon
     agg = spec(NOT_ASSOCIATIVE[name][0])
     found = refutation(agg)
     by_oracle = confirm(agg, found)
-    monkeypatch.setattr(module, "_oracle", lambda sizes: None)
+    monkeypatch.setattr(module, "_oracle", lambda agg, sizes: None)
     plain = confirm(agg, found)
     assert by_oracle.word == plain.word == "shown"
     assert (by_oracle.left, by_oracle.right) == pytest.approx((plain.left, plain.right), rel=1e-12)
@@ -92,7 +92,7 @@ UNSEEN = {
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_floats_do_not_see_is_said(name: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if plain:
-        monkeypatch.setattr(module, "_oracle", lambda sizes: None)
+        monkeypatch.setattr(module, "_oracle", lambda agg, sizes: None)
     (found,) = read_text(TEXT.format(*UNSEEN[name]))
     assert isinstance(found.proof.associativity, Refuted)
     assert found.diagnostic is not None and found.diagnostic.code == "PSM301"
@@ -116,14 +116,14 @@ def claimed(left: int, right: int) -> Counterexample:
 @pytest.mark.parametrize("plain", [False, True], ids=["oracle", "plain"])
 def test_a_wrong_counterexample_is_not_believed(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if plain:
-        monkeypatch.setattr(module, "_oracle", lambda sizes: None)
+        monkeypatch.setattr(module, "_oracle", lambda agg, sizes: None)
     agg = spec("state s = 0 combine (l, r) { s = l.s + r.s }")
     proof, notes = confirmed(agg, Proof(Refuted(claimed(3, 4)), None))
     assert isinstance(proof.associativity, Unknown) and "PSM901" in proof.associativity.residual and not notes
 
 
 def test_it_is_reported_as_our_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psmc.pipeline.prove", lambda agg, budget: Proof(Refuted(claimed(3, 4)), None))
+    monkeypatch.setattr("psmc.pipeline.prove", lambda agg, budget, **_: Proof(Refuted(claimed(3, 4)), None))
     (found,) = read_text(TEXT.format("state s = 0", "s = l.s + r.s"))
     assert found.diagnostic is not None and found.diagnostic.code == "PSM901"
     assert "bug of psmc" in found.diagnostic.message and found.diagnostic.span is not None

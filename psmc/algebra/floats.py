@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from psmc.algebra.exact import Position, Sizes, positions
+from psmc.algebra.exact import Position, Sizes
 from psmc.ir import Assign, Block, Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref, Sub
 from psmc.ir.query import nearest_float, needs_safe_exp, signed_terms
 from psmc.ir.rewrite import instantiate
@@ -27,12 +27,26 @@ _INT_BOUND = 2**53  # ints of a spec beyond it are reals
 
 
 def run(block: Block, sizes: Sizes, store: Store, noise: random.Random | None = None) -> dict[str, Floats]:
-    """All results of a block."""
+    """All results of a block; their entries are computed when they are read."""
     evaluation = _Evaluation(sizes, store, {a.name: a for a in block.lets}, noise)
-    return {
-        a.name: {p: evaluation.at(a, p) for p in positions(tuple(i.dim for i in a.indices), sizes)}
-        for a in block.results
-    }
+    return {a.name: _Result(evaluation, a) for a in block.results}
+
+
+class _Result(Floats):
+    """One result of a block."""
+
+    def __init__(self, evaluation: _Evaluation, assign: Assign) -> None:
+        super().__init__()
+        self.evaluation, self.assign = evaluation, assign
+
+    def __missing__(self, position: Position) -> Float:
+        return self.get(position)
+
+    def get(self, position: Position, default: object = None) -> Float:
+        sizes = self.evaluation.sizes
+        if not all(0 <= p < sizes[i.dim] for p, i in zip(position, self.assign.indices, strict=True)):
+            return math.nan
+        return self.evaluation.at(self.assign, position)
 
 
 class _Evaluation:

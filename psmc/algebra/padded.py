@@ -65,12 +65,17 @@ def lazily(block: Block, sizes: Sizes, store: Mapping[tuple[str, str], Array], d
 
 def shrunk(agg: Aggregator) -> frozenset[str]:
     """The dims of fixed size that are too large to be filled."""
-    assert isinstance(agg.combine, Block)
     sizes = {d.name: d.size or _LARGE for d in agg.dims}
-    work = [(a.value, tuple(i.dim for i in a.indices)) for a in (*agg.combine.lets, *agg.combine.results)]
-    if sum(prod(sizes[d] for d in dims) * _steps(value, sizes) for value, dims in work) <= _MAX_COST:
+    if steps(agg, sizes) <= _MAX_COST:
         return frozenset()
     return frozenset(d.name for d in agg.dims if d.size is not None and d.size > _LARGE)
+
+
+def steps(agg: Aggregator, sizes: Sizes) -> int:
+    """Of one combine of whole elements."""
+    assert isinstance(agg.combine, Block)
+    work = ((a.value, a.indices) for a in (*agg.combine.lets, *agg.combine.results))
+    return sum(prod(sizes[i.dim] for i in indices) * _steps(value, sizes) for value, indices in work)
 
 
 def _steps(root: Expr, sizes: Sizes) -> int:
