@@ -29,7 +29,7 @@ SPECS = sorted(EXAMPLES.glob("*.psm"))
 WRONG = sorted((EXAMPLES / "wrong").glob("*.psm"))
 SIZES = {"K": 3, "V": 2, "D": 2, "N": 3, "P": 2, "H": 3, "C": 2}
 # No second form: nothing to lift (fixed order, extern), or not a recurrence over a token (counts).
-ONE_FORM = {"welford", "transformer_psm", "pr_lstm"}
+ONE_FORM = {"welford", "transformer_psm", "pr_lstm", "log_linear_attention", "attention_combine"}
 
 
 def load(name: str) -> ir.Aggregator:
