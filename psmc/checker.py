@@ -179,8 +179,8 @@ class Rule:
 
     def __init__(self, data: Any, seed: str, sizes: Any, clock: list[int], limit: int = 60) -> None:
         self.data, self.rng, self.clock = data, Random(seed), clock
-        self.path, self.tie, self.limit = [], False, limit  # type: list[int], bool, int
-        free = sizes or {d: self.rng.choice((1, 2, 3)) for d in data["dims"]}
+        self.path, self.tie, self.limit = [], False, limit  # type: list[Any], bool, int
+        free = sizes or {d: self.rng.choice((1, 2, 5 if "'int'" in str(data["state"]) else 3)) for d in data["dims"]}
         self.sizes = {d: free[d] if size is None else size for d, size in data["dims"].items()}
         if not all(type(n) is int and 0 < n <= 4096 for n in self.sizes.values()):
             raise Refused("the size of a dim is a whole number from 1 to 4096")
@@ -264,6 +264,7 @@ class Rule:
                 drawn = Fraction(round(drawn)) if t["kind"] == "int" else drawn
                 x = const(reduce(lambda array, k: array[k], place, given[name]) if given else str(drawn))
                 free = t["kind"] != "int" and abs(x.x) < inf and low < high
+                self.path += [] if free else [x.x]  # whole numbers are part of what makes a cell
                 r = tuple((1 if x.x >= 0 else -1) * pow(self.rng.randrange(1, q), 4, q) % q for q in Q)
                 out[name][place] = V(x.x, r, None, 4) if free else x  # fourth powers have roots, as the value has
         return out

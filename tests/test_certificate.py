@@ -21,6 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants import mutants
+from prover_specs import NOT_ASSOCIATIVE
+from prover_specs import spec as rule_of
 
 from psmc import checker, pipeline
 from psmc.algebra import certificate, certificate_rule
@@ -250,6 +252,13 @@ def test_mutants_are_rejected_as_the_prover_refutes_them(name: str) -> None:
     assert seen[False] >= 1
 
 
+@pytest.mark.parametrize("name", NOT_ASSOCIATIVE)
+def test_what_is_not_associative_is_rejected(name: str) -> None:
+    claim = Proof(Proved("claimed"), None)
+    (row, _) = checker.check(certificate.certificate_of(rule_of(NOT_ASSOCIATIVE[name][0]), claim), 24)
+    assert row["accepted"] is False and "fails for" in row["why"]
+
+
 def test_no_point_is_no_proof() -> None:
     """A rule without a value anywhere."""
     made = entry("cumsum")
@@ -383,6 +392,10 @@ def test_residues_follow_the_laws_of_exp_and_log() -> None:
             assert not checker.same(wrong, x)
 
 
+def test_every_operator_can_be_written() -> None:
+    assert set(certificate_rule._REAL) == set(OPS) and set(certificate_rule._COMPLEX) <= set(OPS)
+
+
 # Where the exact evaluator of the prover has values. They share no code.
 VALUES = [Fraction(v) for v in ("0", "1", "-1", "2", "1/2", "-3/2", "5/3")]
 
@@ -513,6 +526,8 @@ def test_intervals_taps_and_conditions_are_written() -> None:
 
 def test_every_cell_has_a_witness() -> None:
     made = entry("segmented_sum", witnesses=80)
-    assert len(made["associativity"]["witnesses"]) == 8  # flags of b and c, and which of two maxima is meant
+    witnesses = made["associativity"]["witnesses"]
+    flags = {tuple(x["f"] for x in w["x"]) for w in witnesses}
+    assert len(flags) == 8  # every choice of three flags
     (row, _) = checker.check(certificate.document([made]), 0)
-    assert row["accepted"] and row["cells"] == 8
+    assert row["accepted"] and row["cells"] == len(witnesses)
