@@ -91,6 +91,8 @@ CLASSES = {
     "leaky trough, restarted": (
         """input x, a in (0, 1), z : int in [0, 1] state m = 0
         recurrence { m = min(a * where(z > 0, 0, m), x) }""", "flag a_m"),
+    "largest of whole numbers": (
+        "input x : int in [0, 5], y state m : int in [0, inf) = 0, s = 0 recurrence { m = max(m, x); s = s + y }", ""),
     "bottleneck": ("input a, b state s = 0 recurrence { s = max(min(s, a), b) }", "a_s"),
     "bottleneck the other way": ("input a, b state s = 0 recurrence { s = clamp(s, b, a) }", "a_s"),
     "widest path": (

@@ -243,6 +243,15 @@ def test_not_liftable(case):
     assert "test.psm:3:" in text and "'order: left'" in text
 
 
+def test_whole_numbers_have_no_infinite_identity():
+    body = "aggregator s {{ input x : int in [0, 5]\n state c : int{} = 0\n recurrence {{ c = {} }}\n associative: yes }}"
+    for rule in ("max(c, x)", "clamp(c + x, 0, 3)"):
+        with pytest.raises(PsmcError) as error:
+            lifted(spec(body.format("", rule)))
+        assert "leave out ': int' of 'c'" in render(error.value.diagnostics[0])
+    assert lifted(spec(body.format(" in [0, inf)", "max(c, x)"))).component("c").kind == "int"
+
+
 @pytest.mark.parametrize(
     "code, body",
     [

@@ -129,7 +129,9 @@ def _moebius(search: _Search, update: Assign) -> Maps:
 
 def _clamped(search: _Search, update: Assign) -> Maps:
     if search.kinds[update.name] == "int":
-        raise NotAffineError(update.value, "a clamp of whole numbers, which have no -inf and inf to start from")
+        why = "a bound of whole numbers, which have no -inf and inf to start from"
+        name = update.name
+        raise NotAffineError(update.value, why, f"leave out ': int' of '{name}': a real state counts as well.")
     return clamped(_elementwise(search, update), search.kinds[update.name], search.is_state, search.positive)
 
 
