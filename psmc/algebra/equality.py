@@ -34,6 +34,7 @@ class Outcome:
     """Whether left = right. `cases`: how many were needed; `residual`: left - right where the proof stopped.
 
     `undefined`: one side has no value there (0/0, inf - inf). `denominators`: what was divided by and may be 0;
+    `radicands`: what a log or a root was taken of and may be < 0;
     `thin`: assumptions of cases of measure 0 in which a side has no value. Equality is claimed elsewhere.
     """
 
@@ -44,6 +45,7 @@ class Outcome:
     reason: str = ""
     undefined: bool = False
     denominators: tuple[Poly, ...] = ()
+    radicands: tuple[Poly, ...] = ()
     thin: tuple[Poly, ...] = ()
 
 
@@ -52,6 +54,7 @@ def decide(left: Expr, right: Expr, ring: Ring, report: Callable[[int], None] | 
     search = _Search(report)
     search.run(left, right, ring, 0)
     search.outcome.denominators = tuple(ring.denominators[k] for k in sorted(ring.denominators))
+    search.outcome.radicands = tuple(ring.radicands[k] for k in sorted(ring.radicands))
     return search.outcome
 
 

@@ -47,6 +47,7 @@ def power(ring: Ring, poly: Poly, k: Fraction, *, non_negative: bool = False) ->
         _refuse_plateaus(ring, rest)
         _note_denominator(ring, rest)
     if k.denominator != 1 and not non_negative and not im.non_negative(bounds(ring, rest)):
+        _note_radicand(ring, rest)
         return mul(ring, out, lone(Atom("pow", (rest, number(k)))))
     if k.denominator == 1:
         sign = _leading_sign(rest)
@@ -59,6 +60,11 @@ def _note_denominator(ring: Ring, poly: Poly) -> None:
     known = bounds(ring, poly)
     if not (im.positive(known) or im.positive(im.neg(known))):
         ring.denominators.setdefault(poly.key, poly)
+
+
+def _note_radicand(ring: Ring, poly: Poly) -> None:
+    if poly.real and not im.non_negative(bounds(ring, poly)):
+        ring.radicands.setdefault(poly.key, poly)
 
 
 def _refuse_plateaus(ring: Ring, poly: Poly) -> None:
@@ -218,6 +224,7 @@ def log(ring: Ring, poly: Poly) -> Poly:
         known = im.positive(bounds(ring, rest))
         if not known:
             _refuse_plateaus(ring, rest)
+            _note_radicand(ring, rest)
         out.append(lone(Atom("log" if known else "plog", (rest,))))
     return total(out)
 

@@ -166,6 +166,7 @@ class _Attempt:
                 return Unknown(residual_text(name, outcome), reason, outcome.undefined)
             lines.append(_line(law, name, outcome))
             conditions += [f"{shown(p)} = 0" for p in (*outcome.denominators, *outcome.thin)]
+            conditions += [f"{shown(p)} < 0" for p in outcome.radicands]
         return Proved("normal form", (*lines, *_condition_lines(law, conditions), *self._used_lines(used)))
 
     def _report(self, law: str, component: str) -> Callable[[int], None] | None:

@@ -49,7 +49,9 @@ class Ring:
         self._bounds: dict[Poly, Interval] = {}
         self.above: dict[tuple[Poly, Poly], bool] = {}
         self.reals: dict[Poly, bool] = {}
-        self.denominators: dict[str, Poly] = {}  # what was divided by and may be 0, by key; shared likewise
+        # What was divided by and may be 0, what a log or a root was taken of and may be < 0: by key, shared too.
+        self.denominators: dict[str, Poly] = {}
+        self.radicands: dict[str, Poly] = {}
 
     def tick(self) -> None:
         self._ticks[0] += 1
@@ -64,7 +66,8 @@ class Ring:
     def under(self, facts: Facts) -> Ring:
         """The same supply of names and time limit, other facts."""
         ring = Ring(facts, self.deadline, eager=self.eager, work=self.work)
-        ring._names, ring._ticks, ring.denominators = self._names, self._ticks, self.denominators
+        ring._names, ring._ticks = self._names, self._ticks
+        ring.denominators, ring.radicands = self.denominators, self.radicands
         return ring
 
 
