@@ -29,7 +29,7 @@ if not INTERPRETED:
     @pytest.mark.parametrize(
         ("more", "value", "reason"),
         [
-            ("state h[D] = 0", "sum[e] l.h[e] * r.h[d]", "sum[e] runs over D, and its size is not fixed"),
+            ("state h[D] = 0", "sum[e] l.h[e] * r.h[d]", "a sum runs over D, and its size is not fixed"),
             ("param w[K] state h[D] = 0", "sum[k] w[k] * l.h[d] - r.h[d]", "9 entries are too many"),
             ("state h[D] : complex = 0", "l.h[d] - r.h[d]", "'h' holds complex numbers"),
             ("state h[D] = 0, u[K, D] = 0", "l.h[d] - r.h[d] u[k, d] = l.u[k, d]", "'u' has other dims than 'h'"),

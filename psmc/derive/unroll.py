@@ -87,12 +87,17 @@ class _Unroller:
             for c in agg.state
             for a in self._results((Assign(c.name, c.start.indices, c.start.value),), components)
         }
+        blocks = [
+            self.block(agg.combine, components),
+            self.block(agg.leaf, components),
+            self.block(agg.output, outputs),
+        ]
         found = Unrolled(
             self._lanes(shown),
             frozenset(self.sizes),
-            self.block(agg.leaf, components),
-            self.block(agg.combine, components),
-            self.block(agg.output, outputs),
+            blocks[1],
+            blocks[0],
+            blocks[2],
             {name: tuple(x.values()) for name, x in self.names.items()},
             {name: tuple(x.values()) for name, x in outputs.items()},
             starts,
@@ -156,7 +161,7 @@ class _Unroller:
                 return with_children(node, self.flat)
             case Reduce(op=op, index=index, body=body):
                 if index.dim not in self.sizes:
-                    raise _Blocked(f"{op}[{index.name}] runs over {index.dim}", index.dim)
+                    raise _Blocked(f"a {op} runs over {index.dim}", index.dim)
                 parts = [self.flat(rename(body, {index: g})) for g in range(self.sizes[index.dim])]
                 return reduce(lambda a, b: Op(_CHAINS[op], (a, b)), parts)
             case IndexValue(index=index):
