@@ -138,8 +138,35 @@ def rwkv6(shape: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Case | None]:
     return tuple(names.values()), (peer, tuple(names.values()))
 
 
+def gated_rfa(shape: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Case | None]:
+    q, k, v = _qkv(shape)
+    return (q.abs(), k.abs(), v, normal(*shape[:3], seed=8) + 3), None
+
+
+def mlstm(shape: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Case | None]:
+    return (*_qkv(shape), normal(*shape[:3], seed=8), normal(*shape[:3], seed=9) + 3), None
+
+
+def value_gate(shape: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Case | None]:
+    q, k, v = _qkv(shape)
+    return (q, k, v, log_gate(*v.shape, dtype=torch.bfloat16)), None
+
+
+def two_writes(shape: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Case | None]:
+    q, k, v = _qkv(shape)
+    h, w = normal(*k.shape, seed=8) / shape[3] ** 0.5, normal(*v.shape, seed=9)
+    return (q, k, v, h, w, normal(*shape[:3], seed=5)), None
+
+
+def grid_gate(shape: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Case | None]:
+    q, k, v = _qkv(shape)
+    gates = (log_gate(*x.shape, dtype=torch.bfloat16, seed=n) for n, x in enumerate((k, v)))
+    return (q, k, v, *gates, normal(shape[2], shape[3], dtype=torch.float32, seed=6)), None
+
+
 SPECS: dict[str, Callable[[tuple[int, ...]], tuple[tuple[Tensor, ...], Case | None]]] = {
-    f.__name__: f for f in (linear_attention, retnet, mamba2, gla, hgrn2, rwkv6)
+    f.__name__: f for f in (linear_attention, retnet, mamba2, gla, hgrn2, rwkv6, gated_rfa, mlstm, value_gate,
+                            two_writes, grid_gate)
 }
 ORDER = {"rwkv6": ("r", "k", "v", "w", "u"), "mamba2": ("x", "dt", "B", "C", "A", "skip")}
 
@@ -231,8 +258,8 @@ def call_of(made: Any, kernel: str, args: tuple[Any, ...], bt: int) -> Callable[
     wide = log is not None and log.dim() == 4
     decay = 2 if wide else int(log is not None)
     shape = (c.shape[0], c.shape[1], c.shape[2])
-    a = ChunkCall(start, None, None if wide else log, None, c, (q, b, log if wide else None), (), (), shape, 0, 1.0, None,
-                  None, c.dtype, decay)  # fmt: skip
+    a = ChunkCall(start, None, None if wide else log, None, c, (q, b, log if wide else None), (), (), shape, 0, 1.0,
+                  None, None, c.dtype, decay)  # fmt: skip
     how = made.plan("forward", a, bt)
     if kernel == "prepare":
         return lambda: made._prepared(a, how, None)
@@ -315,8 +342,9 @@ def kernel_rows(shapes: list[tuple[int, ...]], bandwidth: float) -> Iterator[dic
                         row |= measure(run)
                     row["floor_ms"] = round(floor_ms((b, t, h, k, v), tensors, back, bandwidth), 4)
                     if back:
-                        parts = {n: call_of(ChunkKernels(made.table), n, (q, key, val, log, None), 64 if k <= 128 else 32)
-                                 for n in ("states", "forward", "gradients", *(["prepare"] if decay == 2 else []))}  # fmt: skip
+                        names = ("states", "forward", "gradients", *(["prepare"] if decay == 2 else []))
+                        given, bt = (q, key, val, log, None), 64 if k <= 128 else 32
+                        parts = {n: call_of(ChunkKernels(made.table), n, given, bt) for n in names}
                         row["parts"] = {n: round(median_ms(f, rep=10), 4) for n, f in parts.items()}
                 except Exception as error:
                     row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"

@@ -80,7 +80,7 @@ else:
         first, second = (data._call(kernels(table(**SMALL)).scan, 0, 1.0) for _ in range(2))
         assert all(torch.equal(first[k], second[k]) for k in first)
 
-    SPECS = ["gla", "mamba2", "retnet", "rwkv6", "linear_attention", "mlstm", "hgrn2", "gated_rfa"]
+    SPECS = ["gla", "mamba2", "retnet", "rwkv6", "linear_attention", "mlstm", "hgrn2", "gated_rfa", "value_gate", "two_writes"]
 
     def inputs(agg: psmc.Aggregator, length: int, packed: bool, seed: int = 0):
         """Tensors by name for K 16, V 24 and two lanes; a state of its own for every sequence."""

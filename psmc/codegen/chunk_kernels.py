@@ -26,7 +26,7 @@ def print_chunk_kernels(agg: Aggregator, structure: Structure) -> str:
     found = [x.affine for x in structure.layers if x.affine is not None and x.cls == "affine" and by_kernel(x.affine)]
     if not found:
         return ""
-    wide = any(a.decay.kind == "K" for a in found)
+    wide = any(a.decay.kind in ("K", "V") for a in found)
     return kernel_text(tiles(wide), fuse(agg, structure)) + "\n\nKERNELS = None\n"
 
 
@@ -47,8 +47,8 @@ def kernel_text(sizes: ChunkTiles, fused: Fused | None = None) -> str:
 
 
 def by_kernel(affine: Affine) -> bool:
-    """Whether these kernels run a layer: no transition of low rank, no decay over the value, one outer axis at most."""
-    return affine.rank == 0 and affine.decay.kind in ("none", "constant", "scalar", "K")
+    """Whether these kernels run a layer: no transition of low rank, no decay over both key and value."""
+    return affine.rank == 0 and affine.decay.kind in ("none", "constant", "scalar", "K", "V")
 
 
 _QUERY, _KEY, _LOG = (Raw(name, "factor") for name in ("q", "b", "log"))

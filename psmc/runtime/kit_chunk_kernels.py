@@ -56,6 +56,14 @@ class ChunkKernels:
         )  # fmt: skip
         return y, final
 
+    def value_scan(
+        self, q: Tensor, b: Tensor, c: Tensor, log: Tensor, start: Tensor | None, cu: Tensor | None = None,
+        shift: int = 0, scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`scan` with a decay over the value: log [B, T, G, V]; y is in c's dtype."""
+        found = _ValueScan.apply(self, q, b, c, log, start, cu, shift, scale)  # type: ignore[no-untyped-call]
+        return found[0], found[1]
+
     def call(self, a: ChunkCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """The output [B, T, G, V], the last states [N, G, K, V] and [N, G, K] of z in fp32. Differentiable."""
         found = _ChunkScan.apply(self, a, *a.tensors)  # type: ignore[no-untyped-call]
@@ -85,9 +93,9 @@ class ChunkKernels:
         states, zstates = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else (None, None)
         grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
         self.table.forward[grid](
-            *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, *begin, out, y, *last, states, zstates, n.cu, n.first,
-            n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.shift, how.precision, n.key, n.value,
-            how.bt, how.bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+            *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, *begin, out, y, *last, states, zstates,
+            n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.shift, how.precision,
+            n.key, n.value, how.bt, how.bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         seen = out if self.table.seen == "output" else y
         return out, final, zfinal, Kept(seen, sums, states, zstates) if keep else Kept(None, None, None, None)
@@ -150,20 +158,32 @@ class ChunkKernels:
 
     def states(
         self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0,
-        begin: tuple[Tensor | None, Tensor | None] | None = None,
+        begin: tuple[Tensor | None, Tensor | None] | None = None, reverse: bool = True,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
+        """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it. `back` without
+        `reverse` has but the `ends`."""
         how = self.plan("states", a, bt)
         n = how.lanes
         found = self._states(n, how.operand, a)
         begin = (a.start, a.zstart) if begin is None else begin
         ends = (None, None) if back is None else back.ends
+        back = back if reverse else None
         if how.segments > 1:
-            spare = self._matrices(n, n.sequences, a) if back is None else ends
+            spare = self._matrices(n, n.sequences, a) if ends[0] is None else ends
             begin = self._starts(a, made, begin, spare, back, how)
             ends = None, None
         self._walk(a, made, begin, ends, None, found, back, how)
         return found
+
+    def last(self, a: ChunkCall) -> Tensor:
+        """The last states [N, G, K, V] alone."""
+        how = self.plan("states", a)
+        final = self._matrices(how.lanes, how.lanes.sequences, a)
+        made = self._prepared(a, how, None)
+        if not a.c.numel() or not all(a.shape):
+            return final[0].zero_() if a.start is None else final[0].copy_(a.start)
+        self.states(a, made, SimpleNamespace(ends=final), how.bt, None, False)
+        return final[0]
 
     def _starts(
         self, a: ChunkCall, made: SimpleNamespace, first: Any, last: Any, back: SimpleNamespace | None,
@@ -328,3 +348,45 @@ class _ChunkScan(torch.autograd.Function):
             else:
                 whole.append(_folded(d.sum(0)[None, None] if param else d, x))
         return None, None, *whole
+
+
+class _ValueScan(torch.autograd.Function):
+    """With F(q, b, c, log; dy) = Σ dy · (the scan over the key of q, b, c), linear in q and in dy, a scan over the
+    value is y = dF/dq at (b, c, dy) = (c, b, q), on states transposed, and Σ y · dy = F(dy, c, b, log; q)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: ChunkKernels, q: Tensor, b: Tensor, c: Tensor, log: Tensor, start: Tensor | None,
+        cu: Tensor | None, shift: int, scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q, b, c, log = _laid(q), _laid(b), _laid(c), _laid(log)
+        shape = (c.shape[0], c.shape[1], max(q.shape[2], b.shape[2], c.shape[2]))
+        start = None if start is None else start.float().mT.contiguous()
+        a = ChunkCall(start, None, None, None, b, (c, c, log), (), (), shape, shift, scale, None, cu, c.dtype, 2)
+        none = Kept(None, None, None, None)
+        only = tuple(n == 5 for n in range(len(a.tensors)))
+        like = a._replace(keys=(c.expand(*shape, -1), c, log))
+        y = kernels.backward(like, none, q.expand(*shape, -1), None, None, only)
+        final = kernels.last(a)
+        ctx.kernels, ctx.plain = kernels, a.of([None] * len(a.tensors))
+        ctx.save_for_backward(q, b, c, log, start)
+        ctx.set_materialize_grads(False)
+        return y[5], final.mT  # type: ignore[return-value]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        q, b, c, log, start = ctx.saved_tensors
+        plain: ChunkCall = ctx.plain
+        dy, d_final = grads
+        if dy is None:
+            dy = torch.zeros(*plain.shape, c.shape[3], dtype=c.dtype, device=c.device)
+        a = plain.of([start, None, None, None, b, _laid(dy), c, log])
+        dq, _, _, kept = ctx.kernels.forward(a, True)
+        d_final = None if d_final is None else d_final.float().mT.contiguous()
+        wanted = (True,) * 5 + (False, True, True)
+        found = ctx.kernels.backward(a, kept, q.expand(*plain.shape, -1), d_final, None, wanted)
+        d_start, _, _, _, db, _, dc, dlog = found
+        d_start = d_start.mT if ctx.needs_input_grad[5] else None
+        folded = [_folded(d, x) for d, x in ((dq, q), (db, b), (dc, c), (dlog, log))]
+        return None, *folded, d_start, None, None, None

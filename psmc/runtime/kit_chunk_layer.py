@@ -63,8 +63,11 @@ def chunk_layer(
     """
     outer, key = tuple(sizes[:-1]), sizes[-1]
     f = LayerFactors(call, layer, outer, found, mask, reset)
-    if not simple_layer(layer, f) or not all(kernels.takes(key, width, call.device) for width in widths):
+    over = "log_value" in f
+    sides = [(w, key) if over else (key, w) for w in widths]
+    if not simple_layer(layer, f) or not all(kernels.takes(*side, call.device) for side in sides):
         return None
+    over_value = f.log() if over else None
     dtypes = [call.dtype if all(p[0] in layer.shown for p in r.parts) else torch.float32 for r in layer.reads]
     columns = [f.rows(f"b{k}") for k in range(layer.columns)]
     numbers = [f.number(k) for k in range(layer.columns)]
@@ -84,7 +87,12 @@ def chunk_layer(
                 q = f.fresh(q) if shift else q
                 ends = []
                 for k, (b, c, n) in enumerate(zip(columns, values, numbers, strict=True)):
-                    y, end = kernels.scan(q, b, c, log, None if k else begin, cu, shift, scale, dtypes[r], n)
+                    first = None if k else begin
+                    if over_value is None:
+                        y, end = kernels.scan(q, b, c, log, first, cu, shift, scale, dtypes[r], n)
+                    else:
+                        b = b if n is None else b * n.unsqueeze(-1)
+                        y, end = kernels.value_scan(q, b, c, over_value, first, cu, shift, scale)
                     total = y if total is None else total + y
                     ends.append(end)
                 final = sum(ends[1:], ends[0]) if final is None else final
@@ -118,7 +126,8 @@ def chunk_step(
 
 def simple_layer(layer: Any, f: LayerFactors) -> bool:
     """Whether the kernels know this kind of layer."""
-    other = any(name in f for name in ("log_value", "decay", "decay_key", "decay_value"))
+    other = any(name in f for name in ("decay", "decay_key", "decay_value"))
+    other |= "log_value" in f and ("log" in f or "log_key" in f or True in layer.vectors)
     if other or layer.rank or not layer.reads or any(r.extra for r in layer.reads):
         return False
     return all(f.call.leading) and f.call.compute == torch.float32
@@ -162,7 +171,8 @@ class LayerFactors:
 
     def log(self) -> Tensor | None:
         """[B, T, G] or [B, T, G, K]; 0 at tokens that do not count, -inf before a restart."""
-        log = self.rows("log", True) if "log" in self else self.rows("log_key") if "log_key" in self else None
+        name = next((n for n in ("log", "log_key", "log_value") if n in self), None)
+        log = None if name is None else self.rows(name, name == "log")
         if self.mask is not None and log is not None:
             log = torch.where(self._over(self.mask, log), log, 0.0)
         if self.reset is not None:
