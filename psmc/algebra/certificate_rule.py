@@ -13,10 +13,12 @@ A complex tensor `h` becomes the tensors `h.re` and `h.im`. The other operators 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from psmc.ir import Assign, Block, Const, DimValue, Expr, Eye, Index, IndexValue, Infinity, Op, Reduce, Ref, Sub
+from psmc.ir.query import needs_safe_exp, signed_terms
+from psmc.ir.rewrite import instantiate
 
 Tree: TypeAlias = "str | list[Any]"
 Pair: TypeAlias = "tuple[Tree, Tree]"
@@ -37,11 +39,12 @@ def parts(name: str, kind: str) -> tuple[str, ...]:
 
 def block(source: Block) -> dict[str, Any]:
     """`lets` and `results`, each [name, [[index, dim]...], expr]."""
-    return {"lets": assigns(source.lets), "results": assigns(source.results)}
+    lets = {a.name: a for a in source.lets}
+    return {"lets": assigns(source.lets, lets), "results": assigns(source.results, lets)}
 
 
-def assigns(definitions: Iterable[Assign]) -> list[Any]:
-    write = _Writer()
+def assigns(definitions: Iterable[Assign], lets: Mapping[str, Assign]) -> list[Any]:
+    write = _Writer(lets)
     out = []
     for a in definitions:
         indices = [[i.name, i.dim] for i in a.indices]
@@ -52,15 +55,15 @@ def assigns(definitions: Iterable[Assign]) -> list[Any]:
 
 def expression(assign: Assign, kind: str) -> list[Any]:
     """[indices, expr] of an identity element, one for each part."""
-    write = _Writer()
+    write = _Writer({})
     values = write.pair(assign.value) if kind == "complex" else (write.real(assign.value),)
     return [[[[i.name, i.dim] for i in assign.indices], value] for value in values]
 
 
 class _Writer:
-    def __init__(self) -> None:
+    def __init__(self, lets: Mapping[str, Assign]) -> None:
+        self._lets = lets
         self._done: dict[Expr, Tree | Pair] = {}
-        self._size = 0
 
     def real(self, e: Expr) -> Tree:
         out = self(e)
@@ -106,6 +109,8 @@ class _Writer:
                     raise UnwritableError("a product of complex numbers over an index")
                 re, im = ([head, index.name, index.dim, part] for part in self.pair(body))
                 return re, im
+            case Op(op="exp", args=(argument,)) if argument.kind != "complex":
+                return self._exp(argument)
             case Op(op=op, args=args):
                 if not any(a.kind == "complex" for a in (e, *args)):
                     return _REAL[op](*map(self.real, args))
@@ -116,6 +121,17 @@ class _Writer:
                     raise UnwritableError(f"'{op}' of complex numbers")
                 return _COMPLEX[op](*map(self.pair, args))
         raise AssertionError(e)
+
+    def _exp(self, argument: Expr) -> Tree:
+        """exp(x - m) is 0 where x is -inf, whatever m: the language says so."""
+        out: Tree = ["exp", self.real(argument)]
+        terms = signed_terms(argument, self._definition)
+        for sign, term in reversed(terms) if needs_safe_exp(terms) else ():
+            out = ["where", ["eq", self.real(term), "-inf" if sign > 0 else "inf"], "0", out]
+        return out
+
+    def _definition(self, ref: Ref) -> Expr | None:
+        return instantiate(self._lets[ref.name], ref.subs) if ref.name in self._lets else None
 
     def _number(self, sub: Sub) -> Tree:
         return ["index", sub.name] if isinstance(sub, Index) else str(sub) if isinstance(sub, int) else self.real(sub)
