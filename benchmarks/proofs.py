@@ -36,7 +36,7 @@ COUNTS = {"monoids": 1000, "wrong": 1000}
 PER_SPEC = 24  # mutants of one example, evenly spread over those there are
 UNSEEN = range(70_000, 70_020)
 # What the checker says where numbers are equal to 100 digits, and it cannot tell whether they are.
-UNCLEAR = ("is None at the counterexample", "no point was found")
+UNCLEAR = ("is None at the counterexample", "no point was found", "too few points")
 Row = dict[str, Any]
 
 

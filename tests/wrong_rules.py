@@ -96,7 +96,7 @@ def wrong_at(agg: Aggregator, seed: int) -> bool:
     try:
         ab, bc = combined(agg, a, b, params, sizes), combined(agg, b, c, params, sizes)
         left, right = combined(agg, ab, c, params, sizes), combined(agg, a, bc, params, sizes)
-    except IndexError:  # a mutant that gathers out of range
+    except (IndexError, RuntimeError):  # a mutant that reads out of range
         return False
     clear = torch.zeros(POINTS, dtype=torch.bool)
     calm = torch.ones(POINTS, dtype=torch.bool)

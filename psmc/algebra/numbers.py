@@ -215,6 +215,8 @@ def conj(x: Number) -> Number:
 
 def compare(x: Real, y: Real) -> int:
     """-1, 0 or 1; two inexact numbers that nearly agree are too close to call."""
+    if x is y:
+        return 0
     if (isinstance(x, Fraction) and isinstance(y, Fraction)) or infinite(x) or infinite(y):
         return (x > y) - (x < y)
     a, b = decimal(x), decimal(y)
