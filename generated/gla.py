@@ -26,19 +26,37 @@ Proof (identity element): proved over the reals, for all sizes (normal form).
 Plan: chunked. S: chunks of tokens as batched matrix products.
 
 Written by psmc; regenerate with: psmc compile gla.psm
-The mathematics of the spec comes first, then its kernels, then the runtime that all such modules share.
-Needs torch, and triton for tensors on a GPU; nothing else.
+The runtime holds what this spec needs of it. Needs torch, and triton for tensors on a GPU; nothing else.
+
+   72  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  114  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
+  947  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1226  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1383  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1612  The border, continued: states, flags and packing
+ 1734  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 1810  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1873  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2032  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2095  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2338  Matrix states a chunk of tokens at a time, as batched matrix products
+ 2519  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 2634  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 2814  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 3196  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 3529  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3794  The public face of a compiled aggregator: a parallel call, a step, states
+ 4006  the spec's border
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from itertools import pairwise
 from math import isqrt, prod
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
@@ -85,24 +103,33 @@ def factors_0(x, s, prev, p, n):
     return {}
 
 
+def given_0(x, s, prev, p, n):
+    return {}
+
+
 def readout(s, prev, x, p, n):
     return {"o": s.y_S}
 
 
 # --- kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1)).
 #
-#   N sequences, G lanes each; token t of lane g of a factor x lies at x + (first row + t) * x_t + g * x_g, its last
-#   axis contiguous. K, V: sizes of the state; BK, BV: blocks of them; BT tokens a chunk; NT chunks a sequence.
+#   N sequences, G lanes each; token t of lane g of a tensor x lies at x + (first row + t) * x_t + g // x_r * x_g, its
+#   last axis contiguous. K, V: sizes of the state; BK, BV: blocks of them; BT tokens a chunk.
+#   over the key k0, k1, ..., over the value c, v0, ..., numbers a token s0, ...: k0 q, k1 k, k2 g, c v
+#   p_code    a byte a token, if any: bit 0 it counts, bit 1 the state is new before it
 #   R(t, s)   product of the decays of the tokens s+1 .. t: 2 ** a sum of logs, computed without cancellation
 #   DECAY     0: D is 1; 1: a number a token; 2: a vector over K.      SHIFT  1: y reads the state before its token
 #   to        [BT] or [BT, BK] logs of R(t - SHIFT, chunk's start)     after  logs of R(chunk's end, t)
 #   n [BT]        a number a token that multiplies b (p_n; not for DECAY 2); it joins R(t, s) and 2**after
 #   A [BT, BT]    q_t . b_s R(t - SHIFT, s) for s <= t - SHIFT, else 0
 #   y = 2**to q S + A c;    S at the end = 2**total S + (2**after b)' c;   the costate G runs backwards alike, from (q, dy)
+#   z, w          the same with c = 1: a state [K] and what q reads of it, a number a token (NORM)
+#   p_sums [B, T, G, E]  numbers a token that kernels hand on: w first, then sums over the key
 #   PREC      operands of all products: "bf16"; "tf32" (for fp16 inputs, which have its digits); "tf32x3" (for fp32)
 # States, sums of logs and accumulators are fp32; stored states of chunks are operands (bf16 or fp32).
-# Least traffic forward: q, b, c, D and y once, (2K + 2V) e bytes a token and lane at e bytes a number; least work
-# 4 K V FLOPs; backward 11/4 and 5/2 of that. A chunk adds 4 BT (K + V) FLOPs a token, its state 2 K V e / BT bytes.
+# Least traffic forward: what is named above and the output once, (2K + 2V) e bytes a token and lane at e bytes a number
+# for q, b, c, y; least work 4 K V FLOPs; backward 11/4 and 5/2 of that. A chunk adds 4 BT (K + V) FLOPs a token, its
+# state 2 K V e / BT bytes; DECAY 2 writes and reads q and b once more, scaled, and A.
 
 
 try:
@@ -120,11 +147,16 @@ def jit(fn=None, **options):
 
 
 @jit
+def operand(x, PREC: tl.constexpr):
+    return x.to(tl.bfloat16) if PREC == "bf16" else x.to(tl.float32)
+
+
+@jit
 def product(x, z, PREC: tl.constexpr):
     if PREC == "bf16":
-        found = tl.dot(x.to(tl.bfloat16), z.to(tl.bfloat16))
+        found = tl.dot(operand(x, PREC), operand(z, PREC))
     else:
-        found = tl.dot(x.to(tl.float32), z.to(tl.float32), input_precision=PREC)
+        found = tl.dot(operand(x, PREC), operand(z, PREC), input_precision=PREC)
     return found
 
 
@@ -141,13 +173,14 @@ def sequence(p_cu, p_chunks, i_n, T, BT: tl.constexpr):
 
 
 @jit
-def chunk_owner(p_owner, i_c, T, BT: tl.constexpr):
-    """The sequence of a chunk; -1: there is no such chunk."""
+def chunk_at(p_cu, p_chunks, p_owner, i_c, T, BT: tl.constexpr):
+    """First row of a chunk and how many tokens there are from it on; none: there is no such chunk."""
+    i_n = i_c // tl.cdiv(T, BT)
     if p_owner is not None:
         i_n = tl.load(p_owner + i_c).to(tl.int64)
-    else:
-        i_n = i_c // tl.cdiv(T, BT)
-    return i_n
+    bos, total, chunk = sequence(p_cu, p_chunks, tl.maximum(i_n, 0), T, BT)
+    length = (total - (i_c - chunk) * BT).to(tl.int32)
+    return bos + (i_c - chunk) * BT, tl.where(i_n < 0, 0, length)
 
 
 @jit
@@ -167,14 +200,25 @@ def rows(p_x, row, x_t, length, o_w, W: tl.constexpr, BT: tl.constexpr):
 
 
 @jit
-def numbers(p_x, row, x_t, length, BT: tl.constexpr):
-    """[BT], a number a token; 1 for all where there are none."""
+def rows_across(p_x, row, x_t, length, o_w, W: tl.constexpr, BT: tl.constexpr):
+    """The same as [BW, BT]."""
     t = tl.arange(0, BT)
-    if p_x is None:
-        found = tl.full([BT], 1.0, tl.float32)
-    else:
-        found = tl.load(p_x + row * x_t + t * x_t, mask=t < length, other=0).to(tl.float32)
-    return found
+    m = (t < length)[None, :] & (o_w < W)[:, None]
+    return tl.load(p_x + row * x_t + (t * x_t)[None, :] + o_w[:, None], mask=m, other=0)
+
+
+@jit
+def store_rows(p_x, b_x, row, x_t, length, o_w, W: tl.constexpr, BT: tl.constexpr):
+    t = tl.arange(0, BT)
+    m = inside((t < length)[:, None], o_w, W)
+    tl.store(p_x + row * x_t + (t * x_t)[:, None] + o_w[None, :], b_x, mask=m)
+
+
+@jit
+def numbers(p_x, row, x_t, length, BT: tl.constexpr):
+    """[BT], a number a token."""
+    t = tl.arange(0, BT)
+    return tl.load(p_x + row * x_t + t * x_t, mask=t < length, other=0).to(tl.float32)
 
 
 @jit
@@ -191,46 +235,170 @@ def store_matrix(p_s, at, b_s, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
 
 
 @jit
-def logs(p_log, row, l_t, length, o_k, AT: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-    """log2 of the decays of the tokens t + AT, 0 outside the chunk: [BT, BK]. No decay is below 2**-1024."""
-    t = tl.arange(0, BT) + AT
-    m = inside(((t >= 0) & (t < BT) & (t < length))[:, None], o_k, K)
-    x = tl.load(p_log + row * l_t + (t * l_t)[:, None] + o_k[None, :], mask=m, other=0)
-    return tl.maximum(x.to(tl.float32) * 1.4426950408889634, -1024.0)
-
-
-@jit
-def since_start(p_log, row, l_t, length, o_k, SHIFT: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-    return tl.cumsum(logs(p_log, row, l_t, length, o_k, -SHIFT, K, BT), 0)
-
-
-@jit
-def until_end(p_log, row, l_t, length, o_k, K: tl.constexpr, BT: tl.constexpr):
-    return tl.cumsum(logs(p_log, row, l_t, length, o_k, 1, K, BT), 0, reverse=True)
-
-
-@jit
-def vector_sums(p_log, row, l_t, length, o_k, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-    """to, after [BT, BK] and the chunk's total [BK]. A difference of sums has digits enough for bf16."""
-    x = logs(p_log, row, l_t, length, o_k, 0, K, BT)
-    total = tl.sum(x, 0)
-    to = tl.cumsum(x, 0)
-    if PREC == "bf16":
-        after = total[None, :] - to
+def code_of(p_code, row, length, BT: tl.constexpr):
+    """[BT], 0 where there is no token."""
+    t = tl.arange(0, BT)
+    if p_code is None:
+        code = (t < length).to(tl.int32)
     else:
-        after = until_end(p_log, row, l_t, length, o_k, K, BT)
-    if SHIFT:
-        to = since_start(p_log, row, l_t, length, o_k, SHIFT, K, BT)
-    return to, after, total
+        code = tl.load(p_code + row + t, mask=t < length, other=0).to(tl.int32)
+    return code
 
 
 @jit
-def number_sums(p_log, row, l_t, length, SHIFT: tl.constexpr, BT: tl.constexpr):
+def kept(b_x, p_code, row, length, o_w, FRESH: tl.constexpr, ALL: tl.constexpr, W: tl.constexpr, BT: tl.constexpr):
+    """b_x [BT, BW], 0 where no token counts (FRESH: nor where the state is new). ALL: it is not 0 outside, either."""
+    if ALL or p_code is not None:
+        code = code_of(p_code, row, length, BT)
+        m = (code == 1) if FRESH else (code % 2 == 1)
+        b_x = tl.where(m[:, None] & (o_w < W)[None, :], b_x, 0)
+    return b_x
+
+
+@jit
+def kept_across(b_x, p_code, row, length, o_w, ALL: tl.constexpr, W: tl.constexpr, BT: tl.constexpr):
+    if ALL or p_code is not None:
+        m = code_of(p_code, row, length, BT) % 2 == 1
+        b_x = tl.where(m[None, :] & (o_w < W)[:, None], b_x, 0)
+    return b_x
+
+
+@jit
+def decays(b_x, code):
+    """Logs as they are added up: next to -inf where the state is new, but finite."""
+    return tl.where(code >= 2, -710.0, tl.maximum(b_x.to(tl.float32), -710.0))
+
+
+@jit
+def kept_logs(b_x, p_code, row, length, BT: tl.constexpr):
+    return decays(b_x, code_of(p_code, row, length, BT)[:, None])
+
+
+@jit
+def kept_logs_across(b_x, p_code, row, length, BT: tl.constexpr):
+    return decays(b_x, code_of(p_code, row, length, BT)[None, :])
+
+
+@jit
+def lane_factors(s_db, s_dlog, s_dq):
+    k0 = s_dq
+    k1 = s_db
+    k2 = s_dlog
+    return k0, k1, k2
+
+@jit
+def load_q(raw, row, i_g, length, o_k, FRESH: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    """What reads the state, [BT, BK]."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
+    b_k0 = rows(p_k0 + i_g // k0_r * k0_g, row, k0_t, length, o_k, K, BT)
+    b_x = kept(b_k0, p_code, row, length, o_k, FRESH, False, K, BT)
+    return b_x
+
+
+@jit
+def load_b(raw, row, i_g, length, o_k, K: tl.constexpr, BT: tl.constexpr):
+    """What enters the state over the key, [BT, BK]."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
+    b_k1 = rows(p_k1 + i_g // k1_r * k1_g, row, k1_t, length, o_k, K, BT)
+    b_x = kept(b_k1, p_code, row, length, o_k, 0, False, K, BT)
+    return b_x
+
+
+@jit
+def load_b_across(raw, row, i_g, length, o_k, K: tl.constexpr, BT: tl.constexpr):
+    """The same as [BK, BT]."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
+    b_k1 = rows_across(p_k1 + i_g // k1_r * k1_g, row, k1_t, length, o_k, K, BT)
+    b_x = kept_across(b_k1, p_code, row, length, o_k, False, K, BT)
+    return b_x
+
+
+@jit
+def load_log(raw, row, i_g, length, o_k, K: tl.constexpr, BT: tl.constexpr):
+    """Log of the decay, finite, [BT, BK]."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
+    b_k2 = rows(p_k2 + i_g // k2_r * k2_g, row, k2_t, length, o_k, K, BT)
+    b_x = kept(b_k2, p_code, row, length, o_k, 0, False, K, BT)
+    return kept_logs(b_x, p_code, row, length, BT).to(b_x.dtype)
+
+
+@jit
+def load_log_across(raw, row, i_g, length, o_k, K: tl.constexpr, BT: tl.constexpr):
+    """The same as [BK, BT]."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
+    b_k2 = rows_across(p_k2 + i_g // k2_r * k2_g, row, k2_t, length, o_k, K, BT)
+    b_x = kept_across(b_k2, p_code, row, length, o_k, False, K, BT)
+    return kept_logs_across(b_x, p_code, row, length, BT).to(b_x.dtype)
+
+
+@jit
+def load_c(raw, row, i_g, length, o_v, V: tl.constexpr, BT: tl.constexpr):
+    """What enters the state over the value, [BT, BV]."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
+    b_x = rows(p_c + i_g // c_r * c_g, row, c_t, length, o_v, V, BT)
+    return kept(b_x, p_code, row, length, o_v, 0, False, V, BT)
+
+
+@jit
+def back_out(raw, p_do, p_seen, p_sums, row, i_g, length, o_v, G, V: tl.constexpr, BT: tl.constexpr):
+    """From the output's cotangent that of y, [BT, BV] each."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
+    b_do = rows(p_do + i_g * V, row, G * V, length, o_v, V, BT)
+    return b_do
+
+
+@jit
+def store_keys(
+    raw, p_dk0, p_dk1, p_dk2, b_dq, b_db, b_dlog, row, i_c, i_g, length, o_k, G,
+    FRESH: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+):
+    """Gradients of what q, b and the log are made of; of a param: the chunk's share."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
+    b_dq = kept(b_dq, p_code, row, length, o_k, FRESH, False, K, BT)
+    b_db = kept(b_db, p_code, row, length, o_k, 0, False, K, BT)
+    d_k0, d_k1, d_k2 = lane_factors(b_db, b_dlog, b_dq)
+    if p_dk0 is not None:
+        b_share = kept(d_k0, p_code, row, length, o_k, 0, False, K, BT)
+        store_rows(p_dk0 + i_g * K, b_share, row, G * K, length, o_k, K, BT)
+    if p_dk1 is not None:
+        b_share = kept(d_k1, p_code, row, length, o_k, 0, False, K, BT)
+        store_rows(p_dk1 + i_g * K, b_share, row, G * K, length, o_k, K, BT)
+    if p_dk2 is not None:
+        b_share = kept(d_k2, p_code, row, length, o_k, 0, False, K, BT)
+        store_rows(p_dk2 + i_g * K, b_share, row, G * K, length, o_k, K, BT)
+
+
+@jit
+def store_values(
+    p_code, p_dc, b_dy, b_dc, row, i_c, i_g, length, o_v, G, V: tl.constexpr, BT: tl.constexpr,
+):
+    """Gradients of c and of what the output reads over the value."""
+    b_dc = kept(b_dc, p_code, row, length, o_v, 0, False, V, BT)
+    store_rows(p_dc + i_g * V, b_dc, row, G * V, length, o_v, V, BT)
+
+
+@jit
+def numbers_n(raw, row, i_g, length, BT: tl.constexpr):
+    """What multiplies b, [BT]."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
+    if p_n is not None:
+        found = numbers(p_n + i_g // n_r * n_g, row, n_t, length, BT)
+    else:
+        found = tl.full([BT], 1.0, tl.float32)
+    return found
+
+
+@jit
+def number_sums(raw, row, i_g, length, SHIFT: tl.constexpr, BT: tl.constexpr):
     """Sums of logs as integers w and remainders f, so that a difference behind strong decays keeps its digits: up to t -
     SHIFT, up to s, each [BT], and in all."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
     t = tl.arange(0, BT)
-    x = tl.load(p_log + row * l_t + t * l_t, mask=t < length, other=0).to(tl.float32)
-    x = tl.maximum(x * 1.4426950408889634, -1024.0)
+    x = tl.zeros([BT], tl.float32)
+    if p_log is not None:
+        x = tl.load(p_log + i_g // l_r * l_g + (row + t) * l_t, mask=t < length, other=0)
+    code = code_of(p_code, row, length, BT)
+    x = decays(tl.where(code % 2 == 1, x, 0.0), code) * 1.4426950408889634
     w = tl.floor(x + 0.5)
     f = x - w
     w_s, f_s = tl.cumsum(w, 0), tl.cumsum(f, 0)
@@ -259,15 +427,147 @@ def later(SHIFT: tl.constexpr, FLIP: tl.constexpr, BT: tl.constexpr):
     return m
 
 
+@jit
+def chosen(m, b_x, PREC: tl.constexpr):
+    """m x [BT, BK] for a matrix of 0 and 1: sums of rows of x, to the digits of fp32 (bf16: 16 bits of each)."""
+    if b_x.dtype == tl.bfloat16:
+        found = tl.dot(m.to(tl.bfloat16), b_x)
+    elif PREC == "bf16":
+        high = b_x.to(tl.bfloat16)
+        found = tl.dot(m.to(tl.bfloat16), high)
+        found = tl.dot(m.to(tl.bfloat16), (b_x - high.to(tl.float32)).to(tl.bfloat16), found)
+    else:
+        found = tl.dot(m.to(tl.float32), b_x.to(tl.float32), input_precision="tf32x3")
+    return found
+
+
+@jit
+def exponents(m, b_x, PREC: tl.constexpr):
+    return chosen(m, b_x, PREC) * 1.4426950408889634
+
+
+@jit
+def exponents_across(m, b_x, PREC: tl.constexpr):
+    """The same as [BK, BT], of x [BK, BT] and m transposed: no product's transpose enters a product."""
+    if b_x.dtype == tl.bfloat16:
+        found = tl.dot(b_x, m.to(tl.bfloat16))
+    elif PREC == "bf16":
+        high = b_x.to(tl.bfloat16)
+        found = tl.dot(high, m.to(tl.bfloat16))
+        found = tl.dot((b_x - high.to(tl.float32)).to(tl.bfloat16), m.to(tl.bfloat16), found)
+    else:
+        found = tl.dot(b_x.to(tl.float32), m.to(tl.float32), input_precision="tf32x3")
+    return found * 1.4426950408889634
+
+
+@jit
+def halves(e, SHIFT: tl.constexpr, FLIP: tl.constexpr, BT: tl.constexpr):
+    """In blocks of 2^(e+1) tokens: which logs lie between a token of the later half and that half's start (up to t -
+    SHIFT), or behind one of the earlier half up to its end, [t, s]; FLIP: [s, t]."""
+    t, s = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    if FLIP:
+        t, s = tl.arange(0, BT)[None, :], tl.arange(0, BT)[:, None]
+    late = (t >> e) % 2 == 1
+    return (t >> e == s >> e) & ((late & (s <= t - SHIFT)) | ((late == 0) & (s > t)))
+
+
+@jit
+def across(e, FLIP: tl.constexpr, BT: tl.constexpr):
+    """t in the later half and s in the earlier half of the same block of 2^(e+1) tokens, [t, s]; FLIP: [s, t]."""
+    t, s = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    if FLIP:
+        t, s = tl.arange(0, BT)[None, :], tl.arange(0, BT)[:, None]
+    return (t >> e == (s >> e) + 1) & (t >> (e + 1) == s >> (e + 1))
+
+
+@jit
+def near(SHIFT: tl.constexpr, FLIP: tl.constexpr, LB: tl.constexpr, BT: tl.constexpr):
+    """s <= t - SHIFT in the same block of 2^LB tokens, [t, s]; FLIP: [s, t]."""
+    t, s = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    if FLIP:
+        t, s = tl.arange(0, BT)[None, :], tl.arange(0, BT)[:, None]
+    return (t >> LB == s >> LB) & (s <= t - SHIFT)
+
+
+@jit
+def halves_product(b_q, b_x, b_b, b_l, e, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr):
+    """A of pairs that meet at the middle of a block of 2^(e+1) tokens: q from there to t, b [BK, BT] from s to there."""
+    b_x = tl.exp2(exponents(halves(e, SHIFT, False, BT), b_x, PREC))  # [BT, BK]
+    b_l = tl.exp2(exponents_across(halves(e, 0, True, BT), b_l, PREC))  # [BK, BT]
+    return tl.where(across(e, False, BT), product(b_q * b_x, b_b * b_l, PREC), 0.0)
+
+
+@jit(do_not_specialize=["T"])
+def chunk_prepare_kernel(
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
+    p_qs, p_bs, p_pairs, p_total, p_sums, p_cu, p_chunks, p_owner, T, G,
+    SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, LB: tl.constexpr,
+    LT: tl.constexpr,
+):
+    """For a decay over the key, of one chunk and lane: q 2**to, b 2**after, the total [K] of the logs, and A [BT, BT].
+    Pairs of tokens in different blocks of 2^LB meet at the middle of the smallest block of 2^n tokens that holds both (2^LT = BT):
+    no exponent adds up logs of both signs. Those of one block are a product of q 2**to and b 2**-since, both from the
+    block's start; a row t that meets an exponent beyond 60.0 up to t takes the halves of its block instead."""
+    raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
+    pid = tl.program_id(0)
+    i_g, i_c = pid % G, (pid // G).to(tl.int64)
+    row, length = chunk_at(p_cu, p_chunks, p_owner, i_c, T, BT)
+    if length <= 0:
+        return
+    t = tl.arange(0, BT)
+    m = near(SHIFT, False, LB, BT)
+    b_a = tl.zeros([BT, BT], tl.float32)  # pairs of different blocks
+    b_n = tl.zeros([BT, BT], tl.float32)  # of one
+    reach = tl.zeros([BT], tl.float32)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)  # [BT, BK]
+        b_x = load_log(raw, row, i_g, length, o_k, K, BT)
+        to = tl.exp2(exponents(later(SHIFT, False, BT), b_x, PREC))
+        store_rows(p_qs + i_g * K, b_q * to, row, G * K, length, o_k, K, BT)
+        after = tl.exp2(exponents(t[:, None] < t[None, :], b_x, PREC))
+        b_b = load_b(raw, row, i_g, length, o_k, K, BT)
+        store_rows(p_bs + i_g * K, b_b * after, row, G * K, length, o_k, K, BT)
+        tl.store(p_total + (i_c * G + i_g) * K + o_k, tl.sum(b_x.to(tl.float32), 0) * 1.4426950408889634, mask=o_k < K)
+        reach = tl.maximum(reach, tl.max(tl.abs(exponents(near(0, False, LB, BT), b_x, PREC)), 1))
+        b_b = load_b_across(raw, row, i_g, length, o_k, K, BT)  # [BK, BT]
+        b_l = load_log_across(raw, row, i_g, length, o_k, K, BT)
+        for e in range(LB, LT):
+            b_a += halves_product(b_q, b_x, b_b, b_l, e, SHIFT, PREC, BT)
+        to = tl.exp2(exponents(m, b_x, PREC))
+        since = tl.exp2(tl.minimum(-exponents_across(near(0, True, LB, BT), b_l, PREC), 60.0))
+        b_n += product(b_q * to, b_b * since, PREC)
+    far = tl.max(tl.where(m, reach[None, :], 0.0), 1) > 60.0
+    if tl.max(far.to(tl.int32), 0) > 0:
+        b_h = tl.zeros([BT, BT], tl.float32)
+        for i_k in range(0, K, BK):
+            o_k = i_k + tl.arange(0, BK)
+            b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
+            b_x = load_log(raw, row, i_g, length, o_k, K, BT)
+            b_b = load_b_across(raw, row, i_g, length, o_k, K, BT)
+            b_l = load_log_across(raw, row, i_g, length, o_k, K, BT)
+            for e in range(0, LB):
+                b_h += halves_product(b_q, b_x, b_b, b_l, e, SHIFT, PREC, BT)
+            if SHIFT == 0:
+                own = tl.sum(b_q.to(tl.float32) * load_b(raw, row, i_g, length, o_k, K, BT), 1)
+                b_h += tl.where(t[:, None] == t[None, :], own[:, None], 0.0)
+        b_n = tl.where(far[:, None], b_h, b_n)
+    b_a += tl.where(m, b_n, 0.0)
+    store_rows(p_pairs + i_g * BT, b_a, row, G * BT, length, t, BT, BT)
+
+
 @jit(do_not_specialize=["T", "S", "SEG"])
 def chunk_forward_kernel(
-    p_q, p_b, p_c, p_log, p_n, p_pairs, p_start, p_y, p_final, p_states, p_cu, p_chunks,
-    q_t, q_g, b_t, b_g, c_t, c_g, l_t, l_g, n_t, n_g, T, S, SEG, G, scale,
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
+    p_qs, p_bs, p_pairs, p_total, p_sums, p_start, p_zstart, p_out, p_y, p_final, p_zfinal, p_states, p_zstates, p_cu,
+    p_chunks, T, S, SEG, G, scale,
     DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
 ):
-    """y and the last state. A program has a block of BV columns of one lane's state on chip, and walks over one of S
-    segments of SEG tokens; p_start [N, S, G, K, V]. p_states: the states before each chunk are wanted, too."""
+    """The output and the last state. A program has a block of BV columns of one lane's state on chip, and walks over one
+    of S segments of SEG tokens; p_start [N, S, G, K, V]. p_states: the states before each chunk are wanted, too; p_y: y
+    before the readout. For DECAY 2 q and b are those of chunk_prepare_kernel."""
+    raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     i_v, i_s, i_g = pid % NV, pid // NV % S, pid // (NV * S) % G
@@ -277,60 +577,64 @@ def chunk_forward_kernel(
     total = tl.minimum(total - i_s * SEG, SEG)
     chunk += i_s * (SEG // BT)
     o_k, o_v, o_t = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
-    p_q, p_b, p_c = p_q + i_g * q_g, p_b + i_g * b_g, p_c + i_g * c_g
-    if DECAY:
-        p_log += i_g * l_g
-    if p_n is not None:
-        p_n += i_g * n_g
     b_s = tl.zeros([BK, BV], tl.float32)
     if p_start is not None:
         b_s = load_matrix(p_start, (i_n * S + i_s) * G + i_g, o_k, o_v, K, V).to(tl.float32)
     for i_t in tl.range(0, total, BT, num_stages=NS):
         row, length = begin + i_t, total - i_t
+        at = (chunk + i_t // BT) * G + i_g
         if p_states is not None:
-            store_matrix(p_states, (chunk + i_t // BT) * G + i_g, b_s, o_k, o_v, K, V)
-        b_q = rows(p_q, row, q_t, length, o_k, K, BT)  # [BT, BK]
-        b_b = rows(p_b, row, b_t, length, o_k, K, BT)  # [BT, BK]
-        b_c = rows(p_c, row, c_t, length, o_v, V, BT)  # [BT, BV]
+            store_matrix(p_states, at, b_s, o_k, o_v, K, V)
         if DECAY == 2:
-            to, after, b_d = vector_sums(p_log, row, l_t, length, o_k, SHIFT, PREC, K, BT)
-            b_y = product(b_q * tl.exp2(to), b_s, PREC)
-            p_a = p_pairs + ((row + o_t) * G + i_g)[:, None] * BT + o_t[None, :]
-            b_a = tl.load(p_a, mask=(o_t < length)[:, None], other=0)
-            b_s = b_s * tl.exp2(b_d)[:, None] + product(tl.trans(b_b * tl.exp2(after)), b_c, PREC)
-        elif DECAY == 1:
-            b_n = numbers(p_n, row, n_t, length, BT)
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_log, row, l_t, length, SHIFT, BT)
-            b_y = product(b_q, b_s, PREC) * tl.exp2(w_t + f_t)[:, None]
-            b_a = product(b_q, tl.trans(b_b), PREC) * (ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT) * b_n[None, :])
-            b_f = tl.exp2((w_e - w_s) + (f_e - f_s)) * b_n
-            b_s = b_s * tl.exp2(w_e + f_e) + product(tl.trans(b_b), b_c * b_f[:, None], PREC)
+            b_q = rows(p_qs + i_g * K, row, G * K, length, o_k, K, BT)  # [BT, BK]
+            b_b = rows(p_bs + i_g * K, row, G * K, length, o_k, K, BT)  # [BT, BK]
         else:
-            b_y = product(b_q, b_s, PREC)
+            b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
+            b_b = load_b(raw, row, i_g, length, o_k, K, BT)
+        b_c = load_c(raw, row, i_g, length, o_v, V, BT)  # [BT, BV]
+        b_y = product(b_q, b_s, PREC)
+        if DECAY == 2:
+            b_a = rows(p_pairs + i_g * BT, row, G * BT, length, o_t, BT, BT)
+            keep = tl.exp2(tl.load(p_total + at * K + o_k, mask=o_k < K, other=0))  # [BK]
+            b_e, b_f, gives = 1.0, 1.0, b_c
+            b_s *= keep[:, None]
+        elif DECAY == 1:
+            b_n = numbers_n(raw, row, i_g, length, BT)
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(raw, row, i_g, length, SHIFT, BT)
+            b_a = product(b_q, tl.trans(b_b), PREC) * (ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT) * b_n[None, :])
+            b_e, b_f = tl.exp2(w_t + f_t)[:, None], (tl.exp2((w_e - w_s) + (f_e - f_s)) * b_n)[:, None]  # [BT, 1]
+            b_y *= b_e
+            keep = tl.exp2(w_e + f_e)
+            gives = b_c * b_f
+            b_s *= keep
+        else:
             b_a = tl.where(later(SHIFT, False, BT), product(b_q, tl.trans(b_b), PREC), 0.0)
+            b_e, b_f, keep, gives = 1.0, 1.0, 1.0, b_c
             if p_n is not None:
-                b_n = numbers(p_n, row, n_t, length, BT)
+                b_n = numbers_n(raw, row, i_g, length, BT)
                 b_a *= b_n[None, :]
-                b_s += product(tl.trans(b_b), b_c * b_n[:, None], PREC)
-            else:
-                b_s += product(tl.trans(b_b), b_c, PREC)
-        b_y += product(b_a, b_c, PREC)
-        m = inside((o_t < length)[:, None], o_v, V)
-        tl.store(p_y + row * (G * V) + i_g * V + (o_t * (G * V))[:, None] + o_v[None, :], b_y * scale, mask=m)
+                b_f = b_n[:, None]
+                gives = b_c * b_f
+        b_s += product(tl.trans(b_b), gives, PREC)
+        b_y = (b_y + product(b_a, b_c, PREC)) * scale
+        b_w = 0.0
+        store_rows(p_out + i_g * V, b_y, row, G * V, length, o_v, V, BT)
     if p_final is not None:
         store_matrix(p_final, i_n * G + i_g, b_s, o_k, o_v, K, V)
 
 
 @jit(do_not_specialize=["T", "S", "SEG"])
 def chunk_states_kernel(
-    p_x, p_z, p_log, p_n, p_start, p_end, p_decay, p_states, p_cu, p_chunks,
-    x_t, x_g, z_t, z_g, l_t, l_g, n_t, n_g, T, S, SEG, G, scale,
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
+    p_qs, p_bs, p_total, p_sums, p_do, p_seen, p_dw, p_start, p_zstart, p_end, p_zend, p_decay, p_states, p_zstates,
+    p_cu, p_chunks, T, S, SEG, G, scale,
     BACK: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
 ):
     """States before each chunk, from (x, z) = (b, c); BACK: costates behind each chunk, from (q, dy), last chunk first.
     A program has a block [BK, BV] and walks over one of S segments; p_start, p_end [N, S, G, K, V]: what it starts from
     and ends with, p_decay [N, S, G, K or 1] the log of what is left of the start."""
+    raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -341,12 +645,7 @@ def chunk_states_kernel(
     total = tl.minimum(total - i_s * SEG, SEG)
     chunk += i_s * (SEG // BT)
     o_k, o_v = i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    p_x, p_z = p_x + i_g * x_g, p_z + i_g * z_g
     b_left = tl.zeros([BK if DECAY == 2 else 1], tl.float32)  # log of what is left of the start
-    if DECAY:
-        p_log += i_g * l_g
-    if p_n is not None:
-        p_n += i_g * n_g
     b_s = tl.zeros([BK, BV], tl.float32)
     place = (i_n * S + i_s) * G + i_g
     if p_start is not None:
@@ -355,26 +654,43 @@ def chunk_states_kernel(
     for i in tl.range(0, count, num_stages=NS):
         i_c = count - 1 - i if BACK else i
         row, length = begin + i_c * BT, total - i_c * BT
+        at = (chunk + i_c) * G + i_g
         if p_states is not None:
-            store_matrix(p_states, (chunk + i_c) * G + i_g, b_s, o_k, o_v, K, V)
-        b_x = rows(p_x, row, x_t, length, o_k, K, BT)  # [BT, BK]
-        b_z = rows(p_z, row, z_t, length, o_v, V, BT)  # [BT, BV]
+            store_matrix(p_states, at, b_s, o_k, o_v, K, V)
         if BACK:
-            b_z = b_z * scale
-        if p_n is not None:
-            b_z = b_z * numbers(p_n, row, n_t, length, BT)[:, None]
-        if DECAY == 2:
-            to, after, b_d = vector_sums(p_log, row, l_t, length, o_k, SHIFT if BACK else 0, PREC, K, BT)
-            w = to if BACK else after
-            b_left += b_d
-            b_s = b_s * tl.exp2(b_d)[:, None] + product(tl.trans(b_x * tl.exp2(w)), b_z, PREC)
-        elif DECAY == 1:
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_log, row, l_t, length, SHIFT, BT)
-            w = w_t + f_t if BACK else (w_e - w_s) + (f_e - f_s)
-            b_left += w_e + f_e
-            b_s = b_s * tl.exp2(w_e + f_e) + product(tl.trans(b_x), b_z * tl.exp2(w)[:, None], PREC)
+            if DECAY == 2:
+                b_x = rows(p_qs + i_g * K, row, G * K, length, o_k, K, BT)  # [BT, BK]
+            else:
+                b_x = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
+            b_dy = back_out(raw, p_do, p_seen, p_sums, row, i_g, length, o_v, G, V, BT)
+            b_z_in = b_dy * scale  # [BT, BV]
         else:
-            b_s += product(tl.trans(b_x), b_z, PREC)
+            if DECAY == 2:
+                b_x = rows(p_bs + i_g * K, row, G * K, length, o_k, K, BT)
+            else:
+                b_x = load_b(raw, row, i_g, length, o_k, K, BT)
+            b_z_in = load_c(raw, row, i_g, length, o_v, V, BT)
+        w = tl.full([BT], 1.0, tl.float32)
+        keep = 1.0
+        if DECAY == 2:
+            keep = tl.load(p_total + at * K + o_k, mask=o_k < K, other=0)
+            b_left += keep
+            keep = tl.exp2(keep)
+            b_s *= keep[:, None]
+        elif DECAY == 1:
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(raw, row, i_g, length, SHIFT, BT)
+            w = tl.exp2(w_t + f_t if BACK else (w_e - w_s) + (f_e - f_s))
+            b_left += w_e + f_e
+            keep = tl.exp2(w_e + f_e)
+            b_s *= keep
+        if DECAY < 2:
+            if p_n is not None:
+                if not BACK:
+                    w *= numbers_n(raw, row, i_g, length, BT)
+                b_z_in = b_z_in * w[:, None]
+            elif DECAY == 1:
+                b_z_in = b_z_in * w[:, None]
+        b_s += product(tl.trans(b_x), b_z_in, PREC)
     if p_end is not None:
         store_matrix(p_end, place, b_s, o_k, o_v, K, V)
     if p_decay is not None:
@@ -410,275 +726,172 @@ def chunk_join_kernel(
     tl.store(p_last + (i_n * G + i_g) * (K * V) + o_e, b_s, mask=m)
 
 
-@jit(do_not_specialize=["T"])
+@jit
+def halves_shares(b_q, b_b, b_x, b_p, b_pt, e, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr):
+    """Shares of dq and db [BT, BK] from pairs that meet at the middle of a block of 2^(e+1) tokens."""
+    w = tl.exp2(exponents(halves(e, SHIFT, False, BT), b_x, PREC))  # [BT, BK]
+    b_dq = w * product(tl.where(across(e, False, BT), b_p, 0.0), b_b * w, PREC)
+    b_db = w * product(tl.where(across(e, True, BT), b_pt, 0.0), b_q * w, PREC)
+    return b_dq, b_db
+
+
+@jit
+def inner_shares(b_q, b_b, b_x, b_p, b_pt, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr, LB: tl.constexpr,
+                 LT: tl.constexpr):
+    """What tokens of one chunk give to dq and db of each other for a decay over the key, self terms left out; P [t, s] =
+    dy_t . c_s, and its transpose. In blocks of 2^LB tokens as a product of what is scaled from the block's start on, or
+    by halves where some exponent is beyond 60.0."""
+    b_dq, b_db = tl.zeros(b_x.shape, tl.float32), tl.zeros(b_x.shape, tl.float32)
+    since = exponents(near(0, False, LB, BT), b_x, PREC)
+    last = LT
+    first = 0
+    if tl.max(tl.max(tl.abs(since), 1), 0) <= 60.0:
+        first = LB
+        to = since
+        if SHIFT:
+            to = exponents(near(SHIFT, False, LB, BT), b_x, PREC)
+        to, since = tl.exp2(to), tl.exp2(-since)
+        b_dq = to * product(tl.where(near(1, False, LB, BT), b_p, 0.0), b_b * since, PREC)
+        b_db = since * product(tl.where(near(1, True, LB, BT), b_pt, 0.0), b_q * to, PREC)
+    for e in range(first, last):
+        x_dq, x_db = halves_shares(b_q, b_b, b_x, b_p, b_pt, e, SHIFT, PREC, BT)
+        b_dq += x_dq
+        b_db += x_db
+    return b_dq, b_db
+
+
+@jit
+def load_in(raw, p_bs, row, i_g, length, o_k, G, DECAY: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    """b, with the decays up to the chunk's end if they are over the key, [BT, BK]."""
+    if DECAY == 2:
+        b_b = rows(p_bs + i_g * K, row, G * K, length, o_k, K, BT)
+    else:
+        b_b = load_b(raw, row, i_g, length, o_k, K, BT)
+    return b_b
+
+
+@jit(do_not_specialize=["T", "SHARE"])
 def chunk_gradients_kernel(
-    p_q, p_b, p_c, p_log, p_n, p_pairs, p_dy, p_states, p_costates, p_dq, p_db, p_dc, p_dlog, p_dn, p_cu, p_chunks, p_owner,
-    q_t, q_g, b_t, b_g, c_t, c_g, l_t, l_g, n_t, n_g, T, G, scale,
-    DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
+    p_bs, p_pairs, p_total, p_sums, p_do, p_seen, p_dw, p_states, p_costates, p_zstates, p_zcostates, p_dk0, p_dk1, p_dk2, p_dc,
+    p_dlog, p_dn, p_cu, p_chunks, p_owner, T, SHARE, G, scale,
+    DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, LB: tl.constexpr, LT: tl.constexpr,
 ):
-    """Gradients of q, b, c and of the decay's log (p_dlog, if wanted). One program: one chunk of one lane. With S
+    """Gradients of all that q, b, c, n, the decay and the readout are made of. One chunk of one lane. With S
     the state before it and G the costate behind it, P[t, s] = dy_t . c_s, and E = 2**to, F = 2**after,
         dq = E (S dy) + (P R) b,   db = F (G c) + (P R)' q,   dc = G' (F b) + A' dy,   dn = rowsum(b db / n)
-    (the parts with P R for a decay over the key: chunk_inner_kernel, which adds them).
+    A program has a block of K, and every NK-th block of V for dc; p_dlog and p_dn [NK, B, T, G] get its share.
     The log's gradient at t is the sum over all paths that cross t: from before the chunk to behind it, 2**total S.G;
     from u < t to behind, b.F (G c); from before to u >= t, q.E (S dy); from s < t to u >= t, (A P R)[u, s]."""
+    raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
+    NK: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
-    i_g, i_c = pid % G, (pid // G).to(tl.int64)
-    i_n = chunk_owner(p_owner, i_c, T, BT)
-    if i_n < 0:
+    i_k, i_g, i_c = pid % NK, pid // NK % G, (pid // (NK * G)).to(tl.int64)
+    row, length = chunk_at(p_cu, p_chunks, p_owner, i_c, T, BT)
+    if length <= 0:
         return
-    bos, total, chunk = sequence(p_cu, p_chunks, i_n, T, BT)
-    row = bos + (i_c - chunk) * BT
-    length = (total - (i_c - chunk) * BT).to(tl.int32)
-    o_k, o_t = tl.arange(0, BK), tl.arange(0, BT)
-    p_q, p_b, p_c = p_q + i_g * q_g, p_b + i_g * b_g, p_c + i_g * c_g
-    p_dy, p_dc = p_dy + i_g * V, p_dc + i_g * V
-    b_q = rows(p_q, row, q_t, length, o_k, K, BT)  # [BT, BK]
-    b_b = rows(p_b, row, b_t, length, o_k, K, BT)
-    if DECAY:
-        p_log += i_g * l_g
+    at = i_c * G + i_g
+    o_k, o_t = i_k * BK + tl.arange(0, BK), tl.arange(0, BT)
+    share = (i_k * SHARE + row + o_t) * G + i_g
+    b_n = numbers_n(raw, row, i_g, length, BT)
     if DECAY == 2:
-        b_e, b_f, b_g = vector_sums(p_log, row, l_t, length, o_k, SHIFT, PREC, K, BT)
-        b_e, b_f, b_g = tl.exp2(b_e), tl.exp2(b_f), tl.exp2(b_g)
-        b_in = b_b * b_f  # [BT, BK]
         p_a = p_pairs + ((row + o_t) * G + i_g)[None, :] * BT + o_t[:, None]
         b_a = tl.load(p_a, mask=(o_t < length)[None, :], other=0) * scale  # A' [s, t]
+        b_f = 1.0
     else:
-        b_in = b_b
+        b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
+        b_b = load_b(raw, row, i_g, length, o_k, K, BT)
+        b_a = product(b_b, tl.trans(b_q), PREC)
+        for n in tl.static_range(1, NK):
+            o_n = (i_k + n) % NK * BK + tl.arange(0, BK)
+            x_q = load_q(raw, row, i_g, length, o_n, SHIFT, K, BT)
+            b_a += product(load_b(raw, row, i_g, length, o_n, K, BT), tl.trans(x_q), PREC)
+        b_f = b_n[:, None]
         if DECAY == 1:
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_log, row, l_t, length, SHIFT, BT)
-            b_e, b_f = tl.exp2(w_t + f_t)[:, None], tl.exp2((w_e - w_s) + (f_e - f_s))[:, None]  # [BT, 1]
-            b_g = tl.exp2(w_e + f_e)
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(raw, row, i_g, length, SHIFT, BT)
+            b_f *= tl.exp2((w_e - w_s) + (f_e - f_s))[:, None]  # [BT, 1]
             b_r = ratio(w_t, f_t, w_s, f_s, SHIFT, True, BT)
         else:
             b_r = tl.where(later(SHIFT, True, BT), 1.0, 0.0)
-        if p_n is not None:
-            p_n += i_g * n_g
-        b_n = numbers(p_n, row, n_t, length, BT)
-        b_a = product(b_b, tl.trans(b_q), PREC) * b_r * scale * b_n[:, None]
-        b_p = tl.zeros([BT, BT], tl.float32)  # [t, s]
-        b_pt = tl.zeros([BT, BT], tl.float32)  # [s, t]: not a transpose, which Triton 3.4-3.7 gets wrong in a product
+        b_a *= b_r * scale * b_n[:, None]
+    b_p = tl.zeros([BT, BT], tl.float32)  # [t, s]
+    b_pt = tl.zeros([BT, BT], tl.float32)  # [s, t]: not a transpose, which Triton 3.4-3.7 gets wrong in a product
     b_dq = tl.zeros([BT, BK], tl.float32)
     b_db = tl.zeros([BT, BK], tl.float32)
     b_h = tl.zeros([BK], tl.float32)  # rowsum(G * S)
     for i_v in tl.range(0, V, BV, num_stages=NS):
         o_v = i_v + tl.arange(0, BV)
-        b_c = rows(p_c, row, c_t, length, o_v, V, BT)  # [BT, BV]
-        b_dy = rows(p_dy, row, G * V, length, o_v, V, BT)
-        b_s = load_matrix(p_states, i_c * G + i_g, o_k, o_v, K, V)  # [BK, BV]
-        b_m = load_matrix(p_costates, i_c * G + i_g, o_k, o_v, K, V)
-        if DECAY != 2:
-            b_p += product(b_dy, tl.trans(b_c), PREC)
-            b_pt += product(b_c, tl.trans(b_dy), PREC)
+        b_c = load_c(raw, row, i_g, length, o_v, V, BT)  # [BT, BV]
+        b_dy = back_out(raw, p_do, p_seen, p_sums, row, i_g, length, o_v, G, V, BT)
+        b_s = load_matrix(p_states, at, o_k, o_v, K, V)  # [BK, BV]
+        b_m = load_matrix(p_costates, at, o_k, o_v, K, V)
+        b_p += product(b_dy, tl.trans(b_c), PREC)
+        b_pt += product(b_c, tl.trans(b_dy), PREC)
         b_dq += product(b_dy, tl.trans(b_s), PREC)
         b_db += product(b_c, tl.trans(b_m), PREC)
-        b_dc = product(b_in, b_m, PREC)
-        if DECAY == 1:
-            b_dc *= b_f * b_n[:, None]
-        elif DECAY == 0:
-            b_dc *= b_n[:, None]
-        b_dc += product(b_a, b_dy, PREC)
-        m = inside((o_t < length)[:, None], o_v, V)
-        tl.store(p_dc + (row * (G * V) + (o_t * (G * V))[:, None] + o_v[None, :]), b_dc, mask=m)
-        if p_dlog is not None:
-            b_h += tl.sum(b_s.to(tl.float32) * b_m.to(tl.float32), 1)
+        if i_v // BV % NK == i_k:
+            b_dc = product(load_in(raw, p_bs, row, i_g, length, o_k, G, DECAY, K, BT), b_m, PREC)
+            for n in tl.static_range(1, NK):
+                o_n = (i_k + n) % NK * BK + tl.arange(0, BK)
+                x_m = load_matrix(p_costates, at, o_n, o_v, K, V)
+                b_dc += product(load_in(raw, p_bs, row, i_g, length, o_n, G, DECAY, K, BT), x_m, PREC)
+            b_dc = b_dc * b_f + product(b_a, b_dy, PREC)
+            store_values(p_code, p_dc, b_dy, b_dc, row, i_c, i_g, length, o_v, G, V, BT)
+        b_h += tl.sum(b_s.to(tl.float32) * b_m.to(tl.float32), 1)
     b_dq *= scale
-    if DECAY:
-        b_dq *= b_e
-        b_db *= b_f
-    at = row * (G * K) + i_g * K + (o_t * (G * K))[:, None] + o_k[None, :]
-    m = inside((o_t < length)[:, None], o_k, K)
-    if p_dlog is not None:
-        read, fed = b_q * b_dq, b_b * b_db
+    b_dlog = b_dq
+    if DECAY == 2:
+        b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
+        b_b = load_b(raw, row, i_g, length, o_k, K, BT)
+        b_x = load_log(raw, row, i_g, length, o_k, K, BT)
+        b_dq *= tl.exp2(exponents(later(SHIFT, False, BT), b_x, PREC))
+        b_db *= tl.exp2(exponents(o_t[:, None] < o_t[None, :], b_x, PREC))
+        b_p, b_pt = operand(b_p * scale, PREC), operand(b_pt * scale, PREC)
+        x_dq, x_db = inner_shares(b_q, b_b, b_x, b_p, b_pt, SHIFT, PREC, BT, LB, LT)
+        b_h *= tl.exp2(tl.load(p_total + at * K + o_k, mask=o_k < K, other=0))
+        b_dq += x_dq
+        b_dlog = chosen(o_t[:, None] > o_t[None, :], b_b * b_db, PREC) - chosen(later(0, True, BT), b_b * x_db, PREC)
+        b_dlog += b_h[None, :] + chosen(later(SHIFT, True, BT), b_q * b_dq, PREC)
+        b_db += x_db
+        if SHIFT == 0:
+            own = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_p.to(tl.float32), 0.0), 1)[:, None]
+            b_dq += own * b_b
+            b_db += own * b_q
+    else:
         if DECAY == 1:
-            x = tl.where(o_t[:, None] < o_t[None, :], b_a * b_pt, 0.0)  # [s, u]; R(t, t) does not depend on the decay
-            # Where s to u does not cross t, both sums hold the same number: it cancels.
-            read, kept = tl.sum(read, 1) + tl.sum(x, 0), tl.cumsum(tl.sum(x, 1), 0, reverse=True)
-            fed = tl.sum(fed, 1) * b_n
-            b_d = b_g * tl.sum(b_h, 0) + tl.cumsum(fed, 0) - fed + tl.cumsum(read, 0, reverse=True) - kept
-            tl.store(p_dlog + (row + o_t) * G + i_g, b_d - read if SHIFT else b_d, mask=o_t < length)
-        else:
-            b_d = (b_g * b_h)[None, :] + tl.cumsum(fed, 0) - fed + tl.cumsum(read, 0, reverse=True)
-            tl.store(p_dlog + at, b_d - read if SHIFT else b_d, mask=m)
-    if DECAY != 2:
-        if DECAY == 1:
+            b_dq *= tl.exp2(w_t + f_t)[:, None]
+            b_db *= tl.exp2((w_e - w_s) + (f_e - f_s))[:, None]
+            if p_dlog is not None:
+                # [s, u]; R(t, t) does not depend on the decay. It is of all K: one program counts it.
+                x = tl.where((o_t[:, None] < o_t[None, :]) & (i_k == 0), b_a * b_pt, 0.0)
+                # Where s to u does not cross t, both sums hold the same number: it cancels.
+                read = tl.sum(b_q * b_dq, 1) + tl.sum(x, 0)
+                kept_here = tl.cumsum(tl.sum(x, 1), 0, reverse=True)
+                fed = tl.sum(b_b * b_db, 1) * b_n
+                b_d = tl.exp2(w_e + f_e) * tl.sum(b_h, 0) + tl.cumsum(fed, 0) - fed + tl.cumsum(read, 0, reverse=True)
+                b_d = tl.where(code_of(p_code, row, length, BT) == 1, b_d - kept_here - (read if SHIFT else 0.0), 0.0)
+                tl.store(p_dlog + share, b_d, mask=o_t < length)
             b_p *= ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT)
         else:
             b_p = tl.where(later(SHIFT, False, BT), b_p, 0.0)
         b_dq += product(b_p * b_n[None, :], b_b, PREC) * scale
         b_db += product(b_pt * b_r, b_q, PREC) * scale
         if p_dn is not None:
-            tl.store(p_dn + (row + o_t) * G + i_g, tl.sum(b_b * b_db, 1), mask=o_t < length)
+            tl.store(p_dn + share, tl.sum(b_b * b_db, 1), mask=o_t < length)
         b_db *= b_n[:, None]
-    tl.store(p_dq + at, b_dq, mask=m)
-    tl.store(p_db + at, b_db, mask=m)
-
-
-@jit
-def pairs_inside(p_b, p_log, b_q, row, b_t, l_t, length, o_k, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr,
-                 BC: tl.constexpr):
-    """A of BC tokens among themselves. Row t is a product of q 2**to and b 2**-since, both from the first token on (no
-    later token is read), if no exponent up to t is beyond 60.0; else it is summed one by one."""
-    t = tl.arange(0, BC)
-    to = since_start(p_log, row, l_t, length, o_k, SHIFT, K, BC)  # [BC, BK]
-    since = since_start(p_log, row, l_t, length, o_k, 0, K, BC)
-    b_b = rows(p_b, row, b_t, length, o_k, K, BC)
-    m = t[:, None] - SHIFT >= t[None, :]
-    reach = tl.max(tl.abs(since), 1)
-    far = tl.max(tl.where(m, reach[None, :], 0.0), 1) > 60.0
-    b_a = product(tl.where(far[:, None], 0.0, b_q * tl.exp2(to)), tl.trans(b_b * tl.exp2(tl.minimum(-since, 60.0))), PREC)
-    if tl.max(far.to(tl.int32), 0) > 0:
-        step = logs(p_log, row, l_t, length, o_k, -SHIFT, K, BC)
-        for s in range(0, tl.minimum(length, BC)):
-            b_1 = tl.load(p_b + (row + s) * b_t + o_k, mask=o_k < K, other=0).to(tl.float32)
-            e = tl.cumsum(tl.where((t > s + SHIFT)[:, None], step, 0.0), 0)
-            b_1 = tl.sum(b_q * tl.exp2(e) * b_1[None, :], 1)
-            b_a = tl.where(far[:, None] & (t == s)[None, :], b_1[:, None], b_a)
-    return tl.where(m, b_a, 0.0)
-
-
-@jit(do_not_specialize=["T"])
-def chunk_pairs_kernel(
-    p_q, p_b, p_log, p_pairs, p_cu, p_chunks, p_owner, q_t, q_g, b_t, b_g, l_t, l_g, T, G,
-    SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
-):
-    """A [BT, BT] of one chunk and lane for a decay over the key, in blocks of BC tokens: between two blocks q 2**to and
-    b 2**(after + between) meet at the start of the later one, and no exponent adds up logs of both signs."""
-    pid = tl.program_id(0)
-    i_g, i_c = pid % G, (pid // G).to(tl.int64)
-    i_n = chunk_owner(p_owner, i_c, T, BT)
-    if i_n < 0:
-        return
-    bos, total, chunk = sequence(p_cu, p_chunks, i_n, T, BT)
-    row = bos + (i_c - chunk) * BT
-    length = (total - (i_c - chunk) * BT).to(tl.int32)
-    o_k, t = tl.arange(0, BK), tl.arange(0, BC)
-    p_q, p_b, p_log = p_q + i_g * q_g, p_b + i_g * b_g, p_log + i_g * l_g
-    for i in range(0, BT // BC):
-        here, left = row + i * BC, length - i * BC
-        b_q = rows(p_q, here, q_t, left, o_k, K, BC)  # [BC, BK]
-        p_a = p_pairs + ((here + t) * G + i_g)[:, None] * BT + t[None, :]
-        b_a = pairs_inside(p_b, p_log, b_q, here, b_t, l_t, left, o_k, SHIFT, PREC, K, BC)
-        tl.store(p_a + i * BC, b_a, mask=(t < left)[:, None])
-        b_q = b_q * tl.exp2(since_start(p_log, here, l_t, left, o_k, SHIFT, K, BC))
-        between = tl.zeros([BK], tl.float32)
-        for n in range(0, i):
-            j = i - 1 - n
-            there, rest = row + j * BC, length - j * BC
-            b_b = rows(p_b, there, b_t, rest, o_k, K, BC)
-            b_b = b_b * tl.exp2(until_end(p_log, there, l_t, rest, o_k, K, BC) + between[None, :])
-            tl.store(p_a + j * BC, product(b_q, tl.trans(b_b), PREC), mask=(t < left)[:, None])
-            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, K, BC), 0)
-        for j in range(i + 1, BT // BC):
-            tl.store(p_a + j * BC, tl.zeros([BC, BC], tl.float32), mask=(t < left)[:, None])
-
-
-@jit
-def inner_products(
-    p_b, p_c, p_log, b_q, b_b, b_dy, b_c, row, b_t, c_t, l_t, length, o_k, o_v,
-    SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr,
-):
-    """Shares of dq and db from BC tokens among themselves, self terms left out: as a product of what is scaled from the
-    first token on, or one token at a time where some exponent is beyond 60.0."""
-    t = tl.arange(0, BC)
-    to = since_start(p_log, row, l_t, length, o_k, SHIFT, K, BC)  # [BC, BK]
-    since = since_start(p_log, row, l_t, length, o_k, 0, K, BC)
-    b_dq, b_db = tl.zeros(to.shape, tl.float32), tl.zeros(to.shape, tl.float32)
-    if tl.max(tl.max(tl.abs(since), 1), 0) <= 60.0:
-        b_p = tl.where(t[:, None] > t[None, :], product(b_dy, tl.trans(b_c), PREC), 0.0)  # [t, s]
-        b_pt = tl.where(t[:, None] < t[None, :], product(b_c, tl.trans(b_dy), PREC), 0.0)  # [s, t]
-        b_dq = tl.exp2(to) * product(b_p, b_b * tl.exp2(-since), PREC)
-        b_db = tl.exp2(-since) * product(b_pt, b_q * tl.exp2(to), PREC)
-    else:
-        step = logs(p_log, row, l_t, length, o_k, -SHIFT, K, BC)
-        for s in range(0, tl.minimum(length, BC)):
-            b_1 = tl.load(p_b + (row + s) * b_t + o_k, mask=o_k < K, other=0).to(tl.float32)
-            c_1 = tl.load(p_c + (row + s) * c_t + o_v, mask=o_v < V, other=0).to(tl.float32)
-            e = tl.cumsum(tl.where((t > s + SHIFT)[:, None], step, 0.0), 0)
-            p_1 = tl.where(t > s, tl.sum(b_dy * c_1[None, :], 1), 0.0)
-            w = tl.exp2(e) * p_1[:, None]  # [BC, BK]
-            b_dq += w * b_1[None, :]
-            b_db = tl.where((t == s)[:, None], tl.sum(w * b_q, 0)[None, :], b_db)
-    return b_dq, b_db
-
-
-@jit(do_not_specialize=["T"])
-def chunk_inner_kernel(
-    p_q, p_b, p_c, p_log, p_dy, p_dq, p_db, p_dlog, p_cu, p_chunks, p_owner,
-    q_t, q_g, b_t, b_g, c_t, c_g, l_t, l_g, T, G, scale,
-    SHIFT: tl.constexpr, PREC: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
-):
-    """For a decay over the key: adds to dq, db and the log's gradient what tokens of one chunk give to each other, in
-    blocks of BC tokens, last block first. P [t, s] = dy_t . c_s; a path from s to u counts for every decay that it
-    crosses, which is the sum from t on of q dq - b db (Hopper-safe: no product's transpose enters a product)."""
-    pid = tl.program_id(0)
-    i_g, i_c = pid % G, (pid // G).to(tl.int64)
-    i_n = chunk_owner(p_owner, i_c, T, BT)
-    if i_n < 0:
-        return
-    bos, total, chunk = sequence(p_cu, p_chunks, i_n, T, BT)
-    row = bos + (i_c - chunk) * BT
-    length = (total - (i_c - chunk) * BT).to(tl.int32)
-    o_k, o_v, t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BC)
-    p_q, p_b, p_c, p_log = p_q + i_g * q_g, p_b + i_g * b_g, p_c + i_g * c_g, p_log + i_g * l_g
-    p_dy += i_g * V
-    NB: tl.constexpr = BT // BC
-    later = tl.zeros([BK], tl.float32)  # q dq - b db of the blocks behind
-    for n in range(0, NB):
-        i = NB - 1 - n
-        here, left = row + i * BC, length - i * BC
-        b_q, b_b = rows(p_q, here, q_t, left, o_k, K, BC), rows(p_b, here, b_t, left, o_k, K, BC)  # [BC, BK]
-        b_c = rows(p_c, here, c_t, left, o_v, V, BC)  # [BC, BV]
-        b_dy = rows(p_dy, here, G * V, left, o_v, V, BC) * scale
-        b_dq, b_db = tl.zeros([BC, BK], tl.float32), tl.zeros([BC, BK], tl.float32)
-        between = tl.zeros([BK], tl.float32)
-        for back in range(0, i):
-            there, rest = row + (i - 1 - back) * BC, length - (i - 1 - back) * BC
-            x = rows(p_b, there, b_t, rest, o_k, K, BC)
-            x = x * tl.exp2(until_end(p_log, there, l_t, rest, o_k, K, BC) + between[None, :])
-            b_p = product(b_dy, tl.trans(rows(p_c, there, c_t, rest, o_v, V, BC)), PREC)
-            b_dq += product(b_p, x, PREC)
-            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, K, BC), 0)
-        between = tl.zeros([BK], tl.float32)
-        for j in range(i + 1, NB):
-            there, rest = row + j * BC, length - j * BC
-            x = rows(p_q, there, q_t, rest, o_k, K, BC)
-            x = x * tl.exp2(since_start(p_log, there, l_t, rest, o_k, SHIFT, K, BC) + between[None, :])
-            b_pt = product(b_c, tl.trans(rows(p_dy, there, G * V, rest, o_v, V, BC) * scale), PREC)
-            b_db += product(b_pt, x, PREC)
-            between += tl.sum(logs(p_log, there, l_t, rest, o_k, 0, K, BC), 0)
-        b_dq *= tl.exp2(since_start(p_log, here, l_t, left, o_k, SHIFT, K, BC))
-        b_db *= tl.exp2(until_end(p_log, here, l_t, left, o_k, K, BC))
-        x_dq, x_db = inner_products(
-            p_b, p_c, p_log, b_q, b_b, b_dy, b_c, here, b_t, c_t, l_t, left, o_k, o_v, SHIFT, PREC, K, V, BC
-        )
-        b_dq += x_dq
-        b_db += x_db
-        m = inside((t < left)[:, None], o_k, K)
-        at = here * (G * K) + i_g * K + (t * (G * K))[:, None] + o_k[None, :]
-        if p_dlog is not None:
-            read, x = b_q * b_dq, b_q * b_dq - b_b * b_db
-            b_d = tl.load(p_dlog + at, mask=m, other=0) + later[None, :] + tl.cumsum(x, 0, reverse=True)
-            tl.store(p_dlog + at, b_d - read if SHIFT else b_d, mask=m)
-            later += tl.sum(x, 0)
-        if SHIFT == 0:
-            own = tl.sum(b_dy * b_c, 1)[:, None]
-            b_dq += own * b_b
-            b_db += own * b_q
-        tl.store(p_dq + at, tl.load(p_dq + at, mask=m, other=0) + b_dq, mask=m)
-        tl.store(p_db + at, tl.load(p_db + at, mask=m, other=0) + b_db, mask=m)
+    store_keys(raw, p_dk0, p_dk1, p_dk2, b_dq, b_db, b_dlog, row, i_c, i_g, length, o_k, G, SHIFT, K, BT)
 
 
 @jit
 def chunk_step_kernel(
-    p_s, p_q, p_b, p_c, p_log, p_y, p_slots,
-    s_n, s_g, s_k, s_v, q_n, q_g, b_n, b_g, c_n, c_g, l_n, l_g, G, scale,
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
+    p_s, p_z, p_out, p_slots, s_n, s_g, s_k, s_v, z_n, z_g, z_k, G, scale,
     DECAY: tl.constexpr, SHIFT: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):
     """One token: a program reads BV columns of one lane's state once and writes them once, in the row that p_slots [B]
-    names. Floor: the state's bytes, twice."""
+    names; with z, all columns. Floor: the state's bytes, twice."""
+    raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     i_v, i_g, i_n = pid % NV, pid // NV % G, (pid // (NV * G)).to(tl.int64)
@@ -686,24 +899,24 @@ def chunk_step_kernel(
     if p_slots is not None:
         slot = tl.load(p_slots + i_n).to(tl.int64)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
-    m = m_k[:, None] & m_v[None, :]
+    m = (o_k < K)[:, None] & (o_v < V)[None, :]
     at = p_s + slot * s_n + i_g * s_g + o_k[:, None] * s_k + o_v[None, :] * s_v
     b_s = tl.load(at, mask=m, other=0).to(tl.float32)  # [BK, BV]
-    b_q = tl.load(p_q + i_n * q_n + i_g * q_g + o_k, mask=m_k, other=0).to(tl.float32)
-    b_b = tl.load(p_b + i_n * b_n + i_g * b_g + o_k, mask=m_k, other=0).to(tl.float32)
-    b_c = tl.load(p_c + i_n * c_n + i_g * c_g + o_v, mask=m_v, other=0).to(tl.float32)
-    b_y = tl.sum(b_q[:, None] * b_s, 0)
+    b_q = tl.sum(load_q(raw, i_n, i_g, 1, o_k, SHIFT, K, 1).to(tl.float32), 0)  # [BK]
+    b_b = tl.sum(load_b(raw, i_n, i_g, 1, o_k, K, 1).to(tl.float32), 0)
+    b_c = rows(p_c + i_g // c_r * c_g, i_n, c_t, 1, o_v, V, 1).to(tl.float32)  # [1, BV]
+    keep = tl.full([BK], 1.0, tl.float32)
     if DECAY == 1:
-        b_s *= tl.exp2(tl.load(p_log + i_n * l_n + i_g * l_g).to(tl.float32) * 1.4426950408889634)
+        keep *= tl.exp2(tl.load(p_log + i_g // l_r * l_g + i_n * l_t).to(tl.float32) * 1.4426950408889634)
     elif DECAY == 2:
-        b_d = tl.load(p_log + i_n * l_n + i_g * l_g + o_k, mask=m_k, other=0).to(tl.float32)
-        b_s *= tl.exp2(b_d * 1.4426950408889634)[:, None]
-    b_s += b_b[:, None] * b_c[None, :]
-    tl.store(at, b_s, mask=m)
-    if SHIFT == 0:
-        b_y = tl.sum(b_q[:, None] * b_s, 0)
-    tl.store(p_y + (i_n * G + i_g) * V + o_v, b_y * scale, mask=m_v)
+        keep = tl.exp2(tl.sum(load_log(raw, i_n, i_g, 1, o_k, K, 1), 0) * 1.4426950408889634)
+    if p_n is not None:
+        b_b *= tl.load(p_n + i_g // n_r * n_g + i_n * n_t).to(tl.float32)
+    next_s = b_s * keep[:, None] + b_b[:, None] * b_c
+    tl.store(at, next_s, mask=m)
+    b_y = tl.sum(b_q[:, None] * (b_s if SHIFT else next_s), 0)[None, :] * scale  # [1, BV]
+    b_w = 0.0
+    store_rows(p_out + i_g * V, b_y, i_n, G * V, 1, o_v, V, 1)
 
 
 CHUNK_KERNELS = SimpleNamespace(
@@ -711,16 +924,20 @@ CHUNK_KERNELS = SimpleNamespace(
     states=chunk_states_kernel,
     join=chunk_join_kernel,
     gradients=chunk_gradients_kernel,
-    pairs=chunk_pairs_kernel,
-    inner=chunk_inner_kernel,
     step=chunk_step_kernel,
+    prepare=chunk_prepare_kernel,
     interpreted=triton is not None and not isinstance(chunk_forward_kernel, triton.JITFunction),
+    params=((False, False, False), ()),
+    grads=((True, True, True), (), ()),
+    operands=(0, 1),
+    norm=False,
+    width=0,
+    seen='',
     tiles={
         "forward": {2: ((64, (64, 64, 64, 4, 2)), (128, (64, 64, 128, 4, 2)), (256, (32, 32, 256, 4, 2))), 4: ((64, (32, 64, 64, 4, 1)), (128, (32, 64, 128, 4, 1)), (256, (32, 32, 256, 4, 1)))},
         "states": {2: ((64, (64, 64, 64, 4, 2)), (128, (64, 64, 64, 4, 2)), (256, (32, 64, 64, 4, 2))), 4: ((64, (32, 64, 64, 4, 1)), (128, (32, 64, 64, 4, 1)), (256, (32, 64, 64, 4, 1)))},
-        "gradients": {2: ((64, (64, 64, 64, 4, 1)), (128, (64, 64, 128, 8, 1)), (256, (32, 64, 256, 8, 1))), 4: ((64, (32, 32, 64, 4, 1)), (128, (32, 32, 128, 8, 1)), (256, (32, 32, 256, 8, 1)))},
-        "pairs": {2: ((64, (64, 64, 64, 2, 1)), (128, (64, 64, 128, 4, 1)), (256, (32, 64, 256, 4, 1))), 4: ((64, (32, 64, 64, 2, 1)), (128, (32, 64, 128, 4, 1)), (256, (32, 64, 256, 4, 1)))},
-        "inner": {2: ((64, (64, 64, 64, 2, 1)), (128, (64, 64, 128, 4, 1)), (256, (32, 64, 256, 4, 1))), 4: ((64, (32, 64, 64, 2, 1)), (128, (32, 64, 128, 4, 1)), (256, (32, 64, 256, 4, 1)))},
+        "gradients": {2: ((64, (64, 64, 64, 8, 1)), (128, (64, 64, 64, 8, 1)), (256, (32, 64, 64, 8, 1))), 4: ((64, (32, 32, 64, 8, 1)), (128, (32, 32, 64, 8, 1)), (256, (32, 32, 64, 8, 1)))},
+        "prepare": {2: ((64, (64, 64, 64, 8, 1)), (128, (64, 64, 64, 8, 1)), (256, (32, 64, 64, 8, 1))), 4: ((64, (32, 64, 64, 8, 1)), (128, (32, 64, 64, 8, 1)), (256, (32, 64, 64, 8, 1)))},
     },
 )
 
@@ -804,45 +1021,6 @@ def blocked_scan(
     prefix = _cat(pieces)
     shifted = _previous(prefix, before, before_exists, empty, entry, initial, initial_exists) if previous else None
     return Scan(prefix, shifted, carry or {}, exists)
-
-
-def sequential_scan(
-    advance: Rule,
-    elements: Values,
-    empty: Values,
-    *,
-    carry: Values | None = None,
-    initial: Values | None = None,
-    valid: Tensor | None = None,
-    entry: Tensor | None = None,
-    previous: bool = False,
-) -> Scan:
-    """`order: left`: one token after another is the meaning, and the start `empty` is combined with the first token.
-
-    `advance` may read anything of a token: for components that are not among `elements`, `empty` is [*lanes, *dims].
-    """
-    live = tuple(empty)
-    length = _leading(elements)[1]
-    if length == 0:
-        return _nothing(elements, empty, carry, None, previous)
-    start = _start(elements, empty)
-    before = start if carry is None else carry
-    state, states = before, []
-    donor = None if valid is None else _donor(elements, valid)
-    flags = [None] * length if valid is None else valid.unbind(1)
-    entries = [None] * length if entry is None else entry.unbind(1)
-    for x, v, e in zip(_unbind(elements), flags, entries, strict=True):
-        if e is not None:
-            rows, named = _rows(start, initial, None, e)
-            state = _pick(e == GO_ON, state, _pick(named, rows, start))
-        if v is None or donor is None:
-            state = _fit(advance(state, x), state, live)
-        else:
-            state = _pick(v, _fit(advance(state, _pick(v, x, donor)), state, live), state)
-        states.append(state)
-    prefix = {k: torch.stack([s[k] for s in states], 1) for k in live}
-    shifted = _previous(prefix, before, None, empty, entry, initial, None) if previous else None
-    return Scan(prefix, shifted, state, None)
 
 
 class _Guarded(NamedTuple):
@@ -1104,15 +1282,10 @@ def scan_tokens(
     ends = None if cu_seqlens is None else _Ends(cu_seqlens, length, segment)
 
     def body(x: Values, v: Any, e: Any, carry: Any, exists: Any, rows: Any) -> tuple[Any, ...]:
-        if left:
-            scan = sequential_scan(
-                advance, lift(x), empty, carry=carry, initial=entering, valid=v, entry=e, previous=previous
-            )
-        else:
-            scan = blocked_scan(
-                combine, advance, lift(x), empty, carry=carry, exists=exists, initial=entering,
-                initial_exists=initial_exists, valid=v, entry=e, previous=previous,
-            )  # fmt: skip
+        scan = blocked_scan(
+            combine, advance, lift(x), empty, carry=carry, exists=exists, initial=entering,
+            initial_exists=initial_exists, valid=v, entry=e, previous=previous,
+        )  # fmt: skip
         # Before the first token that counts a state may be infinite: no readout of it may meet a gradient.
         read, before = fill_masked(scan.prefix, v), scan.previous and fill_masked(scan.previous, v)
         outputs = {} if output is None else output(read, before, x)
@@ -1207,371 +1380,6 @@ def fill_masked(tensors: Values, valid: Tensor | None) -> Values:
     return {k: torch.where(_flag(valid, x), x, donor[k]) for k, x in tensors.items()}
 
 
-# --- The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token.
-
-Node = dict[str, Tensor]
-Merge = Callable[[Node, Node], Node]
-
-
-def tree_scan(
-    combine: Merge,
-    leaves: Node,
-    counter: Node | None = None,
-    *,
-    empty: Node | None = None,
-    exclusive: bool = False,
-    keep: bool = True,
-    recompute: bool = False,
-) -> tuple[Node, Node | None]:
-    """The prefixes [B, T, ...] of leaves [B, T, ...], and the counter after them; one combine a level.
-
-    counter     where to go on; all its streams must be at one position (`tree_tokens` has no such limit)
-    exclusive   the prefixes before each leaf; the first is `empty` (broadcast) if nothing came before
-    keep        False: no counter is returned; exclusive prefixes of 2^m leaves then take 2 (2^m - 1 - m) combines
-                in 2 (m - 1) levels, which is the least
-    recompute   keep the operands of each level for backward, not what `combine` computes on the way
-    """
-    batch, length = next(iter(leaves.values())).shape[:2]
-    position = 0 if counter is None else _common_position(counter)
-    counter = counter_start(batch) if counter is None else counter
-    used = leaves if keep or not exclusive else {k: x[:, :-1] for k, x in leaves.items()}
-    if recompute:
-        rule = combine
-
-        def combine(l: Node, r: Node) -> Node:  # noqa: E741
-            again: Node = checkpoint(rule, l, r, use_reentrant=False)
-            return again
-
-    roots = {k: _slot(counter, leaves, "root", k) for k in _bits(position)}
-    folds = {k: _slot(counter, leaves, "fold", k) for k in _bits(position)}
-    nodes = _trees(combine, used, roots, position)
-    prefix = _prefixes(combine, nodes, folds, position)
-    after = _counter_after(counter, nodes, prefix, position) if keep else None
-    if exclusive and length:
-        first = counter_prefix(counter, leaves, empty)
-        prefix = {k: torch.cat([first[k].unsqueeze(1), p[:, : length - 1]], 1) for k, p in prefix.items()}
-    return prefix, after
-
-
-def tree_roots(combine: Merge, leaves: Node, counter: Node | None = None, *, empty: Node) -> list[Node]:
-    """What the counter holds after each leaf, level by level: [B, T, ...], the root of 2^k tokens or `empty`."""
-    batch, length = next(iter(leaves.values())).shape[:2]
-    position = 0 if counter is None else _common_position(counter)
-    counter = counter_start(batch) if counter is None else counter
-    roots = {k: _slot(counter, leaves, "root", k) for k in _bits(position)}
-    nodes = _trees(combine, leaves, roots, position)
-    levels = []
-    for k in range((position + length).bit_length()):
-        known = nodes[k] if k < len(nodes) else {name: x[:, :0] for name, x in leaves.items()}
-        before = roots[k] if k in roots else {n: empty[n].to(x.dtype).expand_as(x[:, 0]) for n, x in leaves.items()}
-        tokens = range(position + 1, position + length + 1)
-        index = torch.tensor([(t >> k) - (position >> k) if t >> k & 1 else -1 for t in tokens])
-        level = {}
-        for name, x in known.items():
-            at = index.to(x.device)
-            rows = torch.cat([before[name].unsqueeze(1), x], 1).index_select(1, at.clamp(min=0))
-            level[name] = torch.where((at >= 0).view(-1, *[1] * (rows.dim() - 2)), rows, empty[name])
-        levels.append(level)
-    return levels
-
-
-def counter_start(batch: int) -> Node:
-    """The counter of `batch` streams that have seen nothing."""
-    return {"position": torch.zeros(batch, dtype=torch.int64)}
-
-
-def counter_push(combine: Merge, counter: Node, leaf: Node) -> tuple[Node, Node]:
-    """One token a stream, [B, ...]: (the prefix after it, the counter after it). Functional and differentiable.
-
-    The streams may be at different positions; a combine is called once for each level that carries in some stream, on
-    those streams alone, and once for the folds.
-    """
-    positions: list[int] = counter["position"].tolist()
-    carries = [(~p & p + 1).bit_length() - 1 for p in positions]  # trailing ones
-    root = leaf
-    for k in range(max(carries, default=0)):
-        rows = [b for b, c in enumerate(carries) if c > k]
-        merged = combine(_take(_slot(counter, leaf, "root", k), rows), _take(root, rows))
-        root = _put(root, rows, merged)
-    above = [_lowest(p >> c << c) for p, c in zip(positions, carries, strict=True)]  # the next root, if any
-    rows = [b for b, k in enumerate(above) if k is not None]
-    fold = root
-    if rows:
-        levels = sorted({k for k in above if k is not None})
-        left = root
-        for k in levels:
-            at = [b for b in rows if above[b] == k]
-            left = _put(left, at, _take(_slot(counter, leaf, "fold", k), at))
-        fold = _put(root, rows, combine(_take(left, rows), _take(root, rows)))
-    after = {"position": counter["position"] + 1}
-    for k in sorted({k for p in positions for k in _bits(p + 1)}):
-        rows = [b for b, c in enumerate(carries) if c == k]
-        for part, value in (("root", root), ("fold", fold)):
-            old = _slot(counter, leaf, part, k) if f"{next(iter(leaf))}.{part}.{k}" in counter else _zeros(leaf)
-            for name, x in _put(old, rows, _take(value, rows)).items():
-                after[f"{name}.{part}.{k}"] = x
-    return fold, after
-
-
-def counter_prefix(counter: Node, like: Node, empty: Node | None = None) -> Node:
-    """The prefix of each stream so far, [B, ...]; `empty` where nothing was seen. `like`: names, [B, T, ...] each."""
-    positions: list[int] = counter["position"].tolist()
-    if empty is None and not all(positions):
-        raise ValueError("a stream that has seen nothing has no prefix: pass `empty`")
-    found = {n: x.new_zeros(()) if empty is None else empty[n].to(x.dtype) for n, x in like.items()}
-    prefix = {n: v.expand(x.shape[:1] + x.shape[2:]) for (n, x), v in zip(like.items(), found.values(), strict=True)}
-    for k in sorted({k for k in map(_lowest, positions) if k is not None}):
-        rows = [b for b, p in enumerate(positions) if _lowest(p) == k]
-        prefix = _put(prefix, rows, _take(_slot(counter, like, "fold", k), rows))
-    return prefix
-
-
-def counter_bytes(counter: Node) -> int:
-    """What a counter holds, in bytes; tensors that are the same memory count once."""
-    return sum({x.data_ptr(): x.numel() * x.element_size() for x in counter.values()}.values())
-
-
-def counter_rows(parts: list[tuple[Node, int]]) -> Node:
-    """A counter of chosen streams: row `b` of counter `c` for each (c, b)."""
-    position = torch.stack([c["position"].cpu()[b] for c, b in parts])  # some may have moved to a device
-    bits = {k for p in position.tolist() for k in _bits(p)}
-    found = {key: x[0] for c, _ in parts for key, x in c.items() if key != "position"}
-    chosen = {"position": position}
-    for key, x in sorted(found.items(), key=lambda item: item[0]):
-        if int(key.rpartition(".")[2]) in bits:
-            chosen[key] = torch.stack([c[key][b] if key in c else torch.zeros_like(x) for c, b in parts])
-    return chosen
-
-
-# --- one tree ----------------------------------------------------------------------------------
-
-
-def _trees(combine: Merge, leaves: Node, roots: dict[int, Node], position: int) -> list[Node]:
-    """Upwards: level k holds the trees of 2^k tokens that end after `position`, [B, count, ...]. The left half of one
-    that straddles `position` is the counter's root of the level below."""
-    nodes = [leaves]
-    while True:
-        k, below = len(nodes) - 1, nodes[-1]
-        if position >> k & 1:
-            below = {name: torch.cat([roots[k][name].unsqueeze(1), x], 1) for name, x in below.items()}
-        pairs = next(iter(below.values())).shape[1] // 2
-        if pairs == 0:
-            return nodes
-        halves = {name: torch.unflatten(x[:, : 2 * pairs], 1, (pairs, 2)).unbind(2) for name, x in below.items()}
-        left, right = ({name: pair[side] for name, pair in halves.items()} for side in (0, 1))
-        nodes.append(_level(combine, left, right))
-
-
-def _prefixes(combine: Merge, nodes: list[Node], folds: dict[int, Node], position: int) -> Node:
-    """Downwards: level k has the prefixes at all multiples of 2^k after `position`. The even ones are the level above;
-    an odd one is the even one before it, or the counter's fold, combined with the tree between."""
-    even = {name: x[:, :0] for name, x in nodes[0].items()}
-    for k in reversed(range(len(nodes))):
-        first = position >> k
-        known = next(iter(even.values())).shape[1]
-        trees = {name: x[:, first % 2 :: 2] for name, x in nodes[k].items()}
-        count = next(iter(trees.values())).shape[1]
-        if first % 2:
-            odd = _level(combine, {name: x[:, :count] for name, x in even.items()}, trees) if count else trees
-            even = {name: _alternate(even[name], odd[name]) for name in even}
-            continue
-        start = _lowest(first)
-        if count == 0:
-            odd = trees
-        elif start is None:  # the first tree starts at token 0 and is its own prefix
-            left, right = ({n: x[:, lo : lo + count - 1] for n, x in y.items()} for y, lo in ((even, 0), (trees, 1)))
-            rest = [_level(combine, left, right)] if count > 1 else []
-            odd = {name: torch.cat([x[:, :1], *(r[name] for r in rest)], 1) for name, x in trees.items()}
-        else:
-            fold = folds[k + start]
-            left = {n: torch.cat([fold[n].unsqueeze(1), x[:, : count - 1]], 1) for n, x in even.items()}
-            odd = _level(combine, left, trees)
-        even = {name: _alternate(odd[name], even[name]) for name in even}
-        assert next(iter(even.values())).shape[1] == known + count
-    return even
-
-
-def _counter_after(counter: Node, nodes: list[Node], prefix: Node, position: int) -> Node:
-    """The counter at the end: roots and folds are among the trees and prefixes, or the old ones."""
-    length = next(iter(prefix.values())).shape[1]
-    end = position + length
-    after = {"position": counter["position"] + length}
-    for k in _bits(end):
-        new_tree, new_fold = (end >> k) - (position >> k) - 1, (end >> k << k) - position - 1
-        for name, x in prefix.items():
-            for part, source, at in (("root", nodes, new_tree), ("fold", None, new_fold)):
-                key = f"{name}.{part}.{k}"
-                after[key] = counter[key] if at < 0 else (source[k][name] if source else x)[:, at]
-    return after
-
-
-def _level(combine: Merge, left: Node, right: Node) -> Node:
-    """One combine for all pairs [B, count, ...] of a level, as one batch."""
-    l, r = ({name: x.flatten(0, 1) for name, x in side.items()} for side in (left, right))  # noqa: E741
-    return {name: x.expand(r[name].shape).reshape(right[name].shape) for name, x in combine(l, r).items()}
-
-
-def _alternate(first: Tensor, second: Tensor) -> Tensor:
-    """first 0, second 0, first 1, ... along axis 1; `first` may be one longer."""
-    short = second.shape[1]
-    both = torch.stack([first[:, :short], second], 2).flatten(1, 2)
-    return both if first.shape[1] == short else torch.cat([both, first[:, short:]], 1)
-
-
-# --- counters -----------------------------------------------------------------------------------
-
-
-def _bits(position: int) -> list[int]:
-    """The set bits."""
-    return [k for k in range(position.bit_length()) if position >> k & 1]
-
-
-def _lowest(position: int) -> int | None:
-    """The lowest set bit."""
-    return (position & -position).bit_length() - 1 if position else None
-
-
-def _common_position(counter: Node) -> int:
-    positions = set(counter["position"].tolist())
-    if len(positions) > 1:
-        raise ValueError(f"the streams are at different positions: {sorted(positions)}")
-    return int(positions.pop()) if positions else 0
-
-
-def _slot(counter: Node, names: Node, part: str, level: int) -> Node:
-    return {name: counter[f"{name}.{part}.{level}"] for name in names}
-
-
-def _zeros(node: Node) -> Node:
-    return {k: torch.zeros_like(x) for k, x in node.items()}
-
-
-def _take(node: Node, rows: list[int]) -> Node:
-    """Some rows; all of them at no cost."""
-    batch = next(iter(node.values())).shape[0]
-    if len(rows) == batch:
-        return node
-    return {k: x.index_select(0, torch.tensor(rows, dtype=torch.int64).to(x.device)) for k, x in node.items()}
-
-
-def _put(node: Node, rows: list[int], values: Node) -> Node:
-    """`node` with some rows replaced, out of place."""
-    batch = next(iter(node.values())).shape[0]
-    if len(rows) == batch:
-        return {k: values[k].expand(x.shape) for k, x in node.items()}
-    if not rows:
-        return node
-    out = {}
-    for k, x in node.items():
-        value = values[k].expand(len(rows), *x.shape[1:])
-        out[k] = x.index_copy(0, torch.tensor(rows, dtype=torch.int64).to(x.device), value)
-    return out
-
-
-# --- Many trees: the tree plan over sequences with masks, restarts and packing.
-
-
-def tree_tokens(
-    combine: Merge,
-    leaves: Node,
-    empty: Node,
-    counter: Node | None = None,
-    *,
-    valid: Tensor | None = None,
-    reset: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    previous: bool = False,
-    recompute: bool = False,
-) -> tuple[Node, Node | None, Node]:
-    """(prefix, prefix before each token or None, counter) of sequences with masks, restarts and packing.
-
-    valid [B, T] bool: a token that does not count is no leaf, the prefix stays as it is. reset [B, T] bool: a new tree
-    starts with this token. cu_seqlens [N + 1]: N sequences in one row; the counters are theirs. Runs between restarts
-    are found on the host (a sync, where the flags are on a device); those of one length and position share a scan.
-    """
-    batch, length = next(iter(leaves.values())).shape[:2]
-    bounds = [b * length for b in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-    count = len(bounds) - 1
-    given = counter_start(count) if counter is None else counter
-    positions: list[int] = [0] * count if counter is None else given["position"].tolist()
-    if not batch or (valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1):
-        prefix, after = tree_scan(combine, leaves, counter, recompute=recompute)
-        first = counter_prefix(counter, leaves, empty) if previous and counter is not None else empty
-        shifted = {k: torch.cat([_first(first[k], x), x], 1)[:, :length] for k, x in prefix.items()}
-        return prefix, shifted if previous else None, after or given
-    flags = [None if f is None else f.flatten().tolist() for f in (valid, reset)]
-    runs = _runs(bounds, flags[0], flags[1])
-    flat = {k: x.flatten(0, 1) for k, x in leaves.items()}
-    device = next(iter(flat.values())).device
-    # A table of every prefix there is: nothing, what each sequence went on from, then those of the runs.
-    nothing = {k: empty[k].to(x.dtype).expand(1, *x.shape[1:]) for k, x in flat.items()}
-    begun = counter_prefix(given, {k: x.new_empty(count, 0, *x.shape[1:]) for k, x in flat.items()}, empty)
-    table, size = [nothing, begun], 1 + count
-    groups: dict[tuple[int, int], list[_Run]] = {}
-    last = {run.sequence: run for run in runs}
-    ends: dict[int, tuple[Node, int]] = {}
-    for run in runs:
-        position = positions[run.sequence] if run.continues else 0
-        run.before = 1 + run.sequence if position else 0
-        ends[run.sequence] = (given, run.sequence) if position else (counter_start(1), 0)
-        if run.tokens:
-            groups.setdefault((len(run.tokens), position), []).append(run)
-    for (steps, position), members in groups.items():
-        index = torch.tensor([run.tokens for run in members]).to(device)
-        start = counter_rows([(given, run.sequence) for run in members]) if position else counter_start(len(members))
-        prefix, after = tree_scan(combine, {k: x[index] for k, x in flat.items()}, start, recompute=recompute)
-        table.append({k: x.flatten(0, 1) for k, x in prefix.items()})
-        for row, run in enumerate(members):
-            run.first, size = size, size + steps
-            if run is last[run.sequence]:
-                ends[run.sequence] = (after or start, row)
-    whole = {k: torch.cat([part[k] for part in table]) for k in leaves}
-    outside = batch * length - sum(len(run.seen) for run in runs)
-
-    def look(counts: list[list[int]]) -> Node:
-        pairs = [(run, seen) for run, c in zip(runs, counts, strict=True) for seen in c]
-        at = [run.before if seen == 0 else run.first + seen - 1 for run, seen in pairs] + [0] * outside
-        rows = torch.tensor(at, dtype=torch.int64).to(device)
-        return {k: x[rows].reshape(batch, length, *x.shape[1:]) for k, x in whole.items()}
-
-    before = look([run.seen for run in runs]) if previous else None
-    return look([run.after for run in runs]), before, counter_rows([ends[n] for n in range(count)])
-
-
-def _first(state: Tensor, like: Tensor) -> Tensor:
-    """A state, or a constant [*dims], as the first of prefixes [B, T, ...]."""
-    state = state.to(like.dtype).expand(like.shape[:1] + like.shape[2:])
-    return state.unsqueeze(1)
-
-
-class _Run:
-    """Tokens between two restarts of a sequence: those that count; for every token, how many did before and with it."""
-
-    def __init__(self, sequence: int, continues: bool) -> None:
-        self.sequence = sequence
-        self.continues = continues  # the sequence's first run goes on from its counter
-        self.tokens: list[int] = []
-        self.seen: list[int] = []
-        self.after: list[int] = []
-        self.before = self.first = 0  # where the prefix before the run, and the first one in it, are
-
-
-def _runs(bounds: list[int], valid: list[bool] | None, reset: list[bool] | None) -> list[_Run]:
-    """All runs, in the order of their tokens."""
-    runs = []
-    for n, (lo, hi) in enumerate(pairwise(bounds)):
-        runs.append(_Run(n, continues=True))
-        for t in range(lo, hi):
-            if reset is not None and reset[t]:
-                runs.append(_Run(n, continues=False))
-            run = runs[-1]
-            run.seen.append(len(run.tokens))
-            if valid is None or valid[t]:
-                run.tokens.append(t)
-            run.after.append(len(run.tokens))
-    return runs
-
-
 # --- The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names.
 
 
@@ -1592,16 +1400,18 @@ class Fields:
 @dataclass(frozen=True)
 class Slot:
     """A declared tensor: an input is [B, T, *lanes, *dims], a param [*lanes, *dims] or [*dims], a state [B, *lanes,
-    *dims]."""
+    *dims]. `within`: (low, high, brackets), its interval; None: no bound."""
 
     name: str
     dims: tuple[str, ...] = ()
     kind: str = "real"
+    within: tuple[float | None, float | None, str] | None = None
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A spec's border, as data. `taps`: how many tokens back an input is read; `previous`: the readout reads prev."""
+    """A spec's border, as data. `taps`: how many tokens back an input is read; `previous`: the readout reads prev;
+    `levels`: those of a tree's counter that the readout reads."""
 
     name: str
     digest: str
@@ -1614,6 +1424,7 @@ class Spec:
     dims: tuple[str, ...] = ()
     taps: Mapping[str, int] = field(default_factory=dict)
     previous: bool = False
+    levels: int = 0
 
 
 @dataclass
@@ -1798,12 +1609,6 @@ def spread(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:
     return x.unsqueeze(at + 1).expand(*x.shape[: at + 1], whole // size, *x.shape[at + 1 :]).flatten(at, at + 1)
 
 
-def all_lanes(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:
-    """`spread`, and lane axes of one repeated as well; the lanes of `x` end before `axis`."""
-    whole = spread(x, axis, lanes)
-    return whole.expand(*x.shape[: axis - len(lanes)], *lanes, *x.shape[axis:])
-
-
 # --- The border, continued: states, flags and packing.
 
 
@@ -1857,6 +1662,8 @@ def check_slots(spec: Spec, slots: Any, call: Call, state: Any) -> int:
         raise ArgumentError(
             f"PSM605: {spec.name}: 'slots' must be an int64 tensor [B] = {list(call.leading)}, not {given}."
         )
+    if slots.device != call.device:
+        raise ArgumentError(f"PSM605: {spec.name}: 'slots' is on {slots.device}, the inputs on {call.device}.")
     rows = [x for x in state.values() if isinstance(x, Tensor) and x.dim()]
     return rows[0].shape[0] if rows else 0
 
@@ -1869,23 +1676,6 @@ def check_state(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tens
     _check_names(spec, state, [*slots, *tail_names(spec)])
     parts = {k: _component(spec, call, k, state[k], slot, rows) for k, slot in slots.items()}
     return {**parts, **_tails(spec, call, state, rows)}
-
-
-def check_counter(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tensor] | None:
-    """The state of a tree: `position` [rows], and for each set bit k of one the roots and folds of that level."""
-    if state is None:
-        return None
-    position = state.get("position") if isinstance(state, Mapping) else None
-    if not isinstance(position, Tensor) or position.dtype != torch.int64 or tuple(position.shape) != (rows,):
-        raise ArgumentError(
-            f"PSM605: {spec.name}: the state of a tree has 'position', an int64 tensor [{rows}]; "
-            "pass what init_state, a call or a step returned."
-        )
-    bits = sorted({k for p in position.tolist() for k in range(p.bit_length()) if p >> k & 1})
-    keys = {f"{s.name}.{part}.{k}": s for s in spec.components for part in ("root", "fold") for k in bits}
-    _check_names(spec, state, ["position", *keys, *tail_names(spec)])
-    parts = {k: _component(spec, call, k, state[k], slot, rows) for k, slot in keys.items()}
-    return {"position": position, **parts, **_tails(spec, call, state, rows)}
 
 
 def tail_names(spec: Spec) -> list[str]:
@@ -1941,6 +1731,82 @@ def _refuse_state(spec: Spec, key: str, why: str) -> NoReturn:
     raise ArgumentError(f"PSM605: {spec.name}: state '{key}' {why}.")
 
 
+# --- What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it.
+
+
+def checks_wanted() -> bool:
+    """Whether aggregators check values from their start."""
+    return os.environ.get("PSMC_CHECK", "") not in ("", "0")
+
+
+def check_values(spec: Spec, call: Call, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Inputs and params are finite and in their intervals, masked tokens apart; offsets rise from 0 to T."""
+    for slot in spec.inputs:
+        _check(spec, slot, slot.name, call.inputs[slot.name], counts=mask)
+    for slot in spec.params:
+        _check(spec, slot, slot.name, call.params[slot.name])
+    if cu_seqlens is not None:
+        offsets, length = cu_seqlens.tolist(), call.leading[1]
+        if offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
+            raise ArgumentError(f"PSM606: {spec.name}: 'cu_seqlens' must rise from 0 to T = {length}, not {offsets}.")
+
+
+def check_state_values(spec: Spec, state: Mapping[str, Tensor] | None, start: Mapping[str, Tensor]) -> None:
+    """A state's values are numbers, and in their intervals or what a sequence starts from."""
+    slots = {s.name: s for s in spec.components}
+    for name, x in (state or {}).items():
+        slot = slots.get(name, Slot(name))
+        _check(spec, slot, f"state '{name}'", x, free=start.get(name), finite=False)
+
+
+def check_slot_values(spec: Spec, slots: Tensor | None, rows: int) -> None:
+    """Rows of the state, different ones."""
+    chosen = [] if slots is None else slots.tolist()
+    for at, row in enumerate(chosen):
+        if not 0 <= row < rows:
+            raise ArgumentError(f"PSM608: {spec.name}: slots[{at}] is {row}, but the state has {rows} rows.")
+        if row in chosen[:at]:
+            raise ArgumentError(f"PSM608: {spec.name}: slots[{at}] is {row}, as slots[{chosen.index(row)}] is.")
+
+
+def check_results(spec: Spec, outputs: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """No output and no state is NaN."""
+    for name, x in outputs.items():
+        _check(spec, Slot(name), f"output '{name}'", x, finite=False)
+    for name, x in state.items():
+        _check(spec, Slot(name), f"final state '{name}'", x, finite=False)
+
+
+def _check(
+    spec: Spec, slot: Slot, name: str, x: Tensor, *, counts: Tensor | None = None, free: Tensor | None = None,
+    finite: bool = True,
+) -> None:  # fmt: skip
+    """`counts` [B, T]: which tokens do; `free`: values that are allowed wherever the interval is."""
+    x = x.detach()
+    bad = ~torch.isfinite(x) if finite else torch.isnan(x)
+    if slot.within is not None and not x.is_complex():
+        low, high, ends = slot.within
+        value, outside = x.double(), torch.zeros_like(bad)
+        if low is not None:
+            outside |= value <= low if ends[0] == "(" else value < low
+        if high is not None:
+            outside |= value >= high if ends[1] == ")" else value > high
+        bad |= outside if free is None else outside & (x != free)
+    if counts is not None:
+        bad &= counts.reshape(*counts.shape, *[1] * (x.dim() - 2))
+    if not bool(bad.any()):
+        return
+    at = bad.nonzero()[0].tolist()
+    found = x[tuple(at)].item()
+    quoted = name if "'" in name else f"'{name}'"
+    where = f"PSM608: {spec.name}: {quoted}{at if at else ''} is {found}"
+    if slot.within is not None and found == found and abs(found) != torch.inf:
+        low, high, ends = slot.within
+        bounds = f"{'-inf' if low is None else f'{low:g}'}, {'inf' if high is None else f'{high:g}'}"
+        raise ArgumentError(f"{where}, outside of its interval {ends[0]}{bounds}{ends[1]}.")
+    raise ArgumentError(f"{where}{'' if found != found else ', but it must be finite'}.")
+
+
 # --- Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T.
 
 Tails = dict[str, Tensor]
@@ -1955,39 +1821,12 @@ def tap_tokens(
     cu_seqlens: Tensor | None,
 ) -> tuple[dict[str, Tensor], Tails]:
     """Inputs read some tokens earlier, as inputs `name_lagK` over all lanes; and the tails after the last token."""
-    if not spec.taps:
-        return {}, {}
-    where = places(call, cu_seqlens, reset)
-    lags: dict[str, Tensor] = {}
-    tails: Tails = {}
-    for name, longest in spec.taps.items():
-        x = _whole(spec, call, name)
-        tail = None if state is None else state[f"{name}_tail"]
-        if mask is not None:
-            x = torch.where(_flag(mask, x), x, x.new_zeros(()))
-        for lag in range(1, longest + 1):
-            lags[f"{name}_lag{lag}"] = lagged(x, lag, where, tail)
-        tails[f"{name}_tail"] = next_tail(x, longest, where, tail)
-    return lags, tails
+    return {}, {}
 
 
 def tap_token(spec: Spec, call: Call, state: Tails | None) -> tuple[dict[str, Tensor], Tails]:
     """The same for one token."""
-    lags: dict[str, Tensor] = {}
-    tails: Tails = {}
-    for name, longest in spec.taps.items():
-        x = _whole(spec, call, name)
-        past = x.new_zeros(x.shape[0], longest, *x.shape[1:]) if state is None else state[f"{name}_tail"]
-        for lag in range(1, longest + 1):
-            lags[f"{name}_lag{lag}"] = past[:, longest - lag]
-        tails[f"{name}_tail"] = torch.cat([past[:, 1:], x.unsqueeze(1)], 1)
-    return lags, tails
-
-
-def _whole(spec: Spec, call: Call, name: str) -> Tensor:
-    (slot,) = (s for s in spec.inputs if s.name == name)
-    x = call.inputs[name]
-    return all_lanes(x, x.dim() - len(slot.dims), call.lanes)
+    return {}, {}
 
 
 class Places(NamedTuple):
@@ -2021,43 +1860,6 @@ def places(call: Call, cu_seqlens: Tensor | None, reset: Tensor | None) -> Place
     last = torch.where(reset, token, -1).cummax(1).values if length else token
     restarted = last >= token - at
     return Places(row, at, torch.where(restarted, token - last, at), begin, end, restarted)
-
-
-def lagged(x: Tensor, lag: int, where: Places, tail: Tensor | None) -> Tensor:
-    """x read `lag` tokens earlier: [B, T, ...]; from the tail [rows, W, ...] or 0 before a sequence's start, 0 across a
-    restart. `x` holds 0 at masked tokens already."""
-    length = x.shape[1]
-    shifted = torch.cat([x.new_zeros(x.shape[0], min(lag, length), *x.shape[2:]), x[:, : max(length - lag, 0)]], 1)
-    inside = _flag(where.since >= lag, x)
-    out = torch.where(inside, shifted, x.new_zeros(()))
-    if tail is None:
-        return out
-    width = tail.shape[1]
-    slot = (width + where.at - lag).clamp(0, width - 1)
-    early = _flag((where.at < lag) & ~where.restarted, x)
-    return torch.where(early, tail[where.row, slot].to(x.dtype), out)
-
-
-def next_tail(x: Tensor, width: int, where: Places, tail: Tensor | None) -> Tensor:
-    """The last `width` tokens of each sequence, oldest first, [rows, W, ...]: older ones from the old tail, 0 before a
-    restart."""
-    rows, length = where.end.numel(), x.shape[1]
-    back = torch.arange(width, 0, -1, device=x.device)  # how far before the end
-    token = where.end[:, None] - back
-    inside = token >= where.begin[:, None]
-    if length == 0:
-        return x.new_zeros(rows, width, *x.shape[2:]) if tail is None else tail.to(x.dtype)
-    batch = torch.arange(rows, device=x.device).clamp(max=x.shape[0] - 1)  # packed sequences share row 0
-    last = (where.end - 1).clamp(min=0)
-    empty = where.end <= where.begin
-    reach = torch.where(where.restarted[batch, last] & ~empty, where.since[batch, last] + 1, length + width + 1)
-    kept = back[None, :] <= reach[:, None]
-    out = torch.where(_flag(inside & kept, x), x[batch[:, None], token.clamp(0, length - 1)], x.new_zeros(()))
-    if tail is None:
-        return out
-    slot = (width + token - where.begin[:, None]).clamp(0, width - 1)
-    older = tail[torch.arange(rows, device=x.device)[:, None], slot].to(x.dtype)
-    return torch.where(_flag(~inside & kept, x), older, out)
 
 
 def flip(x: Tensor, where: Places | None) -> Tensor:
@@ -2187,32 +1989,19 @@ def run_scan(
 
     def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
         before = Fields(previous) if previous is not None else None
-        found = rules.output(Fields(prefix), before, Fields(tokens), params, n)
+        levels = []
+        found = rules.output(Fields(prefix), before, Fields(tokens), params, n, *levels)
         return {s.name: as_output(found[s.name], s, call, next(iter(prefix.values())).shape[:2]) for s in spec.outputs}
 
     empty = start_state(spec, rules, call, live)
     sequences = hasattr(rules, "recurrence")
-    if sequences:
-        empty = {k: as_state(v, slots[k], call, ()) for k, v in empty.items()}
     rows = call.leading[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     restart = None
     if hasattr(rules, "start") and fold == "scan":
         restart = {k: as_state(v, slots[k], call, (1,)) for k, v in empty.items()}
-    if fold == "tree":
-        x = fill_masked(x, mask)
-        prefix, before, counter = tree_tokens(
-            combine, lift(x), empty, initial, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
-            previous=spec.previous and not whole,
-        )  # fmt: skip
-        if whole:
-            return {}, counter
-        outputs = output(fill_masked(prefix, mask), before and fill_masked(before, mask), x)
-        if mask is not None:
-            outputs = {k: torch.where(_flag(mask, v), v, 0) for k, v in outputs.items()}
-        return outputs, counter
     final: Values
     outputs, final = scan_tokens(
-        (lambda tokens: tokens) if sequences else lift, combine, recur if sequences else advance,
+        lift, combine, advance,
         None if whole else output, x, empty, initial, restart=restart, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
         previous=spec.previous and not whole, left=fold == "left",
     )  # fmt: skip
@@ -2234,33 +2023,9 @@ def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
     tokens, before = Fields(x), Fields(state)
-    if hasattr(rules, "recurrence"):
-        moved = rules.recurrence(before, tokens, params, n)
-    else:
-        moved = rules.advance(before, Fields(rules.lift(tokens, params, n)), params, n)
+    moved = rules.advance(before, Fields(rules.lift(tokens, params, n)), params, n)
     after = {k: as_state(moved[k], slots[k], call, call.leading) for k in spec.live}
-    found = rules.output(Fields(after), before if spec.previous else None, tokens, params, n)
-    return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
-
-
-@in_full_precision
-def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
-    """One token of a tree: (outputs, the counter after it)."""
-    params, n, tokens = Fields(p), call.n, Fields(x)
-    slots = {s.name: s for s in spec.components}
-
-    def combine(l: Values, r: Values) -> Values:  # noqa: E741
-        joined: Values = rules.combine(Fields(l), Fields(r), params, n)
-        return {k: v.to(l[k].dtype) for k, v in joined.items()}
-
-    element = rules.lift(tokens, params, n)
-    leaf = {k: as_state(v, slots[k], call, call.leading) for k, v in element.items()}
-    prefix, after = counter_push(combine, state, leaf)
-    before = None
-    if spec.previous:
-        empty = start_state(spec, rules, call, tuple(slots))
-        before = Fields(counter_prefix(state, {k: v.unsqueeze(1) for k, v in leaf.items()}, empty))
-    found = rules.output(Fields(prefix), before, tokens, params, n)
+    found = rules.output(Fields(after), None, tokens, params, n)
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
@@ -2770,27 +2535,86 @@ class Lanes(NamedTuple):
     owner: Tensor | None
 
 
+class ChunkCall(NamedTuple):
+    """One call. keys: what q, b and a log over the key are made of, [B, T, G, K] each, or [1, 1, G, K] of a param; c
+    [B, T, G, V]; values: what the readout reads, likewise; numbers [B, T, G] for the readout; log, n [B, T, G]; start
+    [N, G, K, V] and zstart [N, G, K] in fp32. A tensor may have fewer lanes, each for several of the G in turn.
+
+    shape: B, T, G; shift, scale: y_t = scale qᵀ S_(t - shift); code [B, T] int8: bit 0 a token counts, bit 1 the state
+    is new before it; cu: N + 1 offsets of sequences in a batch of 1; dtype: of the output; decay: 0 none, 1 a number a
+    token, 2 over the key.
+    """
+
+    start: Tensor | None
+    zstart: Tensor | None
+    log: Tensor | None
+    n: Tensor | None
+    c: Tensor
+    keys: tuple[Tensor | None, ...]
+    values: tuple[Tensor, ...]
+    numbers: tuple[Tensor, ...]
+    shape: tuple[int, int, int]
+    shift: int
+    scale: float
+    code: Tensor | None
+    cu: Tensor | None
+    dtype: torch.dtype
+    decay: int
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a gradient may be wanted of, in order."""
+        return (*self[:5], *self.keys, *self.values, *self.numbers)
+
+    def of(self, tensors: Any) -> ChunkCall:
+        """The same call over other `tensors`."""
+        a, b = len(self.keys), len(self.values)
+        rest = tuple(tensors[5:])
+        return self._replace(
+            start=tensors[0], zstart=tensors[1], log=tensors[2], n=tensors[3], c=tensors[4], keys=rest[:a],
+            values=rest[a : a + b], numbers=rest[a + b :],
+        )  # fmt: skip
+
+    @property
+    def scaled(self) -> ChunkCall:
+        """What is left to read where q and b lie scaled."""
+        return self._replace(keys=(None,) * len(self.keys)) if self.decay == 2 else self
+
+    @property
+    def raw(self) -> list[Any]:
+        """The arguments with which all kernels begin: pointers, then strides of tokens and lanes, lanes to one."""
+        placed = (*self.keys, self.c, *self.values, *self.numbers)
+        strides: list[int] = []
+        for x in (*placed, self.log, self.n):
+            if x is None:
+                strides += (0, 0, 1)
+            else:  # of a param, tokens lie on top of each other
+                token = 0 if x.shape[:2] == (1, 1) else x.stride(1)
+                strides += (token, x.stride(2), self.shape[2] // x.shape[2])
+        return [*placed, self.log, self.n, self.code, *strides]
+
+
+class Kept(NamedTuple):
+    """What a backward needs of its forward: what the kernels read of the readout, sums [B, T, G, width] that they
+    handed on, and the states before each chunk, if they were kept."""
+
+    seen: Tensor | None
+    sums: Tensor | None
+    states: Tensor | None
+    zstates: Tensor | None
+
+
 def _laid(x: Tensor) -> Tensor:
-    """A factor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous."""
+    """A tensor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous."""
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     return x if even and (x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
-def _places(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(1), x.stride(2))
-
-
-def _strides(*factors: Tensor | None) -> list[int]:
-    return [s for x in factors for s in _places(x)]
-
-
-def _rows_of(*factors: Tensor | None) -> list[int]:
-    """Strides of the batch and the lanes."""
-    return [s for x in factors for s in ((0, 0) if x is None else (x.stride(0), x.stride(2)))]
-
-
-def _matrices(n: Lanes, count: int, like: Tensor) -> Tensor:
-    return torch.empty(count, n.lanes, n.key, n.value, dtype=torch.float32, device=like.device)
+def _folded(x: Tensor, like: Tensor) -> Tensor:
+    """Gradients of all G lanes [B, T, G, ...] as those of the lanes that `like` has, in its dtype."""
+    if x.shape[2] != like.shape[2]:
+        x = x.unflatten(2, (like.shape[2], -1)).sum(3)
+    return x.to(like.dtype)
 
 
 def _block(n: int) -> int:
@@ -2810,7 +2634,44 @@ def _multiprocessors(device: torch.device) -> int:
 # --- One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states.
 
 
-def matrix_layer(
+def fused_call(
+    call: Any, fused: Any, tokens: Any, params: Any, given: dict[str, Tensor],
+    starts: tuple[Tensor | None, Tensor | None], mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+) -> ChunkCall:  # fmt: skip
+    """What the kernels of a fused layer are called with. given: what torch computes of it; starts: of S and z."""
+    lanes = prod(call.lanes)
+
+    def placed(x: Tensor, own: tuple[int, ...]) -> Tensor:
+        """[B, T, lanes of its own, *own]; a single lane axis may be shorter than the call's."""
+        if len(call.lanes) == 1 and x.dim() == 3 + len(own):
+            return x
+        x = spread(x, x.dim() - len(own), call.lanes)
+        whole: Tensor = x.expand(*call.leading, *call.lanes, *own).reshape(*call.leading, lanes, *own)
+        return whole
+
+    def found(name: str, kind: str, lag: int) -> Tensor:
+        if kind == "param":
+            x = getattr(params, name)
+            whole: Tensor = x.expand(*call.lanes, x.shape[-1]).reshape(1, 1, lanes, x.shape[-1])
+            return whole
+        x = given[name] if kind == "factor" else getattr(tokens, f"{name}_lag{lag}") if lag else call.inputs[name]
+        x = x.to(call.dtype) if (kind == "factor" or lag) and not name.startswith("log") else x
+        return placed(x, x.shape[-1:])
+
+    def number(name: str) -> Tensor | None:
+        x = given.get(name)
+        return None if x is None else x.expand(*call.leading, *call.lanes).reshape(*call.leading, lanes)
+
+    decay = fused.decay if reset is None else max(fused.decay, 1)
+    code = None if mask is None and reset is None else token_code(mask, reset)
+    return ChunkCall(
+        *starts, number("log"), number("n"), found(*fused.c), tuple(found(*k) for k in fused.keys),
+        tuple(found(*v) for v in fused.values), tuple(x for k in fused.numbers if (x := number(k)) is not None),
+        (*call.leading, lanes), fused.shift, fused.scale(call.n), code, cu, call.dtype, decay,
+    )  # fmt: skip
+
+
+def chunk_layer(
     kernels: Any, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
     start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
 ) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
@@ -2823,8 +2684,11 @@ def matrix_layer(
     """
     outer, key = tuple(sizes[:-1]), sizes[-1]
     f = LayerFactors(call, layer, outer, found, mask, reset)
-    if not simple_layer(layer, f) or not all(kernels.takes(key, width, call.device) for width in widths):
+    over = "log_value" in f
+    sides = [(w, key) if over else (key, w) for w in widths]
+    if not simple_layer(layer, f) or not all(kernels.takes(*side, call.device) for side in sides):
         return None
+    over_value = f.log() if over else None
     dtypes = [call.dtype if all(p[0] in layer.shown for p in r.parts) else torch.float32 for r in layer.reads]
     columns = [f.rows(f"b{k}") for k in range(layer.columns)]
     numbers = [f.number(k) for k in range(layer.columns)]
@@ -2844,7 +2708,12 @@ def matrix_layer(
                 q = f.fresh(q) if shift else q
                 ends = []
                 for k, (b, c, n) in enumerate(zip(columns, values, numbers, strict=True)):
-                    y, end = kernels.scan(q, b, c, log, None if k else begin, cu, shift, scale, dtypes[r], n)
+                    first = None if k else begin
+                    if over_value is None:
+                        y, end = kernels.scan(q, b, c, log, first, cu, shift, scale, dtypes[r], n)
+                    else:
+                        b = b if n is None else b * n.unsqueeze(-1)
+                        y, end = kernels.value_scan(q, b, c, over_value, first, cu, shift, scale)
                     total = y if total is None else total + y
                     ends.append(end)
                 final = sum(ends[1:], ends[0]) if final is None else final
@@ -2855,9 +2724,31 @@ def matrix_layer(
     return outputs, states
 
 
+def chunk_step(
+    kernels: Any, a: ChunkCall, states: list[Tensor], slots: Tensor | None, width: int
+) -> Tensor | None:  # fmt: skip
+    """One token by kernel: the output [B, 1, G, V] as S [rows, G, K, V] and z [rows, G, K, 1] move on in place, in the
+    rows that `slots` [B] names. None: not for the kernel."""
+    (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
+    if not kernels.takes(key, value, a.c.device) or any(s.dtype != torch.float32 for s in states):
+        return None
+    bk, bv = _block(key), min(_block(value), width)
+    if len(states) > 1 and bv < value:
+        return None
+    z = states[1] if len(states) > 1 else None
+    out = torch.empty(*a.shape, value, dtype=a.dtype, device=a.c.device)
+    a = a.of([None if x is None else _laid(x) for x in a.tensors])
+    kernels.table.step[(batch * lanes * -(-value // bv),)](
+        *a.raw, states[0], z, out, slots, *states[0].stride(), *((0, 0, 0) if z is None else z.stride()[:3]), lanes,
+        a.scale, a.decay, a.shift, key, value, bk, bv, num_warps=8 if bk * bv >= 16384 else 4 if bk * bv >= 4096 else 1,
+    )  # fmt: skip
+    return out
+
+
 def simple_layer(layer: Any, f: LayerFactors) -> bool:
     """Whether the kernels know this kind of layer."""
-    other = any(name in f for name in ("log_value", "decay", "decay_key", "decay_value"))
+    other = any(name in f for name in ("decay", "decay_key", "decay_value"))
+    other |= "log_value" in f and ("log" in f or "log_key" in f or True in layer.vectors)
     if other or layer.rank or not layer.reads or any(r.extra for r in layer.reads):
         return False
     return all(f.call.leading) and f.call.compute == torch.float32
@@ -2901,7 +2792,8 @@ class LayerFactors:
 
     def log(self) -> Tensor | None:
         """[B, T, G] or [B, T, G, K]; 0 at tokens that do not count, -inf before a restart."""
-        log = self.rows("log", True) if "log" in self else self.rows("log_key") if "log_key" in self else None
+        name = next((n for n in ("log", "log_key", "log_value") if n in self), None)
+        log = None if name is None else self.rows(name, name == "log")
         if self.mask is not None and log is not None:
             log = torch.where(self._over(self.mask, log), log, 0.0)
         if self.reset is not None:
@@ -2922,15 +2814,17 @@ class LayerFactors:
 # --- Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients.
 
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
+_NEAR = 4  # 2^4 tokens of a chunk are a product among themselves
 
 
 class ChunkKernels:
-    """The kernels of the chunked plan. `table`: the kernels and `tiles`, which the compiler wrote."""
+    """The kernels of the chunked plan. `table`: the kernels, what they fuse, and `tiles`, which the compiler wrote."""
 
     def __init__(self, table: Any) -> None:
         self.table = table
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
+        self.keeps = True  # states of a forward for its backward, where they are not more than its tensors
 
     def takes(self, key: int, value: int, device: torch.device) -> bool:
         """Whether there are kernels for this device and these sizes."""
@@ -2939,197 +2833,255 @@ class ChunkKernels:
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cuda" or self.interpreted
 
+    layer, step = chunk_layer, chunk_step
+
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
         shift: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None, number: Tensor | None = None,
+        code: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in `dtype` (q's), and the last state [N, G, K, V] in fp32.
+        """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in `dtype` (q's), and the last state [N, G, K, V] in fp32, by
+        kernels that fuse nothing.
 
         q, b [B, T, G, K], c [B, T, G, V]; log: log of the decay, None, [B, T, G] or [B, T, G, K]; start [N, G, K, V] or
         None; cu: N + 1 offsets of sequences in a batch of 1; number: [B, T, G], multiplies b (log not over K).
         Differentiable in q, b, c, log, start and number.
         """
-        found: tuple[Tensor, Tensor] = _ChunkScan.apply(
-            self, q, b, c, log, start, cu, shift, scale, dtype or q.dtype, number
-        )  # type: ignore[no-untyped-call]
-        return found
-
-    def layer(
-        self, call: Any, layer: Any, sizes: list[int], widths: list[int], found: dict[str, Tensor],
-        start: Tensor | None, mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
-    ) -> tuple[list[list[Tensor]], list[Tensor]] | None:  # fmt: skip
-        """`matrix_layer` with these kernels."""
-        return matrix_layer(self, call, layer, sizes, widths, found, start, mask, reset, cu)
-
-    def step(
-        self, call: Any, layer: Any, outer: list[int], found: dict[str, Tensor], states: list[Tensor],
-        slots: Tensor | None,
-    ) -> list[Tensor] | None:  # fmt: skip
-        """One token, in place: each component's readout [B, 1, G, V] as its state [rows, G, K, V] moves on, in the rows
-        that `slots` [B] names. None: not for the kernel."""
-        f = LayerFactors(call, layer, tuple(outer), found, None, None)
-        sides = [(n, shift) for n, shift in (("q0", 0), ("p0", 1)) if n in f]
-        if not simple_layer(layer, f) or layer.columns != 1 or len(layer.reads) != 1 or len(sides) != 1:
-            return None
-        if not all(self.takes(s.shape[2], s.shape[3], s.device) and s.dtype == torch.float32 for s in states):
-            return None
-        name, shift = sides[0]
-        dtype = call.dtype if all(p[0] in layer.shown for p in layer.reads[0].parts) else torch.float32
-        q, b, log = _laid(f.rows(name)), _laid(f.rows("b0")), f.log()
-        number = f.number(0)
-        b = b if number is None else b * number.unsqueeze(-1)
-        outputs = []
-        for j, state in enumerate(states):
-            c = _laid(f.rows(f"c0_{j}" if j else "c0", layer.vectors[j]))
-            batch, _, lanes, key = q.shape
-            value = state.shape[3]
-            y = torch.empty(batch, 1, lanes, value, dtype=dtype, device=q.device)
-            bk, bv = _block(key), min(_block(value), 64)
-            kind = 0 if log is None else log.dim() - 2
-            self.table.step[(batch * lanes * -(-value // bv),)](
-                state, q, b, c, log, y, slots, *state.stride(), *_rows_of(q, b, c, log), lanes, f.scale(name), kind,
-                shift, key, value, bk, bv, num_warps=4 if bk * bv >= 4096 else 1,
-            )  # fmt: skip
-            outputs.append(y)
-        return outputs
-
-    # --- launches
-
-    def forward(
-        self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None, shift: int,
-        scale: float, dtype: torch.dtype, number: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        how = self.plan("forward", q, b, c, log, cu)
-        n = how.lanes
-        y = torch.empty(n.batch, n.tokens, n.lanes, n.value, dtype=dtype, device=q.device)
-        final = _matrices(n, n.sequences, q)
-        if not n.batch * n.tokens * n.lanes:
-            return y, final.zero_() if start is None else final.copy_(start)
-        pairs = self._pairs(q, b, log, shift, how)
-        begin, last = start, final
-        if how.segments > 1:
-            begin = self._starts(b, c, log, start, final, False, shift, 1.0, how, number)
-            last = None  # type: ignore[assignment]
-        grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
-        self.table.forward[grid](
-            q, b, c, log, number, pairs, begin, y, last, None, n.cu, n.first, *_strides(q, b, c, log, number), n.tokens,
-            how.segments, how.segment, n.lanes, scale, how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk,
-            how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+        wide = log is not None and log.dim() == 4
+        decay = 2 if wide else int(log is not None or code is not None)
+        keys = (q, b, log if wide else None)
+        shape = (c.shape[0], c.shape[1], max(q.shape[2], b.shape[2], c.shape[2]))
+        y, final, _ = self.call(
+            ChunkCall(start, None, None if wide else log, number, c, keys, (), (), shape, shift, scale, code, cu,
+                      dtype or q.dtype, decay)
         )  # fmt: skip
         return y, final
 
-    def backward(
-        self, dy: Tensor, d_final: Tensor | None, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None,
-        start: Tensor | None, cu: Tensor | None, shift: int, scale: float, d_log: bool,
-        number: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-        """Gradients of q, b, c, log (in fp32; None if not wanted), start and number (in fp32)."""
-        how = self.plan("gradients", q, b, c, log, cu)
+    def value_scan(
+        self, q: Tensor, b: Tensor, c: Tensor, log: Tensor, start: Tensor | None, cu: Tensor | None = None,
+        shift: int = 0, scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`scan` with a decay over the value: log [B, T, G, V]; y is in c's dtype."""
+        found = _ValueScan.apply(self, q, b, c, log, start, cu, shift, scale)  # type: ignore[no-untyped-call]
+        return found[0], found[1]
+
+    def call(self, a: ChunkCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The output [B, T, G, V], the last states [N, G, K, V] and [N, G, K] of z in fp32. Differentiable."""
+        found = _ChunkScan.apply(self, a, *a.tensors)  # type: ignore[no-untyped-call]
+        return found[0], found[1], found[2]
+
+    # --- launches
+
+    def forward(self, a: ChunkCall, keep: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Kept]:
+        """`call`, and what its backward needs, if `keep`."""
+        how = self.plan("forward", a)
         n = how.lanes
-        dq, db, dc = (
-            torch.empty(n.batch, n.tokens, n.lanes, w, dtype=x.dtype, device=q.device)
-            for x, w in ((q, n.key), (b, n.key), (c, n.value))
-        )
-        d_start = _matrices(n, n.sequences, q)
-        dlog = torch.zeros(log.shape, dtype=torch.float32, device=q.device) if log is not None and d_log else None
-        dn = None if number is None else torch.zeros(number.shape, dtype=torch.float32, device=q.device)
-        if not dy.numel():
-            return dq, db, dc, dlog, d_start.zero_() if d_final is None else d_final.float(), dn
-        dy = dy.contiguous()
-        states = self.states(b, c, log, start, None, False, shift, 1.0, cu, how.bt, number)
-        costates = self.states(q, dy, log, d_final, d_start, True, shift, scale, cu, how.bt)
-        pairs = self._pairs(q, b, log, shift, how)
-        grid = (n.chunks * n.lanes,)
-        shared = (n.tokens, n.lanes, scale)
-        strides = _strides(q, b, c, log)
-        kinds = (how.decay, shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages)
-        self.table.gradients[grid](
-            q, b, c, log, number, pairs, dy, states, costates, dq, db, dc, dlog, dn, n.cu, n.first, n.owner, *strides,
-            *_places(number), *shared, *kinds,
-            num_warps=how.warps, num_stages=how.stages,
+        out = torch.empty(*a.shape, n.value, dtype=a.dtype, device=a.c.device)
+        final, zfinal = self._matrices(n, n.sequences, a)
+        if not out.numel():
+            for x, start in ((final, a.start), (zfinal, a.zstart)):
+                if x is not None:
+                    x.zero_() if start is None else x.copy_(start)
+            return out, final, zfinal, Kept(None, None, None, None)
+        sums = self._sums(a)
+        made = self._prepared(a, how, sums)
+        begin = a.start, a.zstart
+        last: Any = (final, zfinal)
+        if how.segments > 1:
+            begin = self._starts(a, made, begin, last, None, how)
+            last = None, None
+        y = torch.empty_like(out) if keep and self.table.seen == "y" else None
+        states, zstates = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else (None, None)
+        grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
+        self.table.forward[grid](
+            *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, *begin, out, y, *last, states, zstates,
+            n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.shift, how.precision,
+            n.key, n.value, how.bt, how.bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
-        if how.decay == 2:
-            inner = self.plan("inner", q, b, c, log, cu, how.bt)
-            self.table.inner[grid](
-                q, b, c, log, dy, dq, db, dlog, n.cu, n.first, n.owner, *strides, *shared, shift, how.precision, n.key,
-                n.value, how.bt, how.bk, _block(n.value), 16, num_warps=inner.warps,
+        seen = out if self.table.seen == "output" else y
+        return out, final, zfinal, Kept(seen, sums, states, zstates) if keep else Kept(None, None, None, None)
+
+    def backward(
+        self, a: ChunkCall, kept: Kept, do: Tensor, d_final: Tensor | None, d_zfinal: Tensor | None,
+        wanted: tuple[bool, ...],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Gradients of `a.tensors`, of those that are `wanted`."""
+        how = self.plan("gradients", a)
+        n = how.lanes
+        d_start, d_zstart = self._matrices(n, n.sequences, a)
+        given = a.of(wanted)
+        keys, values = (
+            [self._gradient(x, n, param, stored and bool(asked))
+             for x, param, stored, asked in zip(xs, params, kinds, flags, strict=True)]
+            for xs, params, kinds, flags in (
+                (a.keys, self.table.params[0], self.table.grads[0], given.keys),
+                (a.values, self.table.params[1], self.table.grads[1], given.values),
+            )
+        )  # fmt: skip
+        few = {"dtype": torch.float32, "device": a.c.device}
+        numbers = [torch.zeros(a.shape, **few) if asked else None for asked in given.numbers]  # type: ignore[call-overload]
+        bk = min(how.bk, how.bks)
+        blocks = -(-n.key // bk)
+        each = (blocks, *a.shape)  # what adds up over the key comes in shares
+        dlog = torch.zeros(each, **few) if a.log is not None and given.log else None  # type: ignore[call-overload]
+        dn = torch.zeros(each, **few) if a.n is not None and given.n else None  # type: ignore[call-overload]
+        dc = torch.empty(*a.shape, n.value, dtype=a.c.dtype, device=a.c.device)
+        if not do.numel():
+            for x, d in ((d_start, d_final), (d_zstart, d_zfinal)):
+                if x is not None:
+                    x.zero_() if d is None else x.copy_(d)
+            shares = [None if x is None else x[0] for x in (dlog, dn)]
+            return [d_start, d_zstart, *shares, dc, *keys, *values, *numbers]
+        do = do.contiguous()
+        grid = (n.chunks * n.lanes,)
+        made = self._prepared(a, how, kept.sums)
+        dw = None
+        if self.table.norm:
+            dw = torch.empty(a.shape, **few)  # type: ignore[call-overload]
+            self.table.normed[grid](
+                *a.raw, do, kept.seen, kept.sums, dw, n.cu, n.first, n.owner, n.tokens, n.lanes, n.value, how.bt,
+                how.bv,
             )  # fmt: skip
-        return dq, db, dc, dlog, d_start, dn
+        states, zstates = kept.states, kept.zstates
+        if states is None:
+            states, zstates = self.states(a, made, None, how.bt)
+        back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, ends=(d_start, d_zstart))
+        costates, zcostates = self.states(a, made, back, how.bt, (d_final, d_zfinal))
+        reached = [x for x, stored in zip(numbers, self.table.grads[2], strict=True) if stored]
+        self.table.gradients[(n.chunks * n.lanes * blocks,)](
+            *a.raw, made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, states, costates, zstates, zcostates,
+            *keys, dc, *values, *reached, dlog, dn, n.cu, n.first, n.owner, n.tokens, n.batch * n.tokens, n.lanes,
+            a.scale, a.decay, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, _NEAR,
+            how.bt.bit_length() - 1, num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+        dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
+        return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers]
 
     def states(
-        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, back: bool,
-        shift: int, scale: float, cu: Tensor | None, bt: int = 0, number: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The state before each chunk (behind it, if `back`), [chunks, G, K, V] as operands; into `end`: the last."""
-        how = self.plan("states", x, x, z, log, cu, bt)
+        self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0,
+        begin: tuple[Tensor | None, Tensor | None] | None = None, reverse: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it. `back` without
+        `reverse` has but the `ends`."""
+        how = self.plan("states", a, bt)
         n = how.lanes
-        states = torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=how.operand, device=x.device)
+        found = self._states(n, how.operand, a)
+        begin = (a.start, a.zstart) if begin is None else begin
+        ends = (None, None) if back is None else back.ends
+        back = back if reverse else None
         if how.segments > 1:
-            end = _matrices(n, n.sequences, x) if end is None else end
-            start = self._starts(x, z, log, start, end, back, shift, scale, how, number)
-            end = None
-        self._walk(x, z, log, start, end, None, states, back, shift, scale, how, number)
-        return states
+            spare = self._matrices(n, n.sequences, a) if ends[0] is None else ends
+            begin = self._starts(a, made, begin, spare, back, how)
+            ends = None, None
+        self._walk(a, made, begin, ends, None, found, back, how)
+        return found
+
+    def last(self, a: ChunkCall) -> Tensor:
+        """The last states [N, G, K, V] alone."""
+        how = self.plan("states", a)
+        final = self._matrices(how.lanes, how.lanes.sequences, a)
+        made = self._prepared(a, how, None)
+        if not a.c.numel() or not all(a.shape):
+            return final[0].zero_() if a.start is None else final[0].copy_(a.start)
+        self.states(a, made, SimpleNamespace(ends=final), how.bt, None, False)
+        return final[0]
 
     def _starts(
-        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, last: Tensor, back: bool, shift: int,
-        scale: float, how: SimpleNamespace, number: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """What each segment starts from, [N, S, G, K, V]; into `last`: where the last ends."""
+        self, a: ChunkCall, made: SimpleNamespace, first: Any, last: Any, back: SimpleNamespace | None,
+        how: SimpleNamespace,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """What each segment starts from, [N, S, G, K, V] and [N, S, G, K]; into `last`: where the last ends."""
         n = how.lanes
-        ends, starts = (_matrices(n, n.sequences * how.segments, x) for _ in range(2))
-        width = n.key if how.decay == 2 else 1
-        left = torch.empty(n.sequences, how.segments, n.lanes, width, dtype=torch.float32, device=x.device)
-        own = self.plan("states", x, x, z, log, n.cu, how.bt)
+        ends, starts = (self._matrices(n, n.sequences * how.segments, a) for _ in range(2))
+        width = n.key if a.decay == 2 else 1
+        left = torch.empty(n.sequences, how.segments, n.lanes, width, dtype=torch.float32, device=a.c.device)
+        own = self.plan("states", a, how.bt)
         own.segments, own.segment = how.segments, how.segment
-        self._walk(x, z, log, None, ends, left, None, back, shift, scale, own, number)
-        block = min(1024, _block(n.key * n.value))
-        self.table.join[(n.sequences * n.lanes * -(-n.key * n.value // block),)](
-            start, ends, left, starts, last, how.segments, n.lanes, back, how.decay, n.key, n.value, block
-        )
+        self._walk(a, made, (None, None), ends, left, (None, None), back, own)
+        for begin, end, start, final, value in zip(first, ends, starts, last, (n.value, 1), strict=True):
+            if end is not None:
+                block = min(1024, _block(n.key * value))
+                self.table.join[(n.sequences * n.lanes * -(-n.key * value // block),)](
+                    begin, end, left, start, final, how.segments, n.lanes, back is not None, a.decay, n.key, value,
+                    block,
+                )  # fmt: skip
         return starts
 
     def _walk(
-        self, x: Tensor, z: Tensor, log: Tensor | None, start: Tensor | None, end: Tensor | None, left: Tensor | None,
-        states: Tensor | None, back: bool, shift: int, scale: float, how: SimpleNamespace,
-        number: Tensor | None,
+        self, a: ChunkCall, made: SimpleNamespace, begin: Any, ends: Any, left: Tensor | None, states: Any,
+        back: SimpleNamespace | None, how: SimpleNamespace,
     ) -> None:  # fmt: skip
         n = how.lanes
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
+        given = back or SimpleNamespace(do=None, seen=None, dw=None, sums=None)
         self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
-            x, z, log, number, start, end, left, states, n.cu, n.first, *_strides(x, z, log, number), n.tokens,
-            how.segments, how.segment, n.lanes, scale, back, how.decay, shift, how.precision, n.key, n.value, how.bt,
-            bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.dw, *begin, *ends, left,
+            *states, n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, back is not None, a.decay,
+            a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, num_warps=how.warps,
+            num_stages=how.stages,
         )  # fmt: skip
 
-    def _pairs(self, q: Tensor, b: Tensor, log: Tensor | None, shift: int, how: SimpleNamespace) -> Tensor | None:
-        """A of every chunk for a decay over the key, [B, T, G, BT] as operands."""
-        if how.decay != 2:
-            return None
+    def _prepared(self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None) -> SimpleNamespace:
+        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K]."""
+        if a.decay != 2:
+            return SimpleNamespace(q=None, b=None, pairs=None, total=None)
         n = how.lanes
-        pairs = torch.empty(n.batch, n.tokens, n.lanes, how.bt, dtype=how.operand, device=q.device)
-        own = self.plan("pairs", q, b, b, log, n.cu, how.bt)
-        self.table.pairs[(n.chunks * n.lanes,)](
-            q, b, log, pairs, n.cu, n.first, n.owner, *_places(q), *_places(b), *_places(log), n.tokens, n.lanes, shift,
-            how.precision, n.key, how.bt, how.bk, 16, num_warps=own.warps,
+        device = a.c.device
+        made = SimpleNamespace(
+            q=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
+            b=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
+            pairs=torch.empty(*a.shape, how.bt, dtype=how.operand, device=device),
+            total=torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=device),
+        )
+        own = self.plan("prepare", a, how.bt)
+        self.table.prepare[(n.chunks * n.lanes,)](
+            *a.raw, made.q, made.b, made.pairs, made.total, sums, n.cu, n.first, n.owner, n.tokens, n.lanes, a.shift,
+            how.precision, n.key, how.bt, min(how.bk, own.bks), _NEAR, how.bt.bit_length() - 1, num_warps=own.warps,
         )  # fmt: skip
-        return pairs
+        return made
 
     # --- sizes
 
-    def plan(
-        self, kernel: str, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, cu: Tensor | None, bt: int = 0
-    ) -> SimpleNamespace:
+    def _matrices(self, n: Lanes, count: int, a: ChunkCall) -> tuple[Tensor, Tensor | None]:
+        options: Any = {"dtype": torch.float32, "device": a.c.device}
+        z = torch.empty(count, n.lanes, n.key, **options) if self.table.norm else None
+        return torch.empty(count, n.lanes, n.key, n.value, **options), z
+
+    def _states(self, n: Lanes, operand: torch.dtype, a: ChunkCall) -> tuple[Tensor, Tensor | None]:
+        states = torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=operand, device=a.c.device)
+        norm = self.table.norm
+        return states, torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=a.c.device) if norm else None
+
+    def _sums(self, a: ChunkCall) -> Tensor | None:
+        if not self.table.width:
+            return None
+        return torch.empty(*a.shape, self.table.width, dtype=torch.float32, device=a.c.device)
+
+    def _worth(self, n: Lanes, bt: int) -> bool:
+        """Whether the states before each chunk are kept for backward: numbers a token, beside those of q, b, c, y."""
+        return self.keeps and n.key * n.value <= bt * 2 * (n.key + n.value)
+
+    @staticmethod
+    def _gradient(x: Tensor | None, n: Lanes, param: bool, wanted: bool) -> Tensor | None:
+        if x is None or not wanted:
+            return None
+        if param:
+            return torch.zeros(n.chunks, n.lanes, x.shape[-1], dtype=torch.float32, device=x.device)
+        return torch.empty(n.batch, n.tokens, n.lanes, x.shape[-1], dtype=x.dtype, device=x.device)
+
+    def plan(self, kernel: str, a: ChunkCall, bt: int = 0) -> SimpleNamespace:
         """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
-        batch, tokens, lanes, key = q.shape
-        value = c.shape[-1]
-        dtype = torch.promote_types(torch.promote_types(q.dtype, b.dtype), c.dtype)
-        decay = 0 if log is None else 1 if log.dim() == 3 else 2
+        (batch, tokens, lanes), cu = a.shape, a.cu
+        key, value = next(k for k in a.keys if k is not None).shape[-1], a.c.shape[-1]
+        dtype = a.c.dtype
+        for k in self.table.operands:
+            own = a.keys[k]
+            dtype = dtype if own is None else torch.promote_types(dtype, own.dtype)
         bk = _block(key)
         sizes = self.table.tiles[kernel][2 if dtype == torch.bfloat16 else 4]
-        own, bv, bks, warps, stages = next(tile for largest, tile in sizes if bk <= largest)
-        bt = bt or own
+        tokens_of, bv, bks, warps, stages = next(tile for largest, tile in sizes if bk <= largest)
+        bt = bt or tokens_of
         bv = min(bv, _block(value))
         sequences = batch if cu is None else cu.shape[0] - 1
         chunks = batch * -(-tokens // bt) if cu is None else -(-tokens // bt) + sequences
@@ -3138,13 +3090,12 @@ class ChunkKernels:
             lengths = (cu[1:] - cu[:-1] + bt - 1) // bt
             ends = lengths.cumsum(0)
             first = ends - lengths
-            numbers = torch.arange(chunks, device=cu.device)
-            owner = torch.searchsorted(ends, numbers, right=True)
+            owner = torch.searchsorted(ends, torch.arange(chunks, device=cu.device), right=True)
             owner = torch.where(owner < sequences, owner, -1)
         wide = -(-value // bv) * (-(-key // bks) if kernel == "states" else 1)
-        segments, segment = self._split(q, sequences * lanes * wide, tokens, bt)
+        segments, segment = self._split(a.c, sequences * lanes * wide, tokens, bt)
         return SimpleNamespace(
-            lanes=Lanes(batch, tokens, lanes, key, value, sequences, chunks, cu, first, owner), decay=decay, bt=bt,
+            lanes=Lanes(batch, tokens, lanes, key, value, sequences, chunks, cu, first, owner), bt=bt,
             bk=bk, bks=bks, bv=bv, warps=warps, stages=stages, segments=segments, segment=segment,
             precision=_PRECISION[dtype], operand=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
         )  # fmt: skip
@@ -3164,32 +3115,82 @@ class ChunkKernels:
 class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: ChunkKernels, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None,
-        cu: Tensor | None, shift: int, scale: float, dtype: torch.dtype, number: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        q, b, c = _laid(q), _laid(b), _laid(c)
-        log = None if log is None else _laid(log)
-        number = None if number is None else _laid(number)
-        start = None if start is None else start.float().contiguous()
-        ctx.kernels, ctx.shift, ctx.scale = kernels, shift, scale
-        ctx.save_for_backward(q, b, c, log, start, cu, number)
+        ctx: Any, kernels: ChunkKernels, a: ChunkCall, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        starts = [None if x is None else x.float().contiguous() for x in tensors[:2]]
+        laid = [None if x is None else _laid(x) for x in tensors[2:]]
+        keep = any(ctx.needs_input_grad)
+        out, final, zfinal, kept = kernels.forward(a.of([*starts, *laid]), keep)
+        ctx.kernels, ctx.plain = kernels, a.of([None] * len(tensors))
+        ctx.save_for_backward(*starts, *laid, *kept)
         ctx.set_materialize_grads(False)
-        return kernels.forward(q, b, c, log, start, cu, shift, scale, dtype, number)
+        return out, final, zfinal
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        q, b, c, log, start, cu, number = ctx.saved_tensors
+        count = len(ctx.saved_tensors) - len(Kept._fields)
+        tensors, kept = ctx.saved_tensors[:count], Kept(*ctx.saved_tensors[count:])
+        a: ChunkCall = ctx.plain.of(tensors)
+        do, d_final, d_zfinal = grads
+        if do is None:
+            do = torch.zeros(*a.shape, a.c.shape[3], dtype=a.dtype, device=a.c.device)
+        ends = [None if x is None else x.float().contiguous() for x in (d_final, d_zfinal)]
+        wanted = ctx.needs_input_grad[2:]
+        found = ctx.kernels.backward(a, kept, do, *ends, wanted)
+        params = (False,) * 5 + tuple(p for part in ctx.kernels.table.params for p in part)
+        params += (False,) * (len(found) - len(params))
+        whole: list[Tensor | None] = []
+        for at, (x, d, param) in enumerate(zip(tensors, found, params, strict=True)):
+            if x is None or d is None or not wanted[at]:
+                whole.append(None)
+            elif at < 2:
+                whole.append(d)
+            else:
+                whole.append(_folded(d.sum(0)[None, None] if param else d, x))
+        return None, None, *whole
+
+
+class _ValueScan(torch.autograd.Function):
+    """With F(q, b, c, log; dy) = Σ dy · (the scan over the key of q, b, c), linear in q and in dy, a scan over the
+    value is y = dF/dq at (b, c, dy) = (c, b, q), on states transposed, and Σ y · dy = F(dy, c, b, log; q)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: ChunkKernels, q: Tensor, b: Tensor, c: Tensor, log: Tensor, start: Tensor | None,
+        cu: Tensor | None, shift: int, scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q, b, c, log = _laid(q), _laid(b), _laid(c), _laid(log)
+        shape = (c.shape[0], c.shape[1], max(q.shape[2], b.shape[2], c.shape[2]))
+        start = None if start is None else start.float().mT.contiguous()
+        a = ChunkCall(start, None, None, None, b, (c, c, log), (), (), shape, shift, scale, None, cu, c.dtype, 2)
+        none = Kept(None, None, None, None)
+        only = tuple(n == 5 for n in range(len(a.tensors)))
+        like = a._replace(keys=(c.expand(*shape, -1), c, log))
+        y = kernels.backward(like, none, q.expand(*shape, -1), None, None, only)
+        final = kernels.last(a)
+        ctx.kernels, ctx.plain = kernels, a.of([None] * len(a.tensors))
+        ctx.save_for_backward(q, b, c, log, start)
+        ctx.set_materialize_grads(False)
+        return y[5], final.mT  # type: ignore[return-value]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        q, b, c, log, start = ctx.saved_tensors
+        plain: ChunkCall = ctx.plain
         dy, d_final = grads
         if dy is None:
-            dy = torch.zeros(*c.shape[:3], c.shape[3], dtype=q.dtype, device=q.device)
-        d_final = None if d_final is None else d_final.float().contiguous()
-        dq, db, dc, dlog, d_start, dn = ctx.kernels.backward(
-            dy, d_final, q, b, c, log, start, cu, ctx.shift, ctx.scale, ctx.needs_input_grad[4], number
-        )
-        dlog = None if dlog is None else dlog.to(log.dtype)
-        dn = None if dn is None or number is None else dn.to(number.dtype)
-        return None, dq, db, dc, dlog, d_start if ctx.needs_input_grad[5] else None, *[None] * 4, dn
+            dy = torch.zeros(*plain.shape, c.shape[3], dtype=c.dtype, device=c.device)
+        a = plain.of([start, None, None, None, b, _laid(dy), c, log])
+        dq, _, _, kept = ctx.kernels.forward(a, True)
+        d_final = None if d_final is None else d_final.float().mT.contiguous()
+        wanted = (True,) * 5 + (False, True, True)
+        found = ctx.kernels.backward(a, kept, q.expand(*plain.shape, -1), d_final, None, wanted)
+        d_start, _, _, _, db, _, dc, dlog = found
+        d_start = d_start.mT if ctx.needs_input_grad[5] else None
+        folded = [_folded(d, x) for d, x in ((dq, q), (db, b), (dc, c), (dlog, log))]
+        return None, *folded, d_start, None, None, None
 
 
 # --- A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout.
@@ -3212,6 +3213,25 @@ class Reads(NamedTuple):
     parts: tuple[tuple[str, int, tuple[int, ...]], ...]
 
 
+class FusedLayer(NamedTuple):
+    """What the kernels compute of a layer and its readout themselves.
+
+    keys, c, values: (name, 'input' | 'param' | 'factor', lag) of the tensors that they read; given(x, s, prev, p, n):
+    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. output:
+    what the kernels give, in full.
+    """
+
+    keys: tuple[tuple[str, str, int], ...]
+    c: tuple[str, str, int]
+    values: tuple[tuple[str, str, int], ...]
+    numbers: tuple[str, ...]
+    given: Callable[..., Values]
+    scale: Callable[..., float]
+    shift: int
+    decay: int
+    output: str
+
+
 class Chunked(NamedTuple):
     """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ; several components that differ in C alone are one S.
 
@@ -3221,7 +3241,7 @@ class Chunked(NamedTuple):
     orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
     plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
     numbers that multiply some of them. b0 is to be multiplied by n0 [..., *outer], where it is there. shown: linear
-    parts that are outputs as they stand.
+    parts that are outputs as they stand. fused: what kernels compute of it, if all of it is of that kind.
     """
 
     components: tuple[str, ...]
@@ -3235,6 +3255,7 @@ class Chunked(NamedTuple):
     plain: Mapping[str, str]
     scales: Callable[..., dict[str, float]]
     shown: tuple[str, ...]
+    fused: FusedLayer | None
 
     @property
     def vector(self) -> bool:
@@ -3265,17 +3286,23 @@ def run_layers(
     before: Values = {}
     final: Values = {}
     tokens = Tokens(x)
+    answer: Values | None = None
     for layer in rules.layers:
         if isinstance(layer, Scanned):
             prefix, previous, end = _scanned(spec, rules, call, layer, x, params, given)
             after |= fill_masked(prefix, mask)  # what is read of padding may be infinite and must not meet a gradient
             before |= fill_masked(previous, mask)
         else:
-            found = layer.factors(tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n)
-            outputs, end = _chunked(spec, call, layer, found, given, tokens, getattr(rules, "matrices", None))
-            after |= fill_masked(outputs, mask)
+            reads = tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n
+            done = _fused(spec, call, layer, reads, given, getattr(rules, "matrices", None))
+            if done is None:
+                outputs, end = _chunked(spec, call, layer, reads, given, getattr(rules, "matrices", None))
+                after |= fill_masked(outputs, mask)
+            else:
+                answer, end = done
         final |= end
-    answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
+    if answer is None:
+        answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
     outputs = {s.name: as_output(answer[s.name], s, call, leading) for s in spec.outputs}
     if mask is not None:
         outputs = {k: torch.where(_flag(mask, o), o, torch.zeros_like(o)) for k, o in outputs.items()}
@@ -3293,27 +3320,28 @@ def step_layers(spec: Spec, rules: Rules, call: Call, state: Values, slots: Tens
     if wanted or spec.taps or len(rules.layers) != 1 or isinstance(rules.layers[0], Scanned):
         return None
     layer = rules.layers[0]
+    if layer.fused is None or call.compute != torch.float32:
+        return None
     now = replace(call, inputs={k: x.unsqueeze(1) for k, x in call.inputs.items()}, leading=(*call.leading, 1))
     x, p = prepared(spec, now, {}, True)
     tokens, params, none = Tokens(x), SimpleNamespace(**p), SimpleNamespace()
-    slots_of = [next(s for s in spec.components if s.name == name) for name in layer.components]
-    outer = [call.sizes[slots_of[0].dims[k]] for k in layer.orders[0][: layer.outer]]
     states = []
     for name, order, vector in zip(layer.components, layer.orders, layer.vectors, strict=True):
         s = state[name]
         front = s.dim() - len(order)
+        if not s.is_contiguous():
+            return None
         s = s.permute(*range(front), *(front + k for k in order))
         s = s.unsqueeze(-1) if vector else s
-        if not state[name].is_contiguous() or list(order[: layer.outer]) != list(range(layer.outer)):
-            return None
         states.append(s.flatten(1, -3) if s.dim() > 3 else s.unsqueeze(1))
-    found = layer.factors(tokens, none, none, params, call.n)
-    read = rules.matrices.step(now, layer, outer, found, states, slots)
-    if read is None:
+    fused = layer.fused
+    given = fused.given(tokens, none, none, params, call.n)
+    a = fused_call(now, fused, tokens, params, given, (None, None), None, None, None)
+    out = rules.matrices.step(a, states, slots, 128)
+    if out is None:
         return None
-    y = _linear_parts(now, layer, [()], [read], outer)
-    answer = rules.readout(SimpleNamespace(**y), none, tokens, params, call.n)
-    return {s.name: as_output(answer[s.name], s, now, now.leading).squeeze(1) for s in spec.outputs}
+    y = out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)
+    return {fused.output: as_output(y, spec.outputs[0], now, now.leading).squeeze(1)}
 
 
 def _scanned(
@@ -3349,15 +3377,43 @@ def _scanned(
     return parts[0], parts[1], final
 
 
+def _sizes(spec: Spec, call: Call, layer: Chunked) -> tuple[list[list[int]], list[int], torch.dtype]:
+    """(outer, key and value of each component, the widths of their values, the dtype of the states)."""
+    slots = [next(s for s in spec.components if s.name == name) for name in layer.components]
+    ordered = [[call.sizes[s.dims[k]] for k in order] for s, order in zip(slots, layer.orders, strict=True)]
+    widths = [1 if vector else sizes[-1] for vector, sizes in zip(layer.vectors, ordered, strict=True)]
+    return ordered, widths, call.of_kind(slots[0].kind)
+
+
+def _fused(
+    spec: Spec, call: Call, layer: Chunked, reads: tuple[Any, ...], given: _Given, kernels: Any
+) -> tuple[Values, Values] | None:
+    """(the outputs, the final states); None: not by fused kernels."""
+    if kernels is None or layer.fused is None or not all(call.leading) or call.compute != torch.float32:
+        return None
+    ordered, widths, dtype = _sizes(spec, call, layer)
+    if not kernels.takes(ordered[0][0], widths[0], call.device):
+        return None
+    begin = None
+    if given.initial is not None:
+        begin = _matrix_start(call, layer, ordered, widths, given, prod(call.lanes), dtype)
+    parts = (None, None) if begin is None else (begin[..., : widths[0]], begin[..., -1] if len(widths) > 1 else None)
+    tokens, params = reads[0], reads[3]
+    flags = given.mask, given.reset, given.cu_seqlens
+    fused = layer.fused
+    out, state, z = kernels.call(fused_call(call, fused, tokens, params, fused.given(*reads), parts, *flags))
+    states = [state] if z is None else [state, z.unsqueeze(-1)]
+    final = _matrix_states(call, layer, ordered, states)
+    return {fused.output: out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)}, final
+
+
 def _chunked(
-    spec: Spec, call: Call, layer: Chunked, found: Values, given: _Given, tokens: Tokens, kernels: Any
+    spec: Spec, call: Call, layer: Chunked, reads_of: tuple[Any, ...], given: _Given, kernels: Any
 ) -> tuple[Values, Values]:
     """The layer's linear readouts by name, and its final states [N, *lanes, *dims]."""
-    slots = [next(s for s in spec.components if s.name == name) for name in layer.components]
-    dtype = call.of_kind(slots[0].kind)
-    ordered = [[call.sizes[s.dims[k]] for k in order] for s, order in zip(slots, layer.orders, strict=True)]
+    found, tokens = layer.factors(*reads_of), reads_of[0]
+    ordered, widths, dtype = _sizes(spec, call, layer)
     outer, key = ordered[0][: layer.outer], ordered[0][layer.outer]
-    widths = [1 if vector else sizes[-1] for vector, sizes in zip(layer.vectors, ordered, strict=True)]
     batch, length = call.leading
     lanes = prod(call.lanes) * prod(outer)
     start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
@@ -3373,7 +3429,7 @@ def _chunked(
     for k in range(layer.columns):
         if f"n{k}" in found:
             found[f"b{k}"] = found[f"b{k}"] * found[f"n{k}"].unsqueeze(-1)
-    if len(slots) > 1:
+    if len(layer.components) > 1:
         found = {**found, **{f"c{k}": _side_by_side(found, f"c{k}", layer.vectors) for k in range(layer.columns)}}
 
     def rows(name: str, extra: int = 0) -> Tensor:
@@ -3502,20 +3558,25 @@ class Operator:
     def __init__(self, spec: Spec, rules: Rules, fold: str, kernels: Any) -> None:
         self.spec, self.rules, self.fold, self.kernels = spec, rules, fold, kernels
         self.extras = tuple((s, lag) for s in spec.inputs for lag in range(1, spec.taps.get(s.name, 0) + 1))
-        self.live = () if fold == "tree" else tuple(s for s in spec.components if s.name in spec.live)
+        self.live = tuple(s for s in spec.components if s.name in spec.live)
+        self.quick = None if kernels is None or self.extras or fold == "tree" else kernels.steps(len(spec.inputs))
         name = f"{spec.name}_{spec.digest}"
         if not hasattr(torch.ops.psmc, name):
             self._register(name)
         self.op = getattr(torch.ops.psmc, name).default
 
-    def wanted(self, call: Call, carries: bool) -> bool:
+    def wanted(self, call: Call, carries: bool, cut: bool) -> bool:
         """Kernels where there are some for this device and dtype, one node of a compiled graph; else plain autograd.
 
-        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced.
+        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced. `cut`: tokens
+        are masked, packed or begin anew, which the kernels of a tree do not do.
         """
-        return self._kernels(call) or (torch.compiler.is_compiling() and not (carries and self.fold == "tree"))
+        tree = self.fold == "tree"
+        kernels = self._kernels(call) and not (tree and (carries or cut))
+        return kernels or (torch.compiler.is_compiling() and not (tree and carries))
 
-    def _kernels(self, call: Call) -> bool:
+    def _kernels(self, call: Call, given: Given | None = None) -> bool:
+        """`given`: of this very call, where flags matter."""
         on_device = call.device.type == "cuda" or (self.kernels is not None and self.kernels.interpreted)
         return self.kernels is not None and on_device and call.compute == torch.float32
 
@@ -3539,7 +3600,7 @@ class Operator:
 
     def steps(self, call: Call, state: Values | None) -> bool:
         """Whether the step kernel takes this token: no gradient is wanted, no taps, a state in the kernels' dtype."""
-        if not self._kernels(call) or self.extras or torch.compiler.is_compiling():
+        if not self._kernels(call) or self.extras or self.fold == "tree" or torch.compiler.is_compiling():
             return False
         tensors = (*call.inputs.values(), *call.params.values(), *(state or {}).values())
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -3548,12 +3609,12 @@ class Operator:
             state[s.name].dtype == call.of_kind(s.kind) and state[s.name].is_contiguous() for s in self.live
         )
 
-    def step(self, call: Call, state: Values, slots: Tensor | None) -> Any:
-        """One token by the step kernel: `state` [rows, ...] moves on in place, in the rows that `slots` names."""
-        found = self.kernels.step_in_place(
-            [state[s.name] for s in self.live], list(call.inputs.values()), list(call.params.values()), slots
-        )
-        return found[0] if len(found) == 1 else tuple(found)
+    def step(self, call: Call, state: Values, slots: Tensor | None, in_place: bool) -> tuple[Any, Values]:
+        """One token by the step kernel: (outputs, the state after it); `slots`: the rows that move on."""
+        assert self.quick is not None
+        tensors = (*call.inputs.values(), *call.params.values())
+        found: tuple[Any, Values] = self.quick.first(state, tensors, slots, in_place)
+        return found
 
     def _register(self, name: str) -> None:
         forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
@@ -3570,7 +3631,7 @@ class Operator:
         reset: Tensor | None, cu_seqlens: Tensor | None, save: bool,
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
-        if self._kernels(self._call(given)):
+        if self._kernels(self._call(given), given):
             return self._launch(given, save)
         found, final = self._run(given)
         results = (*found.values(), *(final[s.name] for s in self.live))
@@ -3613,7 +3674,7 @@ class Operator:
 
         results = [empty(call.leading, s, call.dtype) for s in self.spec.outputs]
         results += [empty((rows,), s) for s in self.live]
-        if save and self._kernels(call):
+        if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
             flagged = given.mask is not None or given.reset is not None
             saved = self.kernels.saved_components(call.dtype, flagged)
@@ -3638,7 +3699,7 @@ class Operator:
         like = self._fake(given, False) if any(g is None for g in used) else used
         dense = [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(used, like, strict=True)]  # type: ignore[arg-type]
         backward = getattr(torch.ops.psmc, f"{self.spec.name}_{self.spec.digest}_backward").default
-        found = iter(backward(dense, *given, results if self._kernels(self._call(given)) else []))
+        found = iter(backward(dense, *given, results if self._kernels(self._call(given), given) else []))
         split = [[g if _smooth(x) else None for x, g in zip(part, found, strict=False)] for part in parts]
         return (*split, None, None, None, None)
 
@@ -3648,7 +3709,7 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         everything = [*inputs, *params, *initial]
-        kernels = self._kernels(self._call(given))
+        kernels = self._kernels(self._call(given), given)
         flat = self._launch_backward(given, grads, results) if kernels else self._transpose(given, grads)
         return [
             torch.zeros(x.shape, dtype=x.dtype, device=x.device)
@@ -3745,20 +3806,14 @@ class Aggregator:
         """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points. With a rule from Python (then
         `rules.extern` is what makes an aggregator of one, and this one) calls are plain PyTorch, never a custom op."""
         self.spec, self.rules, self.fold_order = spec, rules, fold
-        self.operator = None if hasattr(rules, "extern") else Operator(spec, rules, fold, kernels)
+        self.operator = Operator(spec, rules, fold, kernels)
+        self._quick = None if self.operator is None else self.operator.quick  # steps that were checked before
+        self.checks = checks_wanted()  # values are read and checked, which waits for the device
         self.__name__ = spec.name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Aggregator:
         """Itself, as it holds nothing that trains; with a rule from Python, one with a copy of the rule."""
-        if not hasattr(self.rules, "extern"):
-            return self
-        make, rule = self.rules.extern
-        own = deepcopy(rule, memo)
-        copied: Aggregator = make(own)
-        copied.__class__ = type(self)
-        for name, value in vars(self).items():
-            vars(copied).setdefault(name, own if value is rule else value)
-        return copied
+        return self
 
     def __repr__(self) -> str:
         named = ", ".join(s.name for s in (*self.spec.inputs, *self.spec.params))
@@ -3790,6 +3845,10 @@ class Aggregator:
         reset = check_flags(self.spec, "reset", reset, call)
         cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
         state = self._checked(call, initial_state, call.leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        checks = self.checks and not torch.compiler.is_compiling()
+        if checks:
+            check_values(self.spec, call, mask, cu_seqlens)
+            check_state_values(self.spec, state, self._begin(call))
         back = None
         if reverse:
             back = None if cu_seqlens is None else places(call, cu_seqlens, None)
@@ -3798,24 +3857,35 @@ class Aggregator:
             reset = None if reset is None else flip(reset, back)
         lags, tails = tap_tokens(self.spec, call, state, mask, reset, cu_seqlens)
         begin = None if state is None else {k: x for k, x in state.items() if k not in tail_names(self.spec)}
-        if self.operator is not None and self.operator.wanted(call, return_state or state is not None):
+        cut = mask is not None or reset is not None or cu_seqlens is not None
+        if self.operator is not None and self.operator.wanted(call, return_state or state is not None, cut):
             outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
         else:
             x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
             outputs, final = run_scan(
                 self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
             )
+        if checks:
+            check_results(self.spec, outputs, final)
         found = tuple(flip(outputs[s.name], back) if reverse else outputs[s.name] for s in self.spec.outputs)
         out = found[0] if len(found) == 1 else found
         return (out, {**final, **tails}) if return_state else out
 
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
+        if self._quick is not None and not kwargs and not self.checks:
+            known: tuple[Any, State] | None = self._quick.again(state, args, None, False)
+            if known is not None:
+                return known
         call = bind_call(self.spec, args, kwargs, tokens=False)
         before = self._checked(call, state, call.leading[0])
+        if self.checks and not torch.compiler.is_compiling():
+            check_values(self.spec, call, None, None)
+            check_state_values(self.spec, before, self._begin(call))
         if self.operator is not None and self.operator.steps(call, before):
-            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
-            return self.operator.step(call, after, None), after
+            if before is None:
+                return self.operator.step(call, self._start(call), None, True)
+            return self.operator.step(call, before, None, False)
         lags, tails = tap_token(self.spec, call, before)
         if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
             after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
@@ -3826,23 +3896,35 @@ class Aggregator:
         x, p = prepared(self.spec, call, lags)
         if before is None:
             before = self._start(call)
-        run = run_push if self.fold_order == "tree" else run_step
+        run = run_step
         outputs, after = run(self.spec, self.rules, call, before, x, p)
         found = tuple(outputs[s.name] for s in self.spec.outputs)
         return found[0] if len(found) == 1 else found, {**after, **tails}
 
-    @torch.no_grad()
     def step_(self, state: State, *args: Tensor, slots: Tensor | None = None, **kwargs: Tensor) -> Any:
         """One token, in place and without gradient: `state` is overwritten; with `slots` [B] the rows that it names.
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
+        if self._quick is not None and not kwargs and not self.checks:
+            known = self._quick.again(state, args, slots, True)
+            if known is not None:
+                return known[0]
+        with torch.no_grad():
+            return self._step_in_place(state, args, slots, kwargs)
+
+    def _step_in_place(
+        self, state: State, args: tuple[Tensor, ...], slots: Tensor | None, kwargs: dict[str, Tensor]
+    ) -> Any:
         call = bind_call(self.spec, args, kwargs, tokens=False)
-        self._checked(call, state, check_slots(self.spec, slots, call, state))
-        if slots is not None and self.fold_order == "tree":
-            return self._push_rows(state, slots, *args, **kwargs)
+        count = check_slots(self.spec, slots, call, state)
+        self._checked(call, state, count)
+        if self.checks and not torch.compiler.is_compiling():
+            check_slot_values(self.spec, slots, count)
+            check_values(self.spec, call, None, None)
+            check_state_values(self.spec, state, self._begin(call))
         if self.operator is not None and self.operator.steps(call, state):
-            return self.operator.step(call, state, slots)
+            return self.operator.step(call, state, slots, True)[0]
         if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
             moved = self.rules.stepped(self.spec, self.rules, call, state, slots)
             if moved is not None:
@@ -3850,10 +3932,6 @@ class Aggregator:
                 return outs[0] if len(outs) == 1 else outs
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
         out, after = self.step(rows, *args, **kwargs)
-        if self.fold_order == "tree":
-            state.clear()
-            state.update(after)
-            return out
         for name, value in after.items():
             if slots is None:
                 state[name].copy_(value)
@@ -3903,47 +3981,34 @@ class Aggregator:
         call = bind_call(self.spec, args, kwargs, tokens=True)
         mask = check_flags(self.spec, "mask", mask, call)
         cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
+        if self.checks:
+            check_values(self.spec, call, mask, cu_seqlens)
         lags, _ = tap_tokens(self.spec, call, None, mask, None, cu_seqlens)
         rules = SimpleNamespace(**{k: v for k, v in vars(self.rules).items() if k != "start"})
         x, p = prepared(self.spec, call, lags)
         return run_scan(self.spec, rules, call, "scan", x, p, None, mask, None, cu_seqlens, whole=True)[1]
 
     def _checked(self, call: Call, state: Mapping[str, Tensor] | None, rows: int) -> State | None:
-        check = check_counter if self.fold_order == "tree" else check_state
+        check = check_state
         return check(self.spec, call, state, rows)
+
+    def _begin(self, call: Call) -> State:
+        """What each component starts from, [*dims]."""
+        return start_state(self.spec, self.rules, call, tuple(s.name for s in self.spec.components))
 
     def _start(self, call: Call) -> State:
         """Before any token; tails apart."""
-        if self.fold_order == "tree":
-            return counter_start(call.leading[0])
         slots = {s.name: s for s in self.spec.components}
         begin = start_state(self.spec, self.rules, call, self.spec.live)
         return {k: as_state(v, slots[k], call, call.leading[:1]).clone() for k, v in begin.items()}
-
-    def _push_rows(self, state: State, slots: Tensor, *args: Tensor, **kwargs: Tensor) -> Any:
-        """`step_` of some streams of a tree, which may be at positions of their own."""
-        names = tail_names(self.spec)
-        rows: list[int] = slots.tolist()
-        counter = {k: x for k, x in state.items() if k not in names}
-        tails = {k: x.index_select(0, slots) for k, x in state.items() if k in names}
-        out, after = self.step({**counter_rows([(counter, r) for r in rows]), **tails}, *args, **kwargs)
-        pushed = {r: i for i, r in enumerate(rows)}
-        streams = range(counter["position"].shape[0])
-        moved = {k: x for k, x in after.items() if k not in names}
-        kept = counter_rows([(moved, pushed[r]) if r in pushed else (counter, r) for r in streams])
-        for name in names:
-            kept[name] = state[name].index_copy_(0, slots, after[name].to(state[name].dtype))
-        state.clear()
-        state.update(kept)
-        return out
 
 
 # --- the spec's border
 
 SPEC = Spec(
     name='gla',
-    digest='005a75bd077687bc',
-    inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',)),),
+    digest='c8a9a5c56ba1d9ca',
+    inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),
     live=('S',),
@@ -3955,7 +4020,7 @@ SPEC = Spec(
 )
 
 LAYERS = (
-    Chunked(('S',), factors_0, rank=0, columns=1, reads=(Reads(0, (('y_S', 0, (0,)),)), ), orders=((0, 1),), outer=0, vectors=(False,), plain={'log_key': 'g', 'b0': 'k', 'c0': 'v', 'q0': 'q'}, scales=lambda n: {'q0': 1 / math.sqrt(n.K)}, shown=('y_S',)),
+    Chunked(('S',), factors_0, rank=0, columns=1, reads=(Reads(0, (('y_S', 0, (0,)),)), ), orders=((0, 1),), outer=0, vectors=(False,), plain={'log_key': 'g', 'b0': 'k', 'c0': 'v', 'q0': 'q'}, scales=lambda n: {'q0': 1 / math.sqrt(n.K)}, shown=('y_S',), fused=FusedLayer((('q', 'input', 0), ('k', 'input', 0), ('g', 'input', 0)), ('v', 'input', 0), (), (), given_0, lambda n: 1 / math.sqrt(n.K), 0, 2, 'o')),
 )
 
 gla = Aggregator(SPEC, SimpleNamespace(lift=lift, combine=combine, advance=advance, output=output, identity=identity, layered=run_layers, layers=LAYERS, readout=readout, matrices=ChunkKernels(CHUNK_KERNELS), stepped=step_layers), fold="scan", kernels=KERNELS)

@@ -27,18 +27,37 @@
     }
 
 Associativity: not claimed; the order of combines is part of the meaning.
-Plan: tree. not associative: the Blelloch tree is the meaning, one batched combine a level.
+Plan: tree. not associative: the Blelloch tree is the meaning; kernels for 3 levels of it at a time: 2 scalars an element; calls with a mask, resets, packed sequences or a state, and steps, run it in PyTorch, one batched combine a level.
 
 Written by psmc; regenerate with: psmc compile pr_lstm.psm
-The mathematics of the spec comes first, then the runtime that all such modules share.
-Needs torch; nothing else.
+The runtime holds what this spec needs of it. Needs torch, and triton for tensors on a GPU; nothing else.
+
+   75  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  108  kernels: the Blelloch tree of a rule that is not associative
+ 1080  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
+ 1195  Calls of the tree kernels: stages of blocks and their buffers; launches up the stages, then down again
+ 1452  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1731  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1888  The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token
+ 2045  one tree ----------------------------------------------------------------------------------
+ 2120  counters -----------------------------------------------------------------------------------
+ 2170  Many trees: the tree plan over sequences with masks, restarts and packing
+ 2286  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2515  The border, continued: states, flags and packing
+ 2654  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2730  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2793  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2966  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3233  The public face of a compiled aggregator: a parallel call, a step, states
+ 3459  the spec's border
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import pairwise
@@ -86,7 +105,1349 @@ def identity(n, like):
     return {"c": c, "h": h}
 
 
-KERNELS = None
+# --- kernels: the Blelloch tree of a rule that is not associative. Tensors lie as [B, T, C], C the lanes (all lane axes
+# and the dims that are lanes, flattened), or [B, T, C, F] where F dims' entries are written out.
+#
+# Stage 0 are the T tokens; a stage of n nodes is cut into blocks of L = 8, whose roots are the next stage's n // L
+# nodes; the last stage has less than L. A program has a block of one sequence and BC lanes, [L, BC]; a thread has a
+# lane, all levels of it in registers. It evaluates exactly the tree: level j has nodes n{j} [L / 2^j, BC], of which
+# l{j} and r{j} are the left and right halves of those of level j + 1.
+#   roots       of all complete blocks, stage by stage upwards
+#   prefixes    of the nodes, stage by stage downwards: e{j} before and i{j} after each node of level j,
+#               e{j} = e{j+1}, c and i{j} = c, i{j+1} in turn, where c = e{j+1} with l{j} (l{j} alone at the very start)
+#   backward    the same from the other end, nodes computed again: once for the cotangents of the stage above, upwards,
+#               then with those of the blocks' roots, downwards
+# Buffers of a stage are [scalar, B, n, C] fp32. Least traffic: every input and output once. Moved: a forward reads the
+# inputs twice, a backward inputs three times and outputs' cotangents twice; buffers hold 1 / L as many rows.
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU tensors do not need it
+    triton = None
+
+
+def jit(fn=None, **options):
+    """triton.jit where there is triton."""
+    if fn is None:
+        return lambda f: jit(f, **options)
+    return fn if triton is None else triton.jit(fn, **options)
+
+
+@jit
+def lane_exp(x):
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@jit
+def lane_sigmoid(x):
+    """1 / (1 + exp(-x)): the square of a reciprocal root is cheaper than a quotient."""
+    root = tl.rsqrt(1 + lane_exp(-x))
+    return root * root
+
+
+@jit
+def lane_expm1(x):
+    """exp(x) - 1; its series near 0."""
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
+    return tl.where(tl.abs(x) < 0.35, series, lane_exp(x) - 1)
+
+
+@jit
+def lane_tanh(x):
+    e = lane_expm1(-2 * tl.abs(x))
+    t = -e / (2 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@jit
+def lane_lift(x):
+    c = x
+    h = lane_tanh(x)
+    return c, h
+
+
+@jit
+def lane_merge(
+    l_c, l_h, r_c, r_h, left_0, left_1, left_2, left_3, left_4, right_0, right_1, right_2, right_3, right_4, bias_0,
+    bias_1, bias_2, bias_3, bias_4,
+):
+    t_ = lane_sigmoid(left_0 * l_h + right_0 * r_h + bias_0)
+    t = t_ * lane_tanh(left_4 * l_h + right_4 * r_h + bias_4)
+    t__ = t + lane_sigmoid(left_1 * l_h + right_1 * r_h + bias_1) * l_c
+    c = t__ + lane_sigmoid(left_2 * l_h + right_2 * r_h + bias_2) * r_c
+    h = lane_sigmoid(left_3 * l_h + right_3 * r_h + bias_3) * lane_tanh(c)
+    return c, h
+
+
+@jit
+def lane_readout(s_h):
+    y = s_h
+    return y
+
+
+@jit
+def lane_lift_back(x, grad_c, grad_h):
+    tanh_x = lane_tanh(x)
+    g_x = grad_c + grad_h * (1 - tanh_x * tanh_x)
+    return g_x
+
+
+@jit
+def lane_merge_back(
+    l_c, l_h, r_c, r_h, left_0, left_1, left_2, left_3, left_4, right_0, right_1, right_2, right_3, right_4, bias_0,
+    bias_1, bias_2, bias_3, bias_4, grad_c, grad_h,
+):
+    sigmoid_left_3 = lane_sigmoid(left_3 * l_h + right_3 * r_h + bias_3)
+    sigmoid_left_0 = lane_sigmoid(left_0 * l_h + right_0 * r_h + bias_0)
+    tanh_left_4 = lane_tanh(left_4 * l_h + right_4 * r_h + bias_4)
+    sigmoid_left_1 = lane_sigmoid(left_1 * l_h + right_1 * r_h + bias_1)
+    sigmoid_left_2 = lane_sigmoid(left_2 * l_h + right_2 * r_h + bias_2)
+    tanh_left_0 = lane_tanh(sigmoid_left_0 * tanh_left_4 + sigmoid_left_1 * l_c + sigmoid_left_2 * r_c)
+    t1 = grad_c + grad_h * sigmoid_left_3 * (1 - tanh_left_0 * tanh_left_0)
+    l_c_ = t1 * sigmoid_left_1
+    g_bias_3 = grad_h * tanh_left_0 * (sigmoid_left_3 * (1 - sigmoid_left_3))
+    g_bias_2 = t1 * r_c * (sigmoid_left_2 * (1 - sigmoid_left_2))
+    g_bias_1 = t1 * l_c * (sigmoid_left_1 * (1 - sigmoid_left_1))
+    g_bias_4 = t1 * sigmoid_left_0 * (1 - tanh_left_4 * tanh_left_4)
+    g_bias_0 = t1 * tanh_left_4 * (sigmoid_left_0 * (1 - sigmoid_left_0))
+    l_h_ = g_bias_3 * left_3 + g_bias_2 * left_2 + g_bias_1 * left_1 + g_bias_4 * left_4 + g_bias_0 * left_0
+    r_c_ = t1 * sigmoid_left_2
+    t = g_bias_3 * right_3 + g_bias_2 * right_2 + g_bias_1 * right_1
+    r_h_ = t + g_bias_4 * right_4 + g_bias_0 * right_0
+    g_left_0 = g_bias_0 * l_h
+    g_left_1 = g_bias_1 * l_h
+    g_left_2 = g_bias_2 * l_h
+    g_left_3 = g_bias_3 * l_h
+    g_left_4 = g_bias_4 * l_h
+    g_right_0 = g_bias_0 * r_h
+    g_right_1 = g_bias_1 * r_h
+    g_right_2 = g_bias_2 * r_h
+    g_right_3 = g_bias_3 * r_h
+    g_right_4 = g_bias_4 * r_h
+    return (
+        l_c_, l_h_, r_c_, r_h_, g_left_0, g_left_1, g_left_2, g_left_3, g_left_4, g_right_0, g_right_1, g_right_2,
+        g_right_3, g_right_4, g_bias_0, g_bias_1, g_bias_2, g_bias_3, g_bias_4,
+    )
+
+
+@jit
+def lane_readout_back(d_y):
+    s_h = d_y
+    return s_h
+
+
+@jit
+def lane_index(c, Q: tl.constexpr, D: tl.constexpr):
+    """Where lane c lies in a tensor that has fewer lanes; of c = C, how many it has."""
+    if Q == 1:
+        return c
+    return c // Q * D + c % D
+
+
+@jit
+def tree_split(x):
+    """The even and the odd rows of [N, BC]."""
+    N: tl.constexpr = x.shape[0] // 2
+    return tl.split(tl.permute(tl.reshape(x, [N, 2, x.shape[1]]), [0, 2, 1]))
+
+
+@jit
+def tree_join(even, odd):
+    """Rows in turn."""
+    N: tl.constexpr = 2 * even.shape[0]
+    return tl.reshape(tl.permute(tl.join(even, odd), [0, 2, 1]), [N, even.shape[1]])
+
+
+@jit
+def tree_up(
+    n0_c, n0_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2, b_right_3,
+    b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, BC: tl.constexpr,
+):
+    """The halves l{j}_*, r{j}_* of the nodes of each level, and the root."""
+    l0_c, r0_c = tree_split(n0_c)
+    l0_h, r0_h = tree_split(n0_h)
+    n1_c, n1_h = lane_merge(
+        l0_c, l0_h, r0_c, r0_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4,
+    )
+    l1_c, r1_c = tree_split(n1_c)
+    l1_h, r1_h = tree_split(n1_h)
+    n2_c, n2_h = lane_merge(
+        l1_c, l1_h, r1_c, r1_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4,
+    )
+    l2_c, r2_c = tree_split(n2_c)
+    l2_h, r2_h = tree_split(n2_h)
+    n3_c, n3_h = lane_merge(
+        l2_c, l2_h, r2_c, r2_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4,
+    )
+    return l0_c, l0_h, r0_c, r0_h, l1_c, l1_h, r1_c, r1_h, l2_c, l2_h, r2_c, r2_h, n3_c, n3_h
+
+
+@jit
+def tree_down(
+    e3_c, e3_h, i3_c, i3_h, l0_c, l0_h, l1_c, l1_h, l2_c, l2_h, first, b_left_0, b_left_1, b_left_2, b_left_3,
+    b_left_4, b_right_0, b_right_1, b_right_2, b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3,
+    b_bias_4, BC: tl.constexpr,
+):
+    """The prefixes before (e{j}_*, j >= 1) and after each leaf (i0_*) of a block.
+    `first`: nothing is before the block."""
+    c2_c, c2_h = lane_merge(
+        e3_c, e3_h, l2_c, l2_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4,
+    )
+    alone = first & (tl.arange(0, 1)[:, None] == 0)
+    c2_c = tl.where(alone, l2_c, c2_c)
+    e2_c = tree_join(e3_c, c2_c)
+    i2_c = tree_join(c2_c, i3_c)
+    c2_h = tl.where(alone, l2_h, c2_h)
+    e2_h = tree_join(e3_h, c2_h)
+    i2_h = tree_join(c2_h, i3_h)
+    c1_c, c1_h = lane_merge(
+        e2_c, e2_h, l1_c, l1_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4,
+    )
+    alone = first & (tl.arange(0, 2)[:, None] == 0)
+    c1_c = tl.where(alone, l1_c, c1_c)
+    e1_c = tree_join(e2_c, c1_c)
+    i1_c = tree_join(c1_c, i2_c)
+    c1_h = tl.where(alone, l1_h, c1_h)
+    e1_h = tree_join(e2_h, c1_h)
+    i1_h = tree_join(c1_h, i2_h)
+    c0_c, c0_h = lane_merge(
+        e1_c, e1_h, l0_c, l0_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4,
+    )
+    alone = first & (tl.arange(0, 4)[:, None] == 0)
+    c0_c = tl.where(alone, l0_c, c0_c)
+    i0_c = tree_join(c0_c, i1_c)
+    c0_h = tl.where(alone, l0_h, c0_h)
+    i0_h = tree_join(c0_h, i1_h)
+    return e1_c, e1_h, e2_c, e2_h, e3_c, e3_h, i0_c, i0_h
+
+
+@jit(do_not_specialize=["n", "B"])
+def tree_roots_kernel(
+    p_x, p_left, p_right, p_bias,
+    p_roots, n, B, C,
+    Q_x: tl.constexpr, D_x: tl.constexpr,
+    Q_left: tl.constexpr, D_left: tl.constexpr,
+    Q_right: tl.constexpr, D_right: tl.constexpr,
+    Q_bias: tl.constexpr, D_bias: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Roots of the complete blocks of tokens."""
+    L: tl.constexpr = 8
+    NC = tl.cdiv(C, BC)
+    blocks = n // 8
+    i_c, i_s, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC % blocks, tl.program_id(0) // NC // blocks
+    i_s, i_n, B = i_s.to(tl.int64), i_n.to(tl.int64), B.to(tl.int64)
+    o_c = tl.max_contiguous(i_c * BC + tl.arange(0, BC), 1)[None, :]  # [1, BC], one lane a thread
+    m_c = o_c < C
+    t = tl.arange(0, L)[:, None]  # [L, 1]
+    left = tl.minimum(n - i_s * L, L).to(tl.int32)  # nodes of the block that are there
+    row = i_n * n + i_s * L + t
+    m = (t < left) & m_c
+    C_x, k_x = lane_index(C, Q_x, D_x), lane_index(o_c, Q_x, D_x)
+    C_left, k_left = lane_index(C, Q_left, D_left), lane_index(o_c, Q_left, D_left)
+    C_right, k_right = lane_index(C, Q_right, D_right), lane_index(o_c, Q_right, D_right)
+    C_bias, k_bias = lane_index(C, Q_bias, D_bias), lane_index(o_c, Q_bias, D_bias)
+    b_left_0 = tl.load(p_left + k_left * 5, mask=m_c, other=0).to(tl.float32)
+    b_left_1 = tl.load(p_left + k_left * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_left_2 = tl.load(p_left + k_left * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_left_3 = tl.load(p_left + k_left * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_left_4 = tl.load(p_left + k_left * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_right_0 = tl.load(p_right + k_right * 5, mask=m_c, other=0).to(tl.float32)
+    b_right_1 = tl.load(p_right + k_right * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_right_2 = tl.load(p_right + k_right * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_right_3 = tl.load(p_right + k_right * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_right_4 = tl.load(p_right + k_right * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_bias_0 = tl.load(p_bias + k_bias * 5, mask=m_c, other=0).to(tl.float32)
+    b_bias_1 = tl.load(p_bias + k_bias * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_bias_2 = tl.load(p_bias + k_bias * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_bias_3 = tl.load(p_bias + k_bias * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_bias_4 = tl.load(p_bias + k_bias * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_x = tl.load(p_x + row * C_x + k_x, mask=m, other=0).to(tl.float32)
+    n0_c, n0_h = lane_lift(b_x)
+    (
+        l0_c, l0_h, r0_c, r0_h, l1_c, l1_h, r1_c, r1_h, l2_c, l2_h, r2_c, r2_h, n3_c, n3_h,
+    ) = tree_up(
+        n0_c, n0_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2, b_right_3,
+        b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, BC,
+    )
+    tl.store(p_roots + ((0 * B + i_n) * blocks + i_s) * C + o_c, n3_c, mask=m_c)
+    tl.store(p_roots + ((1 * B + i_n) * blocks + i_s) * C + o_c, n3_h, mask=m_c)
+
+
+@jit(do_not_specialize=["n", "B"])
+def tree_prefix_kernel(
+    p_x, p_left, p_right, p_bias,
+    p_out_y, p_above, n, B, C,
+    Q_x: tl.constexpr, D_x: tl.constexpr,
+    Q_left: tl.constexpr, D_left: tl.constexpr,
+    Q_right: tl.constexpr, D_right: tl.constexpr,
+    Q_bias: tl.constexpr, D_bias: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Outputs."""
+    L: tl.constexpr = 8
+    NC = tl.cdiv(C, BC)
+    blocks = tl.cdiv(n, 8)
+    i_c, i_s, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC % blocks, tl.program_id(0) // NC // blocks
+    i_s, i_n, B = i_s.to(tl.int64), i_n.to(tl.int64), B.to(tl.int64)
+    o_c = tl.max_contiguous(i_c * BC + tl.arange(0, BC), 1)[None, :]  # [1, BC], one lane a thread
+    m_c = o_c < C
+    t = tl.arange(0, L)[:, None]  # [L, 1]
+    left = tl.minimum(n - i_s * L, L).to(tl.int32)  # nodes of the block that are there
+    row = i_n * n + i_s * L + t
+    m = (t < left) & m_c
+    C_x, k_x = lane_index(C, Q_x, D_x), lane_index(o_c, Q_x, D_x)
+    C_left, k_left = lane_index(C, Q_left, D_left), lane_index(o_c, Q_left, D_left)
+    C_right, k_right = lane_index(C, Q_right, D_right), lane_index(o_c, Q_right, D_right)
+    C_bias, k_bias = lane_index(C, Q_bias, D_bias), lane_index(o_c, Q_bias, D_bias)
+    b_left_0 = tl.load(p_left + k_left * 5, mask=m_c, other=0).to(tl.float32)
+    b_left_1 = tl.load(p_left + k_left * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_left_2 = tl.load(p_left + k_left * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_left_3 = tl.load(p_left + k_left * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_left_4 = tl.load(p_left + k_left * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_right_0 = tl.load(p_right + k_right * 5, mask=m_c, other=0).to(tl.float32)
+    b_right_1 = tl.load(p_right + k_right * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_right_2 = tl.load(p_right + k_right * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_right_3 = tl.load(p_right + k_right * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_right_4 = tl.load(p_right + k_right * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_bias_0 = tl.load(p_bias + k_bias * 5, mask=m_c, other=0).to(tl.float32)
+    b_bias_1 = tl.load(p_bias + k_bias * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_bias_2 = tl.load(p_bias + k_bias * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_bias_3 = tl.load(p_bias + k_bias * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_bias_4 = tl.load(p_bias + k_bias * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_x = tl.load(p_x + row * C_x + k_x, mask=m, other=0).to(tl.float32)
+    n0_c, n0_h = lane_lift(b_x)
+    (
+        l0_c, l0_h, r0_c, r0_h, l1_c, l1_h, r1_c, r1_h, l2_c, l2_h, r2_c, r2_h, n3_c, n3_h,
+    ) = tree_up(
+        n0_c, n0_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2, b_right_3,
+        b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, BC,
+    )
+    first = i_s == 0
+    above = i_n * (n // L) + i_s
+    e3_c = tl.full([1, BC], 0.0, tl.float32)
+    i3_c = tl.full([1, BC], 0.0, tl.float32)
+    e3_h = tl.full([1, BC], 0.0, tl.float32)
+    i3_h = tl.full([1, BC], 0.0, tl.float32)
+    if p_above is not None:
+        plane = p_above + (0 * B * (n // L) + above) * C + o_c
+        e3_c = tl.where(first, e3_c, tl.load(plane - C, mask=m_c & (i_s > 0), other=0))
+        i3_c = tl.load(plane, mask=m_c & (left == L), other=0)
+        plane = p_above + (1 * B * (n // L) + above) * C + o_c
+        e3_h = tl.where(first, e3_h, tl.load(plane - C, mask=m_c & (i_s > 0), other=0))
+        i3_h = tl.load(plane, mask=m_c & (left == L), other=0)
+    e1_c, e1_h, e2_c, e2_h, e3_c, e3_h, i0_c, i0_h = tree_down(
+        e3_c, e3_h, i3_c, i3_h, l0_c, l0_h, l1_c, l1_h, l2_c, l2_h, first, b_left_0, b_left_1, b_left_2, b_left_3,
+        b_left_4, b_right_0, b_right_1, b_right_2, b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3,
+        b_bias_4, BC,
+    )
+    y_y = lane_readout(i0_h)
+    tl.store(p_out_y + row * C + o_c, y_y, mask=m)
+
+
+@jit(do_not_specialize=["n", "B"])
+def tree_upper_roots_kernel(
+    p_nodes, p_left, p_right, p_bias,
+    p_roots, n, B, C,
+    Q_left: tl.constexpr, D_left: tl.constexpr,
+    Q_right: tl.constexpr, D_right: tl.constexpr,
+    Q_bias: tl.constexpr, D_bias: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Roots of the complete blocks of a stage above."""
+    L: tl.constexpr = 8
+    NC = tl.cdiv(C, BC)
+    blocks = n // 8
+    i_c, i_s, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC % blocks, tl.program_id(0) // NC // blocks
+    i_s, i_n, B = i_s.to(tl.int64), i_n.to(tl.int64), B.to(tl.int64)
+    o_c = tl.max_contiguous(i_c * BC + tl.arange(0, BC), 1)[None, :]  # [1, BC], one lane a thread
+    m_c = o_c < C
+    t = tl.arange(0, L)[:, None]  # [L, 1]
+    left = tl.minimum(n - i_s * L, L).to(tl.int32)  # nodes of the block that are there
+    row = i_n * n + i_s * L + t
+    m = (t < left) & m_c
+    C_left, k_left = lane_index(C, Q_left, D_left), lane_index(o_c, Q_left, D_left)
+    C_right, k_right = lane_index(C, Q_right, D_right), lane_index(o_c, Q_right, D_right)
+    C_bias, k_bias = lane_index(C, Q_bias, D_bias), lane_index(o_c, Q_bias, D_bias)
+    b_left_0 = tl.load(p_left + k_left * 5, mask=m_c, other=0).to(tl.float32)
+    b_left_1 = tl.load(p_left + k_left * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_left_2 = tl.load(p_left + k_left * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_left_3 = tl.load(p_left + k_left * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_left_4 = tl.load(p_left + k_left * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_right_0 = tl.load(p_right + k_right * 5, mask=m_c, other=0).to(tl.float32)
+    b_right_1 = tl.load(p_right + k_right * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_right_2 = tl.load(p_right + k_right * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_right_3 = tl.load(p_right + k_right * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_right_4 = tl.load(p_right + k_right * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_bias_0 = tl.load(p_bias + k_bias * 5, mask=m_c, other=0).to(tl.float32)
+    b_bias_1 = tl.load(p_bias + k_bias * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_bias_2 = tl.load(p_bias + k_bias * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_bias_3 = tl.load(p_bias + k_bias * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_bias_4 = tl.load(p_bias + k_bias * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    n0_c = tl.load(p_nodes + (0 * B * n + row) * C + o_c, mask=m, other=0)
+    n0_h = tl.load(p_nodes + (1 * B * n + row) * C + o_c, mask=m, other=0)
+    (
+        l0_c, l0_h, r0_c, r0_h, l1_c, l1_h, r1_c, r1_h, l2_c, l2_h, r2_c, r2_h, n3_c, n3_h,
+    ) = tree_up(
+        n0_c, n0_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2, b_right_3,
+        b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, BC,
+    )
+    tl.store(p_roots + ((0 * B + i_n) * blocks + i_s) * C + o_c, n3_c, mask=m_c)
+    tl.store(p_roots + ((1 * B + i_n) * blocks + i_s) * C + o_c, n3_h, mask=m_c)
+
+
+@jit(do_not_specialize=["n", "B"])
+def tree_upper_prefix_kernel(
+    p_nodes, p_left, p_right, p_bias,
+    p_prefix, p_above, n, B, C,
+    Q_left: tl.constexpr, D_left: tl.constexpr,
+    Q_right: tl.constexpr, D_right: tl.constexpr,
+    Q_bias: tl.constexpr, D_bias: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Prefixes after all nodes of a stage."""
+    L: tl.constexpr = 8
+    NC = tl.cdiv(C, BC)
+    blocks = tl.cdiv(n, 8)
+    i_c, i_s, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC % blocks, tl.program_id(0) // NC // blocks
+    i_s, i_n, B = i_s.to(tl.int64), i_n.to(tl.int64), B.to(tl.int64)
+    o_c = tl.max_contiguous(i_c * BC + tl.arange(0, BC), 1)[None, :]  # [1, BC], one lane a thread
+    m_c = o_c < C
+    t = tl.arange(0, L)[:, None]  # [L, 1]
+    left = tl.minimum(n - i_s * L, L).to(tl.int32)  # nodes of the block that are there
+    row = i_n * n + i_s * L + t
+    m = (t < left) & m_c
+    C_left, k_left = lane_index(C, Q_left, D_left), lane_index(o_c, Q_left, D_left)
+    C_right, k_right = lane_index(C, Q_right, D_right), lane_index(o_c, Q_right, D_right)
+    C_bias, k_bias = lane_index(C, Q_bias, D_bias), lane_index(o_c, Q_bias, D_bias)
+    b_left_0 = tl.load(p_left + k_left * 5, mask=m_c, other=0).to(tl.float32)
+    b_left_1 = tl.load(p_left + k_left * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_left_2 = tl.load(p_left + k_left * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_left_3 = tl.load(p_left + k_left * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_left_4 = tl.load(p_left + k_left * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_right_0 = tl.load(p_right + k_right * 5, mask=m_c, other=0).to(tl.float32)
+    b_right_1 = tl.load(p_right + k_right * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_right_2 = tl.load(p_right + k_right * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_right_3 = tl.load(p_right + k_right * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_right_4 = tl.load(p_right + k_right * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_bias_0 = tl.load(p_bias + k_bias * 5, mask=m_c, other=0).to(tl.float32)
+    b_bias_1 = tl.load(p_bias + k_bias * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_bias_2 = tl.load(p_bias + k_bias * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_bias_3 = tl.load(p_bias + k_bias * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_bias_4 = tl.load(p_bias + k_bias * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    n0_c = tl.load(p_nodes + (0 * B * n + row) * C + o_c, mask=m, other=0)
+    n0_h = tl.load(p_nodes + (1 * B * n + row) * C + o_c, mask=m, other=0)
+    (
+        l0_c, l0_h, r0_c, r0_h, l1_c, l1_h, r1_c, r1_h, l2_c, l2_h, r2_c, r2_h, n3_c, n3_h,
+    ) = tree_up(
+        n0_c, n0_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2, b_right_3,
+        b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, BC,
+    )
+    first = i_s == 0
+    above = i_n * (n // L) + i_s
+    e3_c = tl.full([1, BC], 0.0, tl.float32)
+    i3_c = tl.full([1, BC], 0.0, tl.float32)
+    e3_h = tl.full([1, BC], 0.0, tl.float32)
+    i3_h = tl.full([1, BC], 0.0, tl.float32)
+    if p_above is not None:
+        plane = p_above + (0 * B * (n // L) + above) * C + o_c
+        e3_c = tl.where(first, e3_c, tl.load(plane - C, mask=m_c & (i_s > 0), other=0))
+        i3_c = tl.load(plane, mask=m_c & (left == L), other=0)
+        plane = p_above + (1 * B * (n // L) + above) * C + o_c
+        e3_h = tl.where(first, e3_h, tl.load(plane - C, mask=m_c & (i_s > 0), other=0))
+        i3_h = tl.load(plane, mask=m_c & (left == L), other=0)
+    e1_c, e1_h, e2_c, e2_h, e3_c, e3_h, i0_c, i0_h = tree_down(
+        e3_c, e3_h, i3_c, i3_h, l0_c, l0_h, l1_c, l1_h, l2_c, l2_h, first, b_left_0, b_left_1, b_left_2, b_left_3,
+        b_left_4, b_right_0, b_right_1, b_right_2, b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3,
+        b_bias_4, BC,
+    )
+    tl.store(p_prefix + (0 * B * n + row) * C + o_c, i0_c, mask=m)
+    tl.store(p_prefix + (1 * B * n + row) * C + o_c, i0_h, mask=m)
+
+
+@jit
+def tree_down_back(
+    d0_c, d0_h, f0_c, f0_h, e1_c, e1_h, e2_c, e2_h, e3_c, e3_h, l0_c, l0_h, l1_c, l1_h, l2_c, l2_h, left, first,
+    b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2, b_right_3, b_right_4,
+    b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, g_left_0, g_left_1, g_left_2, g_left_3, g_left_4, g_right_0,
+    g_right_1, g_right_2, g_right_3, g_right_4, g_bias_0, g_bias_1, g_bias_2, g_bias_3, g_bias_4, BC: tl.constexpr,
+):
+    """The transpose of tree_down: cotangents of e0_* and i0_* (d0_*, f0_*) -> of e3_* and i3_*, and of
+    l{j}_* (u{j}_*)."""
+    alone = first & (tl.arange(0, 4)[:, None] == 0)
+    there = ((2 * tl.arange(0, 4)[:, None] + 1) * 1 <= left) & (alone == 0)
+    a_c, b_c = tree_split(d0_c)
+    x_c, f1_c = tree_split(f0_c)
+    b_c += x_c
+    a_h, b_h = tree_split(d0_h)
+    x_h, f1_h = tree_split(f0_h)
+    b_h += x_h
+    (
+        h_l_c, h_l_h, h_r_c, h_r_h, h_g_left_0, h_g_left_1, h_g_left_2, h_g_left_3, h_g_left_4, h_g_right_0,
+        h_g_right_1, h_g_right_2, h_g_right_3, h_g_right_4, h_g_bias_0, h_g_bias_1, h_g_bias_2, h_g_bias_3,
+        h_g_bias_4,
+    ) = lane_merge_back(
+        e1_c, e1_h, l0_c, l0_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, b_c, b_h,
+    )
+    g_left_0 += tl.sum(tl.where(there, h_g_left_0, 0), 0, keep_dims=True)
+    g_left_1 += tl.sum(tl.where(there, h_g_left_1, 0), 0, keep_dims=True)
+    g_left_2 += tl.sum(tl.where(there, h_g_left_2, 0), 0, keep_dims=True)
+    g_left_3 += tl.sum(tl.where(there, h_g_left_3, 0), 0, keep_dims=True)
+    g_left_4 += tl.sum(tl.where(there, h_g_left_4, 0), 0, keep_dims=True)
+    g_right_0 += tl.sum(tl.where(there, h_g_right_0, 0), 0, keep_dims=True)
+    g_right_1 += tl.sum(tl.where(there, h_g_right_1, 0), 0, keep_dims=True)
+    g_right_2 += tl.sum(tl.where(there, h_g_right_2, 0), 0, keep_dims=True)
+    g_right_3 += tl.sum(tl.where(there, h_g_right_3, 0), 0, keep_dims=True)
+    g_right_4 += tl.sum(tl.where(there, h_g_right_4, 0), 0, keep_dims=True)
+    g_bias_0 += tl.sum(tl.where(there, h_g_bias_0, 0), 0, keep_dims=True)
+    g_bias_1 += tl.sum(tl.where(there, h_g_bias_1, 0), 0, keep_dims=True)
+    g_bias_2 += tl.sum(tl.where(there, h_g_bias_2, 0), 0, keep_dims=True)
+    g_bias_3 += tl.sum(tl.where(there, h_g_bias_3, 0), 0, keep_dims=True)
+    g_bias_4 += tl.sum(tl.where(there, h_g_bias_4, 0), 0, keep_dims=True)
+    d1_c = a_c + tl.where(there, h_l_c, 0)
+    u0_c = tl.where(alone, b_c, tl.where(there, h_r_c, 0))
+    d1_h = a_h + tl.where(there, h_l_h, 0)
+    u0_h = tl.where(alone, b_h, tl.where(there, h_r_h, 0))
+    alone = first & (tl.arange(0, 2)[:, None] == 0)
+    there = ((2 * tl.arange(0, 2)[:, None] + 1) * 2 <= left) & (alone == 0)
+    a_c, b_c = tree_split(d1_c)
+    x_c, f2_c = tree_split(f1_c)
+    b_c += x_c
+    a_h, b_h = tree_split(d1_h)
+    x_h, f2_h = tree_split(f1_h)
+    b_h += x_h
+    (
+        h_l_c, h_l_h, h_r_c, h_r_h, h_g_left_0, h_g_left_1, h_g_left_2, h_g_left_3, h_g_left_4, h_g_right_0,
+        h_g_right_1, h_g_right_2, h_g_right_3, h_g_right_4, h_g_bias_0, h_g_bias_1, h_g_bias_2, h_g_bias_3,
+        h_g_bias_4,
+    ) = lane_merge_back(
+        e2_c, e2_h, l1_c, l1_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, b_c, b_h,
+    )
+    g_left_0 += tl.sum(tl.where(there, h_g_left_0, 0), 0, keep_dims=True)
+    g_left_1 += tl.sum(tl.where(there, h_g_left_1, 0), 0, keep_dims=True)
+    g_left_2 += tl.sum(tl.where(there, h_g_left_2, 0), 0, keep_dims=True)
+    g_left_3 += tl.sum(tl.where(there, h_g_left_3, 0), 0, keep_dims=True)
+    g_left_4 += tl.sum(tl.where(there, h_g_left_4, 0), 0, keep_dims=True)
+    g_right_0 += tl.sum(tl.where(there, h_g_right_0, 0), 0, keep_dims=True)
+    g_right_1 += tl.sum(tl.where(there, h_g_right_1, 0), 0, keep_dims=True)
+    g_right_2 += tl.sum(tl.where(there, h_g_right_2, 0), 0, keep_dims=True)
+    g_right_3 += tl.sum(tl.where(there, h_g_right_3, 0), 0, keep_dims=True)
+    g_right_4 += tl.sum(tl.where(there, h_g_right_4, 0), 0, keep_dims=True)
+    g_bias_0 += tl.sum(tl.where(there, h_g_bias_0, 0), 0, keep_dims=True)
+    g_bias_1 += tl.sum(tl.where(there, h_g_bias_1, 0), 0, keep_dims=True)
+    g_bias_2 += tl.sum(tl.where(there, h_g_bias_2, 0), 0, keep_dims=True)
+    g_bias_3 += tl.sum(tl.where(there, h_g_bias_3, 0), 0, keep_dims=True)
+    g_bias_4 += tl.sum(tl.where(there, h_g_bias_4, 0), 0, keep_dims=True)
+    d2_c = a_c + tl.where(there, h_l_c, 0)
+    u1_c = tl.where(alone, b_c, tl.where(there, h_r_c, 0))
+    d2_h = a_h + tl.where(there, h_l_h, 0)
+    u1_h = tl.where(alone, b_h, tl.where(there, h_r_h, 0))
+    alone = first & (tl.arange(0, 1)[:, None] == 0)
+    there = ((2 * tl.arange(0, 1)[:, None] + 1) * 4 <= left) & (alone == 0)
+    a_c, b_c = tree_split(d2_c)
+    x_c, f3_c = tree_split(f2_c)
+    b_c += x_c
+    a_h, b_h = tree_split(d2_h)
+    x_h, f3_h = tree_split(f2_h)
+    b_h += x_h
+    (
+        h_l_c, h_l_h, h_r_c, h_r_h, h_g_left_0, h_g_left_1, h_g_left_2, h_g_left_3, h_g_left_4, h_g_right_0,
+        h_g_right_1, h_g_right_2, h_g_right_3, h_g_right_4, h_g_bias_0, h_g_bias_1, h_g_bias_2, h_g_bias_3,
+        h_g_bias_4,
+    ) = lane_merge_back(
+        e3_c, e3_h, l2_c, l2_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, b_c, b_h,
+    )
+    g_left_0 += tl.sum(tl.where(there, h_g_left_0, 0), 0, keep_dims=True)
+    g_left_1 += tl.sum(tl.where(there, h_g_left_1, 0), 0, keep_dims=True)
+    g_left_2 += tl.sum(tl.where(there, h_g_left_2, 0), 0, keep_dims=True)
+    g_left_3 += tl.sum(tl.where(there, h_g_left_3, 0), 0, keep_dims=True)
+    g_left_4 += tl.sum(tl.where(there, h_g_left_4, 0), 0, keep_dims=True)
+    g_right_0 += tl.sum(tl.where(there, h_g_right_0, 0), 0, keep_dims=True)
+    g_right_1 += tl.sum(tl.where(there, h_g_right_1, 0), 0, keep_dims=True)
+    g_right_2 += tl.sum(tl.where(there, h_g_right_2, 0), 0, keep_dims=True)
+    g_right_3 += tl.sum(tl.where(there, h_g_right_3, 0), 0, keep_dims=True)
+    g_right_4 += tl.sum(tl.where(there, h_g_right_4, 0), 0, keep_dims=True)
+    g_bias_0 += tl.sum(tl.where(there, h_g_bias_0, 0), 0, keep_dims=True)
+    g_bias_1 += tl.sum(tl.where(there, h_g_bias_1, 0), 0, keep_dims=True)
+    g_bias_2 += tl.sum(tl.where(there, h_g_bias_2, 0), 0, keep_dims=True)
+    g_bias_3 += tl.sum(tl.where(there, h_g_bias_3, 0), 0, keep_dims=True)
+    g_bias_4 += tl.sum(tl.where(there, h_g_bias_4, 0), 0, keep_dims=True)
+    d3_c = a_c + tl.where(there, h_l_c, 0)
+    u2_c = tl.where(alone, b_c, tl.where(there, h_r_c, 0))
+    d3_h = a_h + tl.where(there, h_l_h, 0)
+    u2_h = tl.where(alone, b_h, tl.where(there, h_r_h, 0))
+    return (
+        d3_c, d3_h, f3_c, f3_h, u0_c, u0_h, u1_c, u1_h, u2_c, u2_h, g_left_0, g_left_1, g_left_2, g_left_3,
+        g_left_4, g_right_0, g_right_1, g_right_2, g_right_3, g_right_4, g_bias_0, g_bias_1, g_bias_2, g_bias_3,
+        g_bias_4,
+    )
+
+
+@jit
+def tree_up_back(
+    d3_c, d3_h, u0_c, u0_h, u1_c, u1_h, u2_c, u2_h, l0_c, l0_h, r0_c, r0_h, l1_c, l1_h, r1_c, r1_h, l2_c, l2_h,
+    r2_c, r2_h, left, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2, b_right_3,
+    b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, g_left_0, g_left_1, g_left_2, g_left_3, g_left_4,
+    g_right_0, g_right_1, g_right_2, g_right_3, g_right_4, g_bias_0, g_bias_1, g_bias_2, g_bias_3, g_bias_4,
+    BC: tl.constexpr,
+):
+    """The transpose of tree_up: cotangents of the root and of the left halves -> of the leaves."""
+    there = (2 * tl.arange(0, 1)[:, None] + 2) * 4 <= left
+    (
+        h_l_c, h_l_h, h_r_c, h_r_h, h_g_left_0, h_g_left_1, h_g_left_2, h_g_left_3, h_g_left_4, h_g_right_0,
+        h_g_right_1, h_g_right_2, h_g_right_3, h_g_right_4, h_g_bias_0, h_g_bias_1, h_g_bias_2, h_g_bias_3,
+        h_g_bias_4,
+    ) = lane_merge_back(
+        l2_c, l2_h, r2_c, r2_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, d3_c, d3_h,
+    )
+    g_left_0 += tl.sum(tl.where(there, h_g_left_0, 0), 0, keep_dims=True)
+    g_left_1 += tl.sum(tl.where(there, h_g_left_1, 0), 0, keep_dims=True)
+    g_left_2 += tl.sum(tl.where(there, h_g_left_2, 0), 0, keep_dims=True)
+    g_left_3 += tl.sum(tl.where(there, h_g_left_3, 0), 0, keep_dims=True)
+    g_left_4 += tl.sum(tl.where(there, h_g_left_4, 0), 0, keep_dims=True)
+    g_right_0 += tl.sum(tl.where(there, h_g_right_0, 0), 0, keep_dims=True)
+    g_right_1 += tl.sum(tl.where(there, h_g_right_1, 0), 0, keep_dims=True)
+    g_right_2 += tl.sum(tl.where(there, h_g_right_2, 0), 0, keep_dims=True)
+    g_right_3 += tl.sum(tl.where(there, h_g_right_3, 0), 0, keep_dims=True)
+    g_right_4 += tl.sum(tl.where(there, h_g_right_4, 0), 0, keep_dims=True)
+    g_bias_0 += tl.sum(tl.where(there, h_g_bias_0, 0), 0, keep_dims=True)
+    g_bias_1 += tl.sum(tl.where(there, h_g_bias_1, 0), 0, keep_dims=True)
+    g_bias_2 += tl.sum(tl.where(there, h_g_bias_2, 0), 0, keep_dims=True)
+    g_bias_3 += tl.sum(tl.where(there, h_g_bias_3, 0), 0, keep_dims=True)
+    g_bias_4 += tl.sum(tl.where(there, h_g_bias_4, 0), 0, keep_dims=True)
+    d2_c = tree_join(u2_c + tl.where(there, h_l_c, 0), tl.where(there, h_r_c, 0))
+    d2_h = tree_join(u2_h + tl.where(there, h_l_h, 0), tl.where(there, h_r_h, 0))
+    there = (2 * tl.arange(0, 2)[:, None] + 2) * 2 <= left
+    (
+        h_l_c, h_l_h, h_r_c, h_r_h, h_g_left_0, h_g_left_1, h_g_left_2, h_g_left_3, h_g_left_4, h_g_right_0,
+        h_g_right_1, h_g_right_2, h_g_right_3, h_g_right_4, h_g_bias_0, h_g_bias_1, h_g_bias_2, h_g_bias_3,
+        h_g_bias_4,
+    ) = lane_merge_back(
+        l1_c, l1_h, r1_c, r1_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, d2_c, d2_h,
+    )
+    g_left_0 += tl.sum(tl.where(there, h_g_left_0, 0), 0, keep_dims=True)
+    g_left_1 += tl.sum(tl.where(there, h_g_left_1, 0), 0, keep_dims=True)
+    g_left_2 += tl.sum(tl.where(there, h_g_left_2, 0), 0, keep_dims=True)
+    g_left_3 += tl.sum(tl.where(there, h_g_left_3, 0), 0, keep_dims=True)
+    g_left_4 += tl.sum(tl.where(there, h_g_left_4, 0), 0, keep_dims=True)
+    g_right_0 += tl.sum(tl.where(there, h_g_right_0, 0), 0, keep_dims=True)
+    g_right_1 += tl.sum(tl.where(there, h_g_right_1, 0), 0, keep_dims=True)
+    g_right_2 += tl.sum(tl.where(there, h_g_right_2, 0), 0, keep_dims=True)
+    g_right_3 += tl.sum(tl.where(there, h_g_right_3, 0), 0, keep_dims=True)
+    g_right_4 += tl.sum(tl.where(there, h_g_right_4, 0), 0, keep_dims=True)
+    g_bias_0 += tl.sum(tl.where(there, h_g_bias_0, 0), 0, keep_dims=True)
+    g_bias_1 += tl.sum(tl.where(there, h_g_bias_1, 0), 0, keep_dims=True)
+    g_bias_2 += tl.sum(tl.where(there, h_g_bias_2, 0), 0, keep_dims=True)
+    g_bias_3 += tl.sum(tl.where(there, h_g_bias_3, 0), 0, keep_dims=True)
+    g_bias_4 += tl.sum(tl.where(there, h_g_bias_4, 0), 0, keep_dims=True)
+    d1_c = tree_join(u1_c + tl.where(there, h_l_c, 0), tl.where(there, h_r_c, 0))
+    d1_h = tree_join(u1_h + tl.where(there, h_l_h, 0), tl.where(there, h_r_h, 0))
+    there = (2 * tl.arange(0, 4)[:, None] + 2) * 1 <= left
+    (
+        h_l_c, h_l_h, h_r_c, h_r_h, h_g_left_0, h_g_left_1, h_g_left_2, h_g_left_3, h_g_left_4, h_g_right_0,
+        h_g_right_1, h_g_right_2, h_g_right_3, h_g_right_4, h_g_bias_0, h_g_bias_1, h_g_bias_2, h_g_bias_3,
+        h_g_bias_4,
+    ) = lane_merge_back(
+        l0_c, l0_h, r0_c, r0_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2,
+        b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, d1_c, d1_h,
+    )
+    g_left_0 += tl.sum(tl.where(there, h_g_left_0, 0), 0, keep_dims=True)
+    g_left_1 += tl.sum(tl.where(there, h_g_left_1, 0), 0, keep_dims=True)
+    g_left_2 += tl.sum(tl.where(there, h_g_left_2, 0), 0, keep_dims=True)
+    g_left_3 += tl.sum(tl.where(there, h_g_left_3, 0), 0, keep_dims=True)
+    g_left_4 += tl.sum(tl.where(there, h_g_left_4, 0), 0, keep_dims=True)
+    g_right_0 += tl.sum(tl.where(there, h_g_right_0, 0), 0, keep_dims=True)
+    g_right_1 += tl.sum(tl.where(there, h_g_right_1, 0), 0, keep_dims=True)
+    g_right_2 += tl.sum(tl.where(there, h_g_right_2, 0), 0, keep_dims=True)
+    g_right_3 += tl.sum(tl.where(there, h_g_right_3, 0), 0, keep_dims=True)
+    g_right_4 += tl.sum(tl.where(there, h_g_right_4, 0), 0, keep_dims=True)
+    g_bias_0 += tl.sum(tl.where(there, h_g_bias_0, 0), 0, keep_dims=True)
+    g_bias_1 += tl.sum(tl.where(there, h_g_bias_1, 0), 0, keep_dims=True)
+    g_bias_2 += tl.sum(tl.where(there, h_g_bias_2, 0), 0, keep_dims=True)
+    g_bias_3 += tl.sum(tl.where(there, h_g_bias_3, 0), 0, keep_dims=True)
+    g_bias_4 += tl.sum(tl.where(there, h_g_bias_4, 0), 0, keep_dims=True)
+    d0_c = tree_join(u0_c + tl.where(there, h_l_c, 0), tl.where(there, h_r_c, 0))
+    d0_h = tree_join(u0_h + tl.where(there, h_l_h, 0), tl.where(there, h_r_h, 0))
+    return (
+        d0_c, d0_h, g_left_0, g_left_1, g_left_2, g_left_3, g_left_4, g_right_0, g_right_1, g_right_2, g_right_3,
+        g_right_4, g_bias_0, g_bias_1, g_bias_2, g_bias_3, g_bias_4,
+    )
+
+
+@jit(do_not_specialize=["n", "B", "below", "base"])
+def tree_backward_kernel(
+    p_x, p_left, p_right, p_bias,
+    p_d_out_y, p_above, p_d_roots, p_d_carries, p_d_ends,
+    p_g_x, p_sums, n, B, C, below, base,
+    Q_x: tl.constexpr, D_x: tl.constexpr,
+    Q_left: tl.constexpr, D_left: tl.constexpr,
+    Q_right: tl.constexpr, D_right: tl.constexpr,
+    Q_bias: tl.constexpr, D_bias: tl.constexpr,
+    WHOLE: tl.constexpr, BC: tl.constexpr,
+):
+    """Without WHOLE: cotangents of what is before a block (row i_s - 1 of p_d_carries) and after it (row i_s of
+    p_d_ends). With it, given those of the roots: of inputs, and the params' sums of each program."""
+    L: tl.constexpr = 8
+    NC = tl.cdiv(C, BC)
+    blocks = tl.cdiv(n, 8)
+    i_c, i_s, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC % blocks, tl.program_id(0) // NC // blocks
+    i_s, i_n, B = i_s.to(tl.int64), i_n.to(tl.int64), B.to(tl.int64)
+    o_c = tl.max_contiguous(i_c * BC + tl.arange(0, BC), 1)[None, :]  # [1, BC], one lane a thread
+    m_c = o_c < C
+    t = tl.arange(0, L)[:, None]  # [L, 1]
+    left = tl.minimum(n - i_s * L, L).to(tl.int32)  # nodes of the block that are there
+    row = i_n * n + i_s * L + t
+    m = (t < left) & m_c
+    C_x, k_x = lane_index(C, Q_x, D_x), lane_index(o_c, Q_x, D_x)
+    C_left, k_left = lane_index(C, Q_left, D_left), lane_index(o_c, Q_left, D_left)
+    C_right, k_right = lane_index(C, Q_right, D_right), lane_index(o_c, Q_right, D_right)
+    C_bias, k_bias = lane_index(C, Q_bias, D_bias), lane_index(o_c, Q_bias, D_bias)
+    b_left_0 = tl.load(p_left + k_left * 5, mask=m_c, other=0).to(tl.float32)
+    b_left_1 = tl.load(p_left + k_left * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_left_2 = tl.load(p_left + k_left * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_left_3 = tl.load(p_left + k_left * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_left_4 = tl.load(p_left + k_left * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_right_0 = tl.load(p_right + k_right * 5, mask=m_c, other=0).to(tl.float32)
+    b_right_1 = tl.load(p_right + k_right * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_right_2 = tl.load(p_right + k_right * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_right_3 = tl.load(p_right + k_right * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_right_4 = tl.load(p_right + k_right * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_bias_0 = tl.load(p_bias + k_bias * 5, mask=m_c, other=0).to(tl.float32)
+    b_bias_1 = tl.load(p_bias + k_bias * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_bias_2 = tl.load(p_bias + k_bias * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_bias_3 = tl.load(p_bias + k_bias * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_bias_4 = tl.load(p_bias + k_bias * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_x = tl.load(p_x + row * C_x + k_x, mask=m, other=0).to(tl.float32)
+    n0_c, n0_h = lane_lift(b_x)
+    (
+        l0_c, l0_h, r0_c, r0_h, l1_c, l1_h, r1_c, r1_h, l2_c, l2_h, r2_c, r2_h, n3_c, n3_h,
+    ) = tree_up(
+        n0_c, n0_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2, b_right_3,
+        b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, BC,
+    )
+    first = i_s == 0
+    above = i_n * (n // L) + i_s
+    e3_c = tl.full([1, BC], 0.0, tl.float32)
+    i3_c = tl.full([1, BC], 0.0, tl.float32)
+    e3_h = tl.full([1, BC], 0.0, tl.float32)
+    i3_h = tl.full([1, BC], 0.0, tl.float32)
+    if p_above is not None:
+        plane = p_above + (0 * B * (n // L) + above) * C + o_c
+        e3_c = tl.where(first, e3_c, tl.load(plane - C, mask=m_c & (i_s > 0), other=0))
+        i3_c = tl.load(plane, mask=m_c & (left == L), other=0)
+        plane = p_above + (1 * B * (n // L) + above) * C + o_c
+        e3_h = tl.where(first, e3_h, tl.load(plane - C, mask=m_c & (i_s > 0), other=0))
+        i3_h = tl.load(plane, mask=m_c & (left == L), other=0)
+    e1_c, e1_h, e2_c, e2_h, e3_c, e3_h, i0_c, i0_h = tree_down(
+        e3_c, e3_h, i3_c, i3_h, l0_c, l0_h, l1_c, l1_h, l2_c, l2_h, first, b_left_0, b_left_1, b_left_2, b_left_3,
+        b_left_4, b_right_0, b_right_1, b_right_2, b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3,
+        b_bias_4, BC,
+    )
+    g_left_0 = tl.full([1, BC], 0.0, tl.float32)
+    g_left_1 = tl.full([1, BC], 0.0, tl.float32)
+    g_left_2 = tl.full([1, BC], 0.0, tl.float32)
+    g_left_3 = tl.full([1, BC], 0.0, tl.float32)
+    g_left_4 = tl.full([1, BC], 0.0, tl.float32)
+    g_right_0 = tl.full([1, BC], 0.0, tl.float32)
+    g_right_1 = tl.full([1, BC], 0.0, tl.float32)
+    g_right_2 = tl.full([1, BC], 0.0, tl.float32)
+    g_right_3 = tl.full([1, BC], 0.0, tl.float32)
+    g_right_4 = tl.full([1, BC], 0.0, tl.float32)
+    g_bias_0 = tl.full([1, BC], 0.0, tl.float32)
+    g_bias_1 = tl.full([1, BC], 0.0, tl.float32)
+    g_bias_2 = tl.full([1, BC], 0.0, tl.float32)
+    g_bias_3 = tl.full([1, BC], 0.0, tl.float32)
+    g_bias_4 = tl.full([1, BC], 0.0, tl.float32)
+    b_d_y = tl.load(p_d_out_y + row * C + o_c, mask=m, other=0).to(tl.float32)
+    h_s_h = lane_readout_back(b_d_y)
+    h_s_c = tl.full([L, BC], 0.0, tl.float32)
+    h_p_c = tl.full([L, BC], 0.0, tl.float32)
+    h_p_h = tl.full([L, BC], 0.0, tl.float32)
+    d0_c = tl.where(m, h_p_c, 0)
+    f0_c = tl.where(m, h_s_c, 0)
+    d0_h = tl.where(m, h_p_h, 0)
+    f0_h = tl.where(m, h_s_h, 0)
+    (
+        d3_c, d3_h, f3_c, f3_h, u0_c, u0_h, u1_c, u1_h, u2_c, u2_h, g_left_0, g_left_1, g_left_2, g_left_3,
+        g_left_4, g_right_0, g_right_1, g_right_2, g_right_3, g_right_4, g_bias_0, g_bias_1, g_bias_2, g_bias_3,
+        g_bias_4,
+    ) = tree_down_back(
+        d0_c, d0_h, f0_c, f0_h, e1_c, e1_h, e2_c, e2_h, e3_c, e3_h, l0_c, l0_h, l1_c, l1_h, l2_c, l2_h, left, first,
+        b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2, b_right_3, b_right_4,
+        b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, g_left_0, g_left_1, g_left_2, g_left_3, g_left_4,
+        g_right_0, g_right_1, g_right_2, g_right_3, g_right_4, g_bias_0, g_bias_1, g_bias_2, g_bias_3, g_bias_4, BC,
+    )
+    if WHOLE:
+        d3_c = tl.full([1, BC], 0.0, tl.float32)
+        d3_h = tl.full([1, BC], 0.0, tl.float32)
+        if p_d_roots is not None:
+            plane = p_d_roots + (0 * B * (n // L) + above) * C + o_c
+            d3_c = tl.load(plane, mask=m_c & (left == L), other=0)
+            plane = p_d_roots + (1 * B * (n // L) + above) * C + o_c
+            d3_h = tl.load(plane, mask=m_c & (left == L), other=0)
+        (
+            d0_c, d0_h, g_left_0, g_left_1, g_left_2, g_left_3, g_left_4, g_right_0, g_right_1, g_right_2,
+            g_right_3, g_right_4, g_bias_0, g_bias_1, g_bias_2, g_bias_3, g_bias_4,
+        ) = tree_up_back(
+            d3_c, d3_h, u0_c, u0_h, u1_c, u1_h, u2_c, u2_h, l0_c, l0_h, r0_c, r0_h, l1_c, l1_h, r1_c, r1_h, l2_c,
+            l2_h, r2_c, r2_h, left, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1,
+            b_right_2, b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, g_left_0, g_left_1,
+            g_left_2, g_left_3, g_left_4, g_right_0, g_right_1, g_right_2, g_right_3, g_right_4, g_bias_0, g_bias_1,
+            g_bias_2, g_bias_3, g_bias_4, BC,
+        )
+        k_g_x = lane_lift_back(b_x, d0_c, d0_h)
+        tl.store(p_g_x + row * C + o_c, k_g_x, mask=m)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 0) * C + o_c, g_left_0, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 1) * C + o_c, g_left_1, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 2) * C + o_c, g_left_2, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 3) * C + o_c, g_left_3, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 4) * C + o_c, g_left_4, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 5) * C + o_c, g_right_0, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 6) * C + o_c, g_right_1, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 7) * C + o_c, g_right_2, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 8) * C + o_c, g_right_3, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 9) * C + o_c, g_right_4, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 10) * C + o_c, g_bias_0, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 11) * C + o_c, g_bias_1, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 12) * C + o_c, g_bias_2, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 13) * C + o_c, g_bias_3, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 14) * C + o_c, g_bias_4, mask=m_c)
+    else:
+        plane = (0 * B * (n // L) + above) * C + o_c
+        tl.store(p_d_carries + plane - C, d3_c, mask=m_c & (i_s > 0))
+        tl.store(p_d_ends + plane, f3_c, mask=m_c & (left == L))
+        plane = (1 * B * (n // L) + above) * C + o_c
+        tl.store(p_d_carries + plane - C, d3_h, mask=m_c & (i_s > 0))
+        tl.store(p_d_ends + plane, f3_h, mask=m_c & (left == L))
+
+
+@jit(do_not_specialize=["n", "B", "below", "base"])
+def tree_upper_backward_kernel(
+    p_nodes, p_left, p_right, p_bias,
+    p_carries, p_ends, p_above, p_d_roots, p_d_carries, p_d_ends,
+    p_d_nodes, p_sums, n, B, C, below, base,
+    Q_left: tl.constexpr, D_left: tl.constexpr,
+    Q_right: tl.constexpr, D_right: tl.constexpr,
+    Q_bias: tl.constexpr, D_bias: tl.constexpr,
+    WHOLE: tl.constexpr, BC: tl.constexpr,
+):
+    """Without WHOLE: cotangents of what is before a block (row i_s - 1 of p_d_carries) and after it (row i_s of
+    p_d_ends). With it, given those of the roots: of the nodes, and the params' sums of each program."""
+    L: tl.constexpr = 8
+    NC = tl.cdiv(C, BC)
+    blocks = tl.cdiv(n, 8)
+    i_c, i_s, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC % blocks, tl.program_id(0) // NC // blocks
+    i_s, i_n, B = i_s.to(tl.int64), i_n.to(tl.int64), B.to(tl.int64)
+    o_c = tl.max_contiguous(i_c * BC + tl.arange(0, BC), 1)[None, :]  # [1, BC], one lane a thread
+    m_c = o_c < C
+    t = tl.arange(0, L)[:, None]  # [L, 1]
+    left = tl.minimum(n - i_s * L, L).to(tl.int32)  # nodes of the block that are there
+    row = i_n * n + i_s * L + t
+    m = (t < left) & m_c
+    C_left, k_left = lane_index(C, Q_left, D_left), lane_index(o_c, Q_left, D_left)
+    C_right, k_right = lane_index(C, Q_right, D_right), lane_index(o_c, Q_right, D_right)
+    C_bias, k_bias = lane_index(C, Q_bias, D_bias), lane_index(o_c, Q_bias, D_bias)
+    b_left_0 = tl.load(p_left + k_left * 5, mask=m_c, other=0).to(tl.float32)
+    b_left_1 = tl.load(p_left + k_left * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_left_2 = tl.load(p_left + k_left * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_left_3 = tl.load(p_left + k_left * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_left_4 = tl.load(p_left + k_left * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_right_0 = tl.load(p_right + k_right * 5, mask=m_c, other=0).to(tl.float32)
+    b_right_1 = tl.load(p_right + k_right * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_right_2 = tl.load(p_right + k_right * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_right_3 = tl.load(p_right + k_right * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_right_4 = tl.load(p_right + k_right * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    b_bias_0 = tl.load(p_bias + k_bias * 5, mask=m_c, other=0).to(tl.float32)
+    b_bias_1 = tl.load(p_bias + k_bias * 5 + 1, mask=m_c, other=0).to(tl.float32)
+    b_bias_2 = tl.load(p_bias + k_bias * 5 + 2, mask=m_c, other=0).to(tl.float32)
+    b_bias_3 = tl.load(p_bias + k_bias * 5 + 3, mask=m_c, other=0).to(tl.float32)
+    b_bias_4 = tl.load(p_bias + k_bias * 5 + 4, mask=m_c, other=0).to(tl.float32)
+    n0_c = tl.load(p_nodes + (0 * B * n + row) * C + o_c, mask=m, other=0)
+    n0_h = tl.load(p_nodes + (1 * B * n + row) * C + o_c, mask=m, other=0)
+    (
+        l0_c, l0_h, r0_c, r0_h, l1_c, l1_h, r1_c, r1_h, l2_c, l2_h, r2_c, r2_h, n3_c, n3_h,
+    ) = tree_up(
+        n0_c, n0_h, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2, b_right_3,
+        b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, BC,
+    )
+    first = i_s == 0
+    above = i_n * (n // L) + i_s
+    e3_c = tl.full([1, BC], 0.0, tl.float32)
+    i3_c = tl.full([1, BC], 0.0, tl.float32)
+    e3_h = tl.full([1, BC], 0.0, tl.float32)
+    i3_h = tl.full([1, BC], 0.0, tl.float32)
+    if p_above is not None:
+        plane = p_above + (0 * B * (n // L) + above) * C + o_c
+        e3_c = tl.where(first, e3_c, tl.load(plane - C, mask=m_c & (i_s > 0), other=0))
+        i3_c = tl.load(plane, mask=m_c & (left == L), other=0)
+        plane = p_above + (1 * B * (n // L) + above) * C + o_c
+        e3_h = tl.where(first, e3_h, tl.load(plane - C, mask=m_c & (i_s > 0), other=0))
+        i3_h = tl.load(plane, mask=m_c & (left == L), other=0)
+    e1_c, e1_h, e2_c, e2_h, e3_c, e3_h, i0_c, i0_h = tree_down(
+        e3_c, e3_h, i3_c, i3_h, l0_c, l0_h, l1_c, l1_h, l2_c, l2_h, first, b_left_0, b_left_1, b_left_2, b_left_3,
+        b_left_4, b_right_0, b_right_1, b_right_2, b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3,
+        b_bias_4, BC,
+    )
+    g_left_0 = tl.full([1, BC], 0.0, tl.float32)
+    g_left_1 = tl.full([1, BC], 0.0, tl.float32)
+    g_left_2 = tl.full([1, BC], 0.0, tl.float32)
+    g_left_3 = tl.full([1, BC], 0.0, tl.float32)
+    g_left_4 = tl.full([1, BC], 0.0, tl.float32)
+    g_right_0 = tl.full([1, BC], 0.0, tl.float32)
+    g_right_1 = tl.full([1, BC], 0.0, tl.float32)
+    g_right_2 = tl.full([1, BC], 0.0, tl.float32)
+    g_right_3 = tl.full([1, BC], 0.0, tl.float32)
+    g_right_4 = tl.full([1, BC], 0.0, tl.float32)
+    g_bias_0 = tl.full([1, BC], 0.0, tl.float32)
+    g_bias_1 = tl.full([1, BC], 0.0, tl.float32)
+    g_bias_2 = tl.full([1, BC], 0.0, tl.float32)
+    g_bias_3 = tl.full([1, BC], 0.0, tl.float32)
+    g_bias_4 = tl.full([1, BC], 0.0, tl.float32)
+    later = i_s * L + t + 1 < tl.cdiv(below, L)
+    plane = (0 * B * n + row) * C + o_c
+    d0_c = tl.full([L, BC], 0.0, tl.float32)
+    f0_c = tl.load(p_ends + plane, mask=m, other=0) + tl.load(p_carries + plane, mask=m & later, other=0)
+    plane = (1 * B * n + row) * C + o_c
+    d0_h = tl.full([L, BC], 0.0, tl.float32)
+    f0_h = tl.load(p_ends + plane, mask=m, other=0) + tl.load(p_carries + plane, mask=m & later, other=0)
+    (
+        d3_c, d3_h, f3_c, f3_h, u0_c, u0_h, u1_c, u1_h, u2_c, u2_h, g_left_0, g_left_1, g_left_2, g_left_3,
+        g_left_4, g_right_0, g_right_1, g_right_2, g_right_3, g_right_4, g_bias_0, g_bias_1, g_bias_2, g_bias_3,
+        g_bias_4,
+    ) = tree_down_back(
+        d0_c, d0_h, f0_c, f0_h, e1_c, e1_h, e2_c, e2_h, e3_c, e3_h, l0_c, l0_h, l1_c, l1_h, l2_c, l2_h, left, first,
+        b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1, b_right_2, b_right_3, b_right_4,
+        b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, g_left_0, g_left_1, g_left_2, g_left_3, g_left_4,
+        g_right_0, g_right_1, g_right_2, g_right_3, g_right_4, g_bias_0, g_bias_1, g_bias_2, g_bias_3, g_bias_4, BC,
+    )
+    if WHOLE:
+        d3_c = tl.full([1, BC], 0.0, tl.float32)
+        d3_h = tl.full([1, BC], 0.0, tl.float32)
+        if p_d_roots is not None:
+            plane = p_d_roots + (0 * B * (n // L) + above) * C + o_c
+            d3_c = tl.load(plane, mask=m_c & (left == L), other=0)
+            plane = p_d_roots + (1 * B * (n // L) + above) * C + o_c
+            d3_h = tl.load(plane, mask=m_c & (left == L), other=0)
+        (
+            d0_c, d0_h, g_left_0, g_left_1, g_left_2, g_left_3, g_left_4, g_right_0, g_right_1, g_right_2,
+            g_right_3, g_right_4, g_bias_0, g_bias_1, g_bias_2, g_bias_3, g_bias_4,
+        ) = tree_up_back(
+            d3_c, d3_h, u0_c, u0_h, u1_c, u1_h, u2_c, u2_h, l0_c, l0_h, r0_c, r0_h, l1_c, l1_h, r1_c, r1_h, l2_c,
+            l2_h, r2_c, r2_h, left, b_left_0, b_left_1, b_left_2, b_left_3, b_left_4, b_right_0, b_right_1,
+            b_right_2, b_right_3, b_right_4, b_bias_0, b_bias_1, b_bias_2, b_bias_3, b_bias_4, g_left_0, g_left_1,
+            g_left_2, g_left_3, g_left_4, g_right_0, g_right_1, g_right_2, g_right_3, g_right_4, g_bias_0, g_bias_1,
+            g_bias_2, g_bias_3, g_bias_4, BC,
+        )
+        tl.store(p_d_nodes + (0 * B * n + row) * C + o_c, d0_c, mask=m)
+        tl.store(p_d_nodes + (1 * B * n + row) * C + o_c, d0_h, mask=m)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 0) * C + o_c, g_left_0, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 1) * C + o_c, g_left_1, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 2) * C + o_c, g_left_2, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 3) * C + o_c, g_left_3, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 4) * C + o_c, g_left_4, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 5) * C + o_c, g_right_0, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 6) * C + o_c, g_right_1, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 7) * C + o_c, g_right_2, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 8) * C + o_c, g_right_3, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 9) * C + o_c, g_right_4, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 10) * C + o_c, g_bias_0, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 11) * C + o_c, g_bias_1, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 12) * C + o_c, g_bias_2, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 13) * C + o_c, g_bias_3, mask=m_c)
+        tl.store(p_sums + ((base + i_n * blocks + i_s) * 15 + 14) * C + o_c, g_bias_4, mask=m_c)
+    else:
+        plane = (0 * B * (n // L) + above) * C + o_c
+        tl.store(p_d_carries + plane - C, d3_c, mask=m_c & (i_s > 0))
+        tl.store(p_d_ends + plane, f3_c, mask=m_c & (left == L))
+        plane = (1 * B * (n // L) + above) * C + o_c
+        tl.store(p_d_carries + plane - C, d3_h, mask=m_c & (i_s > 0))
+        tl.store(p_d_ends + plane, f3_h, mask=m_c & (left == L))
+
+
+# --- How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same.
+
+
+class LaneShape:
+    """How the lanes of a call's tensors lie: `full` sizes, `count` of them, and a map (Q, D) for each tensor: lane c is
+    its (c // Q) * D + c % D; None: no such map, the tensor is expanded."""
+
+    def __init__(self, table: Any, inputs: tuple[Any, ...], params: tuple[Any, ...]) -> None:
+        slots = [*zip(table.inputs, inputs, strict=True), *zip(table.params, params, strict=True)]
+        dims: Sequence[str] = table.dims
+        sizes: dict[str, int] = {}
+        lanes: list[int] = [1] * max((len(shape) - len(own) for (_, own, _), shape in slots), default=0)
+        for (_, own, _), shape in slots:
+            front = len(shape) - len(own)
+            sizes.update(zip(own, shape[front:], strict=True))
+            for axis in range(-front, 0):
+                both = lanes[axis], shape[front + axis]
+                lanes[axis] = 0 if 0 in both else max(both)
+        self.lanes = tuple(lanes)
+        self.dims = tuple(dims)
+        self.full = (*self.lanes, *(sizes[d] for d in dims))
+        self.count = math.prod(self.full)
+        self.axes = [self._axes(own, shape) for (_, own, _), shape in slots]
+        self.maps = [_lane_map(a) for a in self.axes]
+        self.inputs = len(inputs)
+        self.kinds = [kind for (_, _, kind), _ in slots]
+
+    def _axes(self, own: Sequence[str], shape: Sequence[int]) -> list[tuple[int, int]]:
+        """(full, own) sizes, axis by axis; a grouped axis is two."""
+        front = len(shape) - len(own)
+        lanes = [1] * (len(self.lanes) - front) + list(shape[:front])
+        axes: list[tuple[int, int]] = []
+        for full, here in zip(self.lanes, lanes, strict=True):
+            axes += [(full, here)] if here in (1, full) else [(here, here), (full // here, 1)]
+        held = dict(zip(own, shape[front:], strict=True))
+        sizes = self.full[len(self.lanes) :]
+        return [*axes, *((size, held.get(d, 1)) for d, size in zip(self.dims, sizes, strict=True))]
+
+    def tensors(
+        self, places: tuple[tuple[int, ...], ...], inputs: Sequence[Tensor], params: Sequence[Tensor]
+    ) -> list[Any]:
+        """The tensors at these places as kernels take them."""
+        found: list[Any] = [self.tensor(at, inputs[at], 2) for at in places[0]]
+        return found + [self.tensor(self.inputs + at, params[at], 0) for at in places[1]]
+
+    def tensor(self, at: int, x: Tensor, lead: int) -> Tensor:
+        """Contiguous, complex if it is said to be, and expanded if its lanes have no map; `lead` axes before them."""
+        if self.kinds[at] == "complex" and not x.is_complex():
+            x = x.to(torch.complex64)
+        if self.maps[at] is None:
+            axes = self.axes[at]
+            x = x.reshape(*x.shape[:lead], *(n for _, n in axes)).expand(*x.shape[:lead], *(n for n, _ in axes))
+        return _plain(x)
+
+    def flat_maps(self, places: tuple[tuple[int, ...], ...]) -> list[int]:
+        """Q and D of each of the tensors at these places."""
+        found = [self.maps[at] or (1, 1) for at in (*places[0], *(self.inputs + at for at in places[1]))]
+        return [number for pair in found for number in pair]
+
+    def reduced(self, grad: Tensor, like: Tensor, own: Sequence[str], lead: int) -> Tensor:
+        """A gradient in all lanes summed to the shape and dtype of its tensor."""
+        axes = self._axes(own, like.shape[lead:])
+        if any(full != here for full, here in axes):
+            grad = grad.reshape(*grad.shape[:lead], *(full for full, _ in axes))
+            grad = grad.sum([lead + n for n, (full, here) in enumerate(axes) if full != here])
+        grad = grad.reshape(like.shape)
+        if grad.is_complex() and not like.is_complex():
+            grad = grad.real
+        return grad.to(like.dtype)
+
+
+def _lane_map(axes: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """Runs of axes that a tensor has or lacks: with one lacking run between, lane c is its (c // Q) * D + c % D."""
+    runs: list[list[int]] = []  # [has it, size]
+    for full, here in axes:
+        if full == 1:
+            continue
+        has = int(here == full)
+        if runs and runs[-1][0] == has:
+            runs[-1][1] *= full
+        else:
+            runs.append([has, full])
+    lacking = [n for n, (has, _) in enumerate(runs) if not has]
+    if not lacking:
+        return 1, 1
+    if len(lacking) > 1:
+        return None
+    inner = math.prod(size for _, size in runs[lacking[0] + 1 :])
+    return runs[lacking[0]][1] * inner, inner
+
+
+def real_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The real dtype of outputs: what the float tensors promote to."""
+    found: torch.dtype | None = None
+    for x in tensors:
+        dtype = x.dtype
+        if dtype.is_complex:
+            dtype = torch.float32
+        if dtype.is_floating_point and dtype != found:
+            found = dtype if found is None else torch.promote_types(found, dtype)
+    return found or torch.get_default_dtype()
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Contiguous, and nothing left to be done when it is read (a conjugate, a sign)."""
+    if x.is_contiguous() and not x.is_neg() and not x.is_conj():
+        return x
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+def _power_of_two(n: int) -> int:
+    """The least one that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+# --- Calls of the tree kernels: stages of blocks and their buffers; launches up the stages, then down again.
+
+
+class TreeSlot(NamedTuple):
+    """A tensor of the spec. `lanes`: its dims that are lanes; `rank`: of all its dims; `axes`, `sizes`: those among
+    them that are written out, which lie last in memory, as one axis [F]."""
+
+    name: str
+    lanes: tuple[str, ...]
+    kind: str
+    rank: int
+    axes: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class TreeKernels:
+    """The kernels of one spec behind tensors in the spec's own order, for whole sequences from their start.
+
+    Inputs are [B, T, *lanes, *dims] (declared ones, then taps), params [*lanes, *dims] or [*dims]. `table` is what the
+    compiler wrote: the kernels, and the places of the tensors that each takes. Nothing is saved for the backward, which
+    computes the nodes again.
+    """
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+        self.interpreted: bool = table.interpreted
+
+    def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
+        return ()
+
+    def scan_forward(
+        self, inputs: list[Tensor], params: list[Tensor], initial: None, code: None, cu: None, save: bool
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Outputs [B, T, ...]; a tree's state is not made here, and nothing is saved."""
+        call = TreeCall(self.table, inputs, params)
+        dtype = real_dtype([*inputs, *params])
+        outputs = [call.tokens(slot, dtype) for slot in self.table.outputs]
+        if call.programs(0):
+            above = call.prefixes(call.nodes())
+            tensors, maps = call.arguments(self.table.token_inputs)
+            call.launch("prefix", 0, [*tensors, *outputs, above[0]], maps)
+        return [call.declared(x, slot) for x, slot in zip(outputs, self.table.outputs, strict=True)], [], []
+
+    def scan_backward(
+        self, d_outputs: list[Tensor], d_finals: list[Tensor], inputs: list[Tensor], params: list[Tensor],
+        initial: None, outputs: list[Tensor], saved: list[Tensor], code: None, cu: None,
+    ) -> tuple[list[Tensor | None], list[Tensor | None], None]:  # fmt: skip
+        """Gradients of inputs and params in their own shapes."""
+        table, call = self.table, TreeCall(self.table, inputs, params)
+        if not call.programs(0):
+            return [torch.zeros_like(x) for x in inputs], [torch.zeros_like(x) for x in params], None
+        nodes = call.nodes()
+        above = call.prefixes(nodes)
+        tensors, maps = call.arguments(table.back_inputs)
+        cotangents = [_written(d_outputs[at], table.outputs[at]) for at in table.cotangents]
+        grads: list[Any] = [
+            call.tokens(table.inputs[at], call.gradient_dtype(at), whole) for at, whole in table.input_shares
+        ]
+        counts = [call.batch * call.blocks(stage) for stage in range(len(call.sizes))]
+        sums = torch.empty((sum(counts), len(table.param_shares), call.lanes.count), device=call.device)
+
+        def back(stage: int, given: list[Any], results: list[Any], out: list[Any], whole: bool) -> None:
+            name, lane_maps = ("upper_backward", call.param_maps) if stage else ("backward", maps)
+            leaves: list[Any] = [nodes[stage], *call.params] if stage else tensors
+            tail = (call.sizes[stage - 1] if stage else 0, sum(counts[:stage]))
+            call.launch(name, stage, [*leaves, *given, above[stage], *results, *out, sums], lane_maps, tail, (whole,))
+
+        top = len(call.sizes) - 1
+        given: list[list[Any]] = [cotangents]
+        for stage in range(top):  # upwards: cotangents of the prefixes of the stage above
+            ends: list[Any] = [call.buffer(stage + 1), call.buffer(stage + 1)]
+            back(stage, given[stage], [None, *ends], [None] * (len(grads) if stage == 0 else 1), False)
+            given.append(ends)
+        above_nodes: Tensor | None = None
+        for stage in range(top, -1, -1):  # downwards: those of the nodes
+            out = [call.buffer(stage)] if stage else grads
+            back(stage, given[stage], [above_nodes, None, None], out, True)
+            above_nodes = out[0] if stage else None
+        d_inputs: list[Tensor | None] = [None] * len(inputs)
+        for (at, _), g in zip(table.input_shares, grads, strict=True):
+            d_inputs[at] = call.reduced(g, inputs[at], table.inputs[at], 2)
+        return d_inputs, call.param_gradients(sums.sum(0)), None
+
+
+class TreeCall:
+    """One call's shapes and buffers. `sizes`: the nodes of each stage, less than a block in the last."""
+
+    def __init__(self, table: Any, inputs: list[Tensor], params: list[Tensor]) -> None:
+        self.table, self.inputs, self.given_params = table, inputs, params
+        self.device = inputs[0].device
+        self.batch, length = inputs[0].shape[:2]
+        self.sizes = [length]
+        while self.sizes[-1] >= table.size:
+            self.sizes.append(self.sizes[-1] // table.size)
+        rows = SimpleNamespace(
+            dims=table.dims, inputs=[slot[:3] for slot in table.inputs], params=[slot[:3] for slot in table.params]
+        )
+        shapes = tuple(_lane_sizes(x, slot)[2:] for x, slot in zip(inputs, table.inputs, strict=True))
+        own = tuple(_lane_sizes(p, slot) for p, slot in zip(params, table.params, strict=True))
+        self.lanes = LaneShape(rows, shapes, own)
+        slots = enumerate(zip(params, table.params, strict=True), len(inputs))
+        ready = [self._ready(p, slot, at, 0) for at, (p, slot) in slots]
+        self.params = [x for x, _ in ready]
+        self.param_maps = [n for _, pair in ready for n in pair]
+
+    def blocks(self, stage: int) -> int:
+        size: int = self.table.size
+        return -(-self.sizes[stage] // size)
+
+    def programs(self, stage: int) -> int:
+        return self.batch * self.blocks(stage) * self.lanes.count
+
+    def arguments(self, places: Sequence[int]) -> tuple[list[Tensor], list[int]]:
+        """These inputs and all params, and their lane maps."""
+        ready = [self._ready(self.inputs[at], self.table.inputs[at], at, 2) for at in places]
+        return [*(x for x, _ in ready), *self.params], [*(n for _, pair in ready for n in pair), *self.param_maps]
+
+    def launch(
+        self, name: str, stage: int, tensors: Sequence[Any], maps: Sequence[int], more: Sequence[int] = (),
+        flags: Sequence[bool] = (),
+    ) -> None:  # fmt: skip
+        n, count = self.sizes[stage], self.lanes.count
+        width = min(self.table.width, _power_of_two(count))
+        blocks = n // self.table.size if "roots" in name else self.blocks(stage)
+        kernel = getattr(self.table, f"{name}_kernel")
+        kernel[(self.batch * blocks * -(-count // width),)](
+            *tensors, n, self.batch, count, *more, *maps, *flags, width, num_warps=max(1, width // 32)
+        )
+
+    def nodes(self) -> list[Tensor | None]:
+        """The nodes of each stage above the tokens, [scalar, B, n, C]."""
+        found: list[Tensor | None] = [None]
+        tensors, maps = self.arguments(self.table.lift_inputs)
+        for stage in range(1, len(self.sizes)):
+            found.append(self.buffer(stage))
+            if stage == 1:
+                self.launch("roots", 0, [*tensors, found[1]], maps)
+            else:
+                self.launch("upper_roots", stage - 1, [found[stage - 1], *self.params, found[stage]], self.param_maps)
+        return found
+
+    def prefixes(self, nodes: list[Tensor | None]) -> list[Tensor | None]:
+        """For each stage the prefixes of the stage above."""
+        above: list[Tensor | None] = [None] * len(self.sizes)
+        for stage in range(len(self.sizes) - 1, 0, -1):
+            above[stage - 1] = self.buffer(stage)
+            tensors = [nodes[stage], *self.params, above[stage - 1], above[stage]]
+            self.launch("upper_prefix", stage, tensors, self.param_maps)
+        return above
+
+    def buffer(self, stage: int) -> Tensor:
+        shape = (self.table.scalars, self.batch, self.sizes[stage], self.lanes.count)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def tokens(self, slot: TreeSlot, dtype: torch.dtype, whole: bool = True) -> Tensor:
+        """A buffer [B, T, *lanes, F]; `whole`: kernels write all of it."""
+        shape = (self.batch, self.sizes[0], *self.lanes.full, *([math.prod(slot.sizes)] if slot.axes else []))
+        return (torch.empty if whole else torch.zeros)(shape, dtype=dtype, device=self.device)
+
+    def gradient_dtype(self, at: int) -> torch.dtype:
+        """fp32 where an input's gradient has to be summed."""
+        return self.inputs[at].dtype if self.lanes.maps[at] == (1, 1) else torch.float32
+
+    def declared(self, x: Tensor, slot: TreeSlot) -> Tensor:
+        """[.., lanes, F] with its dims in the order of the spec."""
+        if not slot.axes:
+            return x
+        x = x.unflatten(-1, slot.sizes)
+        front = x.dim() - slot.rank
+        return x.movedim(list(range(-len(slot.axes), 0)), [front + a for a in slot.axes]).contiguous()
+
+    def reduced(self, grad: Tensor, like: Tensor, slot: TreeSlot, lead: int) -> Tensor:
+        """A gradient in all lanes summed to the shape and dtype of its tensor."""
+        if not slot.axes:
+            plain: Tensor = self.lanes.reduced(grad, like, slot.lanes, lead)
+            return plain
+        front = like.dim() - slot.rank
+        last = list(range(-len(slot.axes), 0))
+        own = like.movedim([front + a for a in slot.axes], last).flatten(-len(slot.axes)).movedim(-1, 0)
+        found: Tensor = self.lanes.reduced(grad.movedim(-1, 0), own, slot.lanes, lead + 1)
+        found = found.movedim(0, -1).unflatten(-1, slot.sizes)
+        return found.movedim(last, [front + a for a in slot.axes])
+
+    def param_gradients(self, sums: Tensor) -> list[Tensor | None]:
+        """From a row of lanes for each scalar that has a share."""
+        found: list[Tensor | None] = []
+        for place, (p, slot) in enumerate(zip(self.given_params, self.table.params, strict=True)):
+            whole = sums.new_zeros((math.prod(slot.sizes), self.lanes.count))
+            rows = [(at, n) for n, (owner, at) in enumerate(self.table.param_shares) if owner == place]
+            for at, n in rows:
+                whole[at] = sums[n]
+            if not rows:
+                found.append(None)
+                continue
+            full = whole.reshape(-1, *self.lanes.full).movedim(0, -1)
+            found.append(self.reduced(full if slot.axes else full[..., 0], p, slot, 0))
+        return found
+
+    def _ready(self, x: Tensor, slot: TreeSlot, at: int, lead: int) -> tuple[Tensor, tuple[int, int]]:
+        """A tensor as the kernels take it, and its lane map."""
+        x, lane_map = _written(x, slot), self.lanes.maps[at]
+        if lane_map is None:
+            tail = x.shape[-1:] if slot.axes else ()
+            x = x.reshape(*x.shape[:lead], *(own for _, own in self.lanes.axes[at]), *tail)
+            x = x.expand(*x.shape[:lead], *(full for full, _ in self.lanes.axes[at]), *tail).contiguous()
+        return x, lane_map or (1, 1)
+
+
+def _written(x: Tensor, slot: TreeSlot) -> Tensor:
+    """Contiguous, with its written-out dims last and flat."""
+    if not slot.axes:
+        return _plain(x)
+    front = x.dim() - slot.rank
+    last = list(range(-len(slot.axes), 0))
+    return _plain(x.movedim([front + a for a in slot.axes], last).flatten(-len(slot.axes)))
+
+
+def _lane_sizes(x: Tensor, slot: TreeSlot) -> tuple[int, ...]:
+    """The shape without written-out dims."""
+    front = x.dim() - slot.rank
+    return tuple(n for a, n in enumerate(x.shape) if a - front not in slot.axes)
+
+
+KERNELS = TreeKernels(
+    SimpleNamespace(
+        roots_kernel=tree_roots_kernel,
+        prefix_kernel=tree_prefix_kernel,
+        backward_kernel=tree_backward_kernel,
+        upper_roots_kernel=tree_upper_roots_kernel,
+        upper_prefix_kernel=tree_upper_prefix_kernel,
+        upper_backward_kernel=tree_upper_backward_kernel,
+        interpreted=triton is not None and not isinstance(tree_roots_kernel, triton.JITFunction),
+        dims=(),
+        scalars=2,
+        inputs=(
+            TreeSlot('x', (), 'real', 0, (), ()),
+        ),
+        params=(
+            TreeSlot('left', (), 'real', 1, (0,), (5,)),
+            TreeSlot('right', (), 'real', 1, (0,), (5,)),
+            TreeSlot('bias', (), 'real', 1, (0,), (5,)),
+        ),
+        outputs=(
+            TreeSlot('out_y', (), 'real', 0, (), ()),
+        ),
+        lift_inputs=(0,),
+        token_inputs=(0,),
+        back_inputs=(0,),
+        cotangents=(0,),
+        input_shares=((0, True),),
+        param_shares=((0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4),
+            (2, 0), (2, 1), (2, 2), (2, 3), (2, 4),),
+        size=8,
+        width=128,
+    )
+)
 
 # --- Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative.
 
@@ -165,45 +1526,6 @@ def blocked_scan(
     prefix = _cat(pieces)
     shifted = _previous(prefix, before, before_exists, empty, entry, initial, initial_exists) if previous else None
     return Scan(prefix, shifted, carry or {}, exists)
-
-
-def sequential_scan(
-    advance: Rule,
-    elements: Values,
-    empty: Values,
-    *,
-    carry: Values | None = None,
-    initial: Values | None = None,
-    valid: Tensor | None = None,
-    entry: Tensor | None = None,
-    previous: bool = False,
-) -> Scan:
-    """`order: left`: one token after another is the meaning, and the start `empty` is combined with the first token.
-
-    `advance` may read anything of a token: for components that are not among `elements`, `empty` is [*lanes, *dims].
-    """
-    live = tuple(empty)
-    length = _leading(elements)[1]
-    if length == 0:
-        return _nothing(elements, empty, carry, None, previous)
-    start = _start(elements, empty)
-    before = start if carry is None else carry
-    state, states = before, []
-    donor = None if valid is None else _donor(elements, valid)
-    flags = [None] * length if valid is None else valid.unbind(1)
-    entries = [None] * length if entry is None else entry.unbind(1)
-    for x, v, e in zip(_unbind(elements), flags, entries, strict=True):
-        if e is not None:
-            rows, named = _rows(start, initial, None, e)
-            state = _pick(e == GO_ON, state, _pick(named, rows, start))
-        if v is None or donor is None:
-            state = _fit(advance(state, x), state, live)
-        else:
-            state = _pick(v, _fit(advance(state, _pick(v, x, donor)), state, live), state)
-        states.append(state)
-    prefix = {k: torch.stack([s[k] for s in states], 1) for k in live}
-    shifted = _previous(prefix, before, None, empty, entry, initial, None) if previous else None
-    return Scan(prefix, shifted, state, None)
 
 
 class _Guarded(NamedTuple):
@@ -465,15 +1787,10 @@ def scan_tokens(
     ends = None if cu_seqlens is None else _Ends(cu_seqlens, length, segment)
 
     def body(x: Values, v: Any, e: Any, carry: Any, exists: Any, rows: Any) -> tuple[Any, ...]:
-        if left:
-            scan = sequential_scan(
-                advance, lift(x), empty, carry=carry, initial=entering, valid=v, entry=e, previous=previous
-            )
-        else:
-            scan = blocked_scan(
-                combine, advance, lift(x), empty, carry=carry, exists=exists, initial=entering,
-                initial_exists=initial_exists, valid=v, entry=e, previous=previous,
-            )  # fmt: skip
+        scan = blocked_scan(
+            combine, advance, lift(x), empty, carry=carry, exists=exists, initial=entering,
+            initial_exists=initial_exists, valid=v, entry=e, previous=previous,
+        )  # fmt: skip
         # Before the first token that counts a state may be infinite: no readout of it may meet a gradient.
         read, before = fill_masked(scan.prefix, v), scan.previous and fill_masked(scan.previous, v)
         outputs = {} if output is None else output(read, before, x)
@@ -574,6 +1891,10 @@ Node = dict[str, Tensor]
 Merge = Callable[[Node, Node], Node]
 
 
+class LevelError(ValueError):
+    """A counter has more levels than are read."""
+
+
 def tree_scan(
     combine: Merge,
     leaves: Node,
@@ -583,6 +1904,7 @@ def tree_scan(
     exclusive: bool = False,
     keep: bool = True,
     recompute: bool = False,
+    levels: int = 0,
 ) -> tuple[Node, Node | None]:
     """The prefixes [B, T, ...] of leaves [B, T, ...], and the counter after them; one combine a level.
 
@@ -591,6 +1913,7 @@ def tree_scan(
     keep        False: no counter is returned; exclusive prefixes of 2^m leaves then take 2 (2^m - 1 - m) combines
                 in 2 (m - 1) levels, which is the least
     recompute   keep the operands of each level for backward, not what `combine` computes on the way
+    levels      beside the prefixes, `<component>.root.<k>`: what the counter holds at level k < levels, or `empty`
     """
     batch, length = next(iter(leaves.values())).shape[:2]
     position = 0 if counter is None else _common_position(counter)
@@ -608,32 +1931,52 @@ def tree_scan(
     nodes = _trees(combine, used, roots, position)
     prefix = _prefixes(combine, nodes, folds, position)
     after = _counter_after(counter, nodes, prefix, position) if keep else None
+    if levels:
+        assert empty is not None and not exclusive, "levels are read beside inclusive prefixes"
+        for k, level in enumerate(_roots(nodes, roots, position, length, levels, empty)):
+            prefix |= {f"{name}.root.{k}": x for name, x in level.items()}
     if exclusive and length:
         first = counter_prefix(counter, leaves, empty)
         prefix = {k: torch.cat([first[k].unsqueeze(1), p[:, : length - 1]], 1) for k, p in prefix.items()}
     return prefix, after
 
 
-def tree_roots(combine: Merge, leaves: Node, counter: Node | None = None, *, empty: Node) -> list[Node]:
-    """What the counter holds after each leaf, level by level: [B, T, ...], the root of 2^k tokens or `empty`."""
-    batch, length = next(iter(leaves.values())).shape[:2]
-    position = 0 if counter is None else _common_position(counter)
-    counter = counter_start(batch) if counter is None else counter
-    roots = {k: _slot(counter, leaves, "root", k) for k in _bits(position)}
-    nodes = _trees(combine, leaves, roots, position)
-    levels = []
-    for k in range((position + length).bit_length()):
+def _roots(
+    nodes: list[Node], roots: dict[int, Node], position: int, length: int, levels: int, empty: Node
+) -> list[Node]:
+    """Level by level, after each of `length` leaves."""
+    if (position + length).bit_length() > levels:
+        raise LevelError(f"{position + length} tokens have {(position + length).bit_length()} levels, not {levels}")
+    found = []
+    for k in range(levels):
+        leaves = nodes[0]
         known = nodes[k] if k < len(nodes) else {name: x[:, :0] for name, x in leaves.items()}
-        before = roots[k] if k in roots else {n: empty[n].to(x.dtype).expand_as(x[:, 0]) for n, x in leaves.items()}
+        nothing = {n: empty[n].to(x.dtype).expand(x.shape[:1] + x.shape[2:]) for n, x in leaves.items()}
+        before = roots.get(k, nothing)
         tokens = range(position + 1, position + length + 1)
-        index = torch.tensor([(t >> k) - (position >> k) if t >> k & 1 else -1 for t in tokens])
+        index = torch.tensor([(t >> k) - (position >> k) if t >> k & 1 else -1 for t in tokens], dtype=torch.int64)
         level = {}
         for name, x in known.items():
             at = index.to(x.device)
             rows = torch.cat([before[name].unsqueeze(1), x], 1).index_select(1, at.clamp(min=0))
-            level[name] = torch.where((at >= 0).view(-1, *[1] * (rows.dim() - 2)), rows, empty[name])
-        levels.append(level)
-    return levels
+            level[name] = torch.where((at >= 0).view(-1, *[1] * (rows.dim() - 2)), rows, empty[name].to(x.dtype))
+        found.append(level)
+    return found
+
+
+def counter_levels(counter: Node, like: Node, levels: int, empty: Node) -> Node:
+    """`<component>.root.<k>` of each stream, [B, ...], for k < levels: the root of 2^k tokens, or `empty`."""
+    positions: list[int] = counter["position"].tolist()
+    most = max(positions, default=0)
+    if levels and most.bit_length() > levels:
+        raise LevelError(f"{most} tokens have {most.bit_length()} levels, not {levels}")
+    found: Node = {}
+    for k in range(levels):
+        rows = [b for b, p in enumerate(positions) if p >> k & 1]
+        level = {n: empty[n].to(x.dtype).expand(x.shape[:1] + x.shape[2:]) for n, x in like.items()}
+        level = _put(level, rows, _take(_slot(counter, like, "root", k), rows)) if rows else level
+        found |= {f"{name}.root.{k}": x for name, x in level.items()}
+    return found
 
 
 def counter_start(batch: int) -> Node:
@@ -685,11 +2028,6 @@ def counter_prefix(counter: Node, like: Node, empty: Node | None = None) -> Node
         rows = [b for b, p in enumerate(positions) if _lowest(p) == k]
         prefix = _put(prefix, rows, _take(_slot(counter, like, "fold", k), rows))
     return prefix
-
-
-def counter_bytes(counter: Node) -> int:
-    """What a counter holds, in bytes; tensors that are the same memory count once."""
-    return sum({x.data_ptr(): x.numel() * x.element_size() for x in counter.values()}.values())
 
 
 def counter_rows(parts: list[tuple[Node, int]]) -> Node:
@@ -843,12 +2181,14 @@ def tree_tokens(
     cu_seqlens: Tensor | None = None,
     previous: bool = False,
     recompute: bool = False,
+    levels: int = 0,
 ) -> tuple[Node, Node | None, Node]:
     """(prefix, prefix before each token or None, counter) of sequences with masks, restarts and packing.
 
     valid [B, T] bool: a token that does not count is no leaf, the prefix stays as it is. reset [B, T] bool: a new tree
     starts with this token. cu_seqlens [N + 1]: N sequences in one row; the counters are theirs. Runs between restarts
     are found on the host (a sync, where the flags are on a device); those of one length and position share a scan.
+    levels: beside each prefix, what the counter holds at so many levels, `<component>.root.<k>`, or `empty`.
     """
     batch, length = next(iter(leaves.values())).shape[:2]
     bounds = [b * length for b in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
@@ -856,8 +2196,10 @@ def tree_tokens(
     given = counter_start(count) if counter is None else counter
     positions: list[int] = [0] * count if counter is None else given["position"].tolist()
     if not batch or (valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1):
-        prefix, after = tree_scan(combine, leaves, counter, recompute=recompute)
-        first = counter_prefix(counter, leaves, empty) if previous and counter is not None else empty
+        prefix, after = tree_scan(combine, leaves, counter, empty=empty, recompute=recompute, levels=levels)
+        first = {**empty, **_level_names(empty, levels)}
+        if previous and counter is not None:
+            first = counter_prefix(counter, leaves, empty) | counter_levels(counter, leaves, levels, empty)
         shifted = {k: torch.cat([_first(first[k], x), x], 1)[:, :length] for k, x in prefix.items()}
         return prefix, shifted if previous else None, after or given
     flags = [None if f is None else f.flatten().tolist() for f in (valid, reset)]
@@ -866,7 +2208,9 @@ def tree_tokens(
     device = next(iter(flat.values())).device
     # A table of every prefix there is: nothing, what each sequence went on from, then those of the runs.
     nothing = {k: empty[k].to(x.dtype).expand(1, *x.shape[1:]) for k, x in flat.items()}
-    begun = counter_prefix(given, {k: x.new_empty(count, 0, *x.shape[1:]) for k, x in flat.items()}, empty)
+    nothing |= _level_names(nothing, levels)
+    like = {k: x.new_empty(count, 0, *x.shape[1:]) for k, x in flat.items()}
+    begun = counter_prefix(given, like, empty) | counter_levels(given, like, levels, empty)
     table, size = [nothing, begun], 1 + count
     groups: dict[tuple[int, int], list[_Run]] = {}
     last = {run.sequence: run for run in runs}
@@ -880,23 +2224,29 @@ def tree_tokens(
     for (steps, position), members in groups.items():
         index = torch.tensor([run.tokens for run in members]).to(device)
         start = counter_rows([(given, run.sequence) for run in members]) if position else counter_start(len(members))
-        prefix, after = tree_scan(combine, {k: x[index] for k, x in flat.items()}, start, recompute=recompute)
+        rows = {k: x[index] for k, x in flat.items()}
+        prefix, after = tree_scan(combine, rows, start, empty=empty, recompute=recompute, levels=levels)
         table.append({k: x.flatten(0, 1) for k, x in prefix.items()})
         for row, run in enumerate(members):
             run.first, size = size, size + steps
             if run is last[run.sequence]:
                 ends[run.sequence] = (after or start, row)
-    whole = {k: torch.cat([part[k] for part in table]) for k in leaves}
+    whole = {k: torch.cat([part[k] for part in table]) for k in nothing}
     outside = batch * length - sum(len(run.seen) for run in runs)
 
     def look(counts: list[list[int]]) -> Node:
         pairs = [(run, seen) for run, c in zip(runs, counts, strict=True) for seen in c]
         at = [run.before if seen == 0 else run.first + seen - 1 for run, seen in pairs] + [0] * outside
-        rows = torch.tensor(at, dtype=torch.int64).to(device)
-        return {k: x[rows].reshape(batch, length, *x.shape[1:]) for k, x in whole.items()}
+        places = torch.tensor(at, dtype=torch.int64).to(device)
+        return {k: x[places].reshape(batch, length, *x.shape[1:]) for k, x in whole.items()}
 
     before = look([run.seen for run in runs]) if previous else None
     return look([run.after for run in runs]), before, counter_rows([ends[n] for n in range(count)])
+
+
+def _level_names(empty: Node, levels: int) -> Node:
+    """Nothing at any level."""
+    return {f"{name}.root.{k}": x for k in range(levels) for name, x in empty.items()}
 
 
 def _first(state: Tensor, like: Tensor) -> Tensor:
@@ -953,16 +2303,18 @@ class Fields:
 @dataclass(frozen=True)
 class Slot:
     """A declared tensor: an input is [B, T, *lanes, *dims], a param [*lanes, *dims] or [*dims], a state [B, *lanes,
-    *dims]."""
+    *dims]. `within`: (low, high, brackets), its interval; None: no bound."""
 
     name: str
     dims: tuple[str, ...] = ()
     kind: str = "real"
+    within: tuple[float | None, float | None, str] | None = None
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A spec's border, as data. `taps`: how many tokens back an input is read; `previous`: the readout reads prev."""
+    """A spec's border, as data. `taps`: how many tokens back an input is read; `previous`: the readout reads prev;
+    `levels`: those of a tree's counter that the readout reads."""
 
     name: str
     digest: str
@@ -975,6 +2327,7 @@ class Spec:
     dims: tuple[str, ...] = ()
     taps: Mapping[str, int] = field(default_factory=dict)
     previous: bool = False
+    levels: int = 0
 
 
 @dataclass
@@ -1159,12 +2512,6 @@ def spread(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:
     return x.unsqueeze(at + 1).expand(*x.shape[: at + 1], whole // size, *x.shape[at + 1 :]).flatten(at, at + 1)
 
 
-def all_lanes(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:
-    """`spread`, and lane axes of one repeated as well; the lanes of `x` end before `axis`."""
-    whole = spread(x, axis, lanes)
-    return whole.expand(*x.shape[: axis - len(lanes)], *lanes, *x.shape[axis:])
-
-
 # --- The border, continued: states, flags and packing.
 
 
@@ -1218,6 +2565,8 @@ def check_slots(spec: Spec, slots: Any, call: Call, state: Any) -> int:
         raise ArgumentError(
             f"PSM605: {spec.name}: 'slots' must be an int64 tensor [B] = {list(call.leading)}, not {given}."
         )
+    if slots.device != call.device:
+        raise ArgumentError(f"PSM605: {spec.name}: 'slots' is on {slots.device}, the inputs on {call.device}.")
     rows = [x for x in state.values() if isinstance(x, Tensor) and x.dim()]
     return rows[0].shape[0] if rows else 0
 
@@ -1302,6 +2651,82 @@ def _refuse_state(spec: Spec, key: str, why: str) -> NoReturn:
     raise ArgumentError(f"PSM605: {spec.name}: state '{key}' {why}.")
 
 
+# --- What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it.
+
+
+def checks_wanted() -> bool:
+    """Whether aggregators check values from their start."""
+    return os.environ.get("PSMC_CHECK", "") not in ("", "0")
+
+
+def check_values(spec: Spec, call: Call, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Inputs and params are finite and in their intervals, masked tokens apart; offsets rise from 0 to T."""
+    for slot in spec.inputs:
+        _check(spec, slot, slot.name, call.inputs[slot.name], counts=mask)
+    for slot in spec.params:
+        _check(spec, slot, slot.name, call.params[slot.name])
+    if cu_seqlens is not None:
+        offsets, length = cu_seqlens.tolist(), call.leading[1]
+        if offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
+            raise ArgumentError(f"PSM606: {spec.name}: 'cu_seqlens' must rise from 0 to T = {length}, not {offsets}.")
+
+
+def check_state_values(spec: Spec, state: Mapping[str, Tensor] | None, start: Mapping[str, Tensor]) -> None:
+    """A state's values are numbers, and in their intervals or what a sequence starts from."""
+    slots = {s.name: s for s in spec.components}
+    for name, x in (state or {}).items():
+        slot = slots.get(name, Slot(name))
+        _check(spec, slot, f"state '{name}'", x, free=start.get(name), finite=False)
+
+
+def check_slot_values(spec: Spec, slots: Tensor | None, rows: int) -> None:
+    """Rows of the state, different ones."""
+    chosen = [] if slots is None else slots.tolist()
+    for at, row in enumerate(chosen):
+        if not 0 <= row < rows:
+            raise ArgumentError(f"PSM608: {spec.name}: slots[{at}] is {row}, but the state has {rows} rows.")
+        if row in chosen[:at]:
+            raise ArgumentError(f"PSM608: {spec.name}: slots[{at}] is {row}, as slots[{chosen.index(row)}] is.")
+
+
+def check_results(spec: Spec, outputs: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """No output and no state is NaN."""
+    for name, x in outputs.items():
+        _check(spec, Slot(name), f"output '{name}'", x, finite=False)
+    for name, x in state.items():
+        _check(spec, Slot(name), f"final state '{name}'", x, finite=False)
+
+
+def _check(
+    spec: Spec, slot: Slot, name: str, x: Tensor, *, counts: Tensor | None = None, free: Tensor | None = None,
+    finite: bool = True,
+) -> None:  # fmt: skip
+    """`counts` [B, T]: which tokens do; `free`: values that are allowed wherever the interval is."""
+    x = x.detach()
+    bad = ~torch.isfinite(x) if finite else torch.isnan(x)
+    if slot.within is not None and not x.is_complex():
+        low, high, ends = slot.within
+        value, outside = x.double(), torch.zeros_like(bad)
+        if low is not None:
+            outside |= value <= low if ends[0] == "(" else value < low
+        if high is not None:
+            outside |= value >= high if ends[1] == ")" else value > high
+        bad |= outside if free is None else outside & (x != free)
+    if counts is not None:
+        bad &= counts.reshape(*counts.shape, *[1] * (x.dim() - 2))
+    if not bool(bad.any()):
+        return
+    at = bad.nonzero()[0].tolist()
+    found = x[tuple(at)].item()
+    quoted = name if "'" in name else f"'{name}'"
+    where = f"PSM608: {spec.name}: {quoted}{at if at else ''} is {found}"
+    if slot.within is not None and found == found and abs(found) != torch.inf:
+        low, high, ends = slot.within
+        bounds = f"{'-inf' if low is None else f'{low:g}'}, {'inf' if high is None else f'{high:g}'}"
+        raise ArgumentError(f"{where}, outside of its interval {ends[0]}{bounds}{ends[1]}.")
+    raise ArgumentError(f"{where}{'' if found != found else ', but it must be finite'}.")
+
+
 # --- Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T.
 
 Tails = dict[str, Tensor]
@@ -1316,39 +2741,12 @@ def tap_tokens(
     cu_seqlens: Tensor | None,
 ) -> tuple[dict[str, Tensor], Tails]:
     """Inputs read some tokens earlier, as inputs `name_lagK` over all lanes; and the tails after the last token."""
-    if not spec.taps:
-        return {}, {}
-    where = places(call, cu_seqlens, reset)
-    lags: dict[str, Tensor] = {}
-    tails: Tails = {}
-    for name, longest in spec.taps.items():
-        x = _whole(spec, call, name)
-        tail = None if state is None else state[f"{name}_tail"]
-        if mask is not None:
-            x = torch.where(_flag(mask, x), x, x.new_zeros(()))
-        for lag in range(1, longest + 1):
-            lags[f"{name}_lag{lag}"] = lagged(x, lag, where, tail)
-        tails[f"{name}_tail"] = next_tail(x, longest, where, tail)
-    return lags, tails
+    return {}, {}
 
 
 def tap_token(spec: Spec, call: Call, state: Tails | None) -> tuple[dict[str, Tensor], Tails]:
     """The same for one token."""
-    lags: dict[str, Tensor] = {}
-    tails: Tails = {}
-    for name, longest in spec.taps.items():
-        x = _whole(spec, call, name)
-        past = x.new_zeros(x.shape[0], longest, *x.shape[1:]) if state is None else state[f"{name}_tail"]
-        for lag in range(1, longest + 1):
-            lags[f"{name}_lag{lag}"] = past[:, longest - lag]
-        tails[f"{name}_tail"] = torch.cat([past[:, 1:], x.unsqueeze(1)], 1)
-    return lags, tails
-
-
-def _whole(spec: Spec, call: Call, name: str) -> Tensor:
-    (slot,) = (s for s in spec.inputs if s.name == name)
-    x = call.inputs[name]
-    return all_lanes(x, x.dim() - len(slot.dims), call.lanes)
+    return {}, {}
 
 
 class Places(NamedTuple):
@@ -1384,43 +2782,6 @@ def places(call: Call, cu_seqlens: Tensor | None, reset: Tensor | None) -> Place
     return Places(row, at, torch.where(restarted, token - last, at), begin, end, restarted)
 
 
-def lagged(x: Tensor, lag: int, where: Places, tail: Tensor | None) -> Tensor:
-    """x read `lag` tokens earlier: [B, T, ...]; from the tail [rows, W, ...] or 0 before a sequence's start, 0 across a
-    restart. `x` holds 0 at masked tokens already."""
-    length = x.shape[1]
-    shifted = torch.cat([x.new_zeros(x.shape[0], min(lag, length), *x.shape[2:]), x[:, : max(length - lag, 0)]], 1)
-    inside = _flag(where.since >= lag, x)
-    out = torch.where(inside, shifted, x.new_zeros(()))
-    if tail is None:
-        return out
-    width = tail.shape[1]
-    slot = (width + where.at - lag).clamp(0, width - 1)
-    early = _flag((where.at < lag) & ~where.restarted, x)
-    return torch.where(early, tail[where.row, slot].to(x.dtype), out)
-
-
-def next_tail(x: Tensor, width: int, where: Places, tail: Tensor | None) -> Tensor:
-    """The last `width` tokens of each sequence, oldest first, [rows, W, ...]: older ones from the old tail, 0 before a
-    restart."""
-    rows, length = where.end.numel(), x.shape[1]
-    back = torch.arange(width, 0, -1, device=x.device)  # how far before the end
-    token = where.end[:, None] - back
-    inside = token >= where.begin[:, None]
-    if length == 0:
-        return x.new_zeros(rows, width, *x.shape[2:]) if tail is None else tail.to(x.dtype)
-    batch = torch.arange(rows, device=x.device).clamp(max=x.shape[0] - 1)  # packed sequences share row 0
-    last = (where.end - 1).clamp(min=0)
-    empty = where.end <= where.begin
-    reach = torch.where(where.restarted[batch, last] & ~empty, where.since[batch, last] + 1, length + width + 1)
-    kept = back[None, :] <= reach[:, None]
-    out = torch.where(_flag(inside & kept, x), x[batch[:, None], token.clamp(0, length - 1)], x.new_zeros(()))
-    if tail is None:
-        return out
-    slot = (width + token - where.begin[:, None]).clamp(0, width - 1)
-    older = tail[torch.arange(rows, device=x.device)[:, None], slot].to(x.dtype)
-    return torch.where(_flag(~inside & kept, x), older, out)
-
-
 def flip(x: Tensor, where: Places | None) -> Tensor:
     """Time reversed within each sequence; `where` None: each row is one sequence."""
     if where is None:
@@ -1450,40 +2811,7 @@ def prepared(spec: Spec, call: Call, lags: Values, lazily: bool = False) -> tupl
     for s in spec.inputs:
         raw += [(f"{s.name}_lag{k}", s, lags[f"{s.name}_lag{k}"]) for k in range(1, spec.taps.get(s.name, 0) + 1)]
     params = {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
-    if lazily:
-        return Prepared({name: (slot, value) for name, slot, value in raw}, call), params
     return {name: _prepared(slot, value, call) for name, slot, value in raw}, params
-
-
-class Prepared(Mapping[str, Tensor]):
-    """Inputs by name, each in the dtype of computation from its first reading on, wherever that is: a reading without
-    gradient leaves none out of later ones."""
-
-    def __init__(self, raw: Mapping[str, tuple[Slot, Tensor]], call: Call) -> None:
-        self._raw, self._call, self._made = raw, call, dict[str, Tensor]()
-        self._grad = torch.is_grad_enabled()
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._made:
-            with torch.set_grad_enabled(self._grad):
-                self._made[name] = _prepared(*self._raw[name], self._call)
-        return self._made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._raw)
-
-    def __len__(self) -> int:
-        return len(self._raw)
-
-
-class Tokens:
-    """The same as attributes, as the functions of a spec read them."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        self._values = values
-
-    def __getattr__(self, name: str) -> Tensor:
-        return self._values[name]
 
 
 def _prepared(slot: Slot, value: Tensor, call: Call) -> Tensor:
@@ -1520,9 +2848,6 @@ def run_scan(
 
     x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
     """
-    if hasattr(rules, "layers") and not whole:
-        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset, cu_seqlens)
-        return layered
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
     live = tuple(slots) if whole or fold == "tree" else spec.live
@@ -1548,23 +2873,25 @@ def run_scan(
 
     def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
         before = Fields(previous) if previous is not None else None
-        found = rules.output(Fields(prefix), before, Fields(tokens), params, n)
+        levels = []
+        found = rules.output(Fields(prefix), before, Fields(tokens), params, n, *levels)
         return {s.name: as_output(found[s.name], s, call, next(iter(prefix.values())).shape[:2]) for s in spec.outputs}
 
     empty = start_state(spec, rules, call, live)
     sequences = hasattr(rules, "recurrence")
-    if sequences:
-        empty = {k: as_state(v, slots[k], call, ()) for k, v in empty.items()}
     rows = call.leading[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     restart = None
     if hasattr(rules, "start") and fold == "scan":
         restart = {k: as_state(v, slots[k], call, (1,)) for k, v in empty.items()}
     if fold == "tree":
         x = fill_masked(x, mask)
-        prefix, before, counter = tree_tokens(
-            combine, lift(x), empty, initial, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
-            previous=spec.previous and not whole,
-        )  # fmt: skip
+        try:
+            prefix, before, counter = tree_tokens(
+                combine, lift(x), empty, initial, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
+                previous=spec.previous and not whole, levels=0 if whole else spec.levels,
+            )  # fmt: skip
+        except LevelError as error:
+            raise ArgumentError(f"PSM609: {spec.name}: {error}.") from None
         if whole:
             return {}, counter
         outputs = output(fill_masked(prefix, mask), before and fill_masked(before, mask), x)
@@ -1573,7 +2900,7 @@ def run_scan(
         return outputs, counter
     final: Values
     outputs, final = scan_tokens(
-        (lambda tokens: tokens) if sequences else lift, combine, recur if sequences else advance,
+        lift, combine, advance,
         None if whole else output, x, empty, initial, restart=restart, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
         previous=spec.previous and not whole, left=fold == "left",
     )  # fmt: skip
@@ -1595,13 +2922,21 @@ def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
     tokens, before = Fields(x), Fields(state)
-    if hasattr(rules, "recurrence"):
-        moved = rules.recurrence(before, tokens, params, n)
-    else:
-        moved = rules.advance(before, Fields(rules.lift(tokens, params, n)), params, n)
+    moved = rules.advance(before, Fields(rules.lift(tokens, params, n)), params, n)
     after = {k: as_state(moved[k], slots[k], call, call.leading) for k in spec.live}
-    found = rules.output(Fields(after), before if spec.previous else None, tokens, params, n)
+    found = rules.output(Fields(after), None, tokens, params, n)
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
+
+
+def _held_levels(spec: Spec, prefix: Values | None) -> Fields | None:
+    """What a counter holds, [.., *lanes, levels, *dims], from a tensor a level."""
+    if prefix is None:
+        return None
+    found = {}
+    for slot in spec.components:
+        parts = [prefix[f"{slot.name}.root.{k}"] for k in range(spec.levels)]
+        found[slot.name] = torch.stack(parts, parts[0].dim() - len(slot.dims))
+    return Fields(found)
 
 
 @in_full_precision
@@ -1617,11 +2952,14 @@ def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     element = rules.lift(tokens, params, n)
     leaf = {k: as_state(v, slots[k], call, call.leading) for k, v in element.items()}
     prefix, after = counter_push(combine, state, leaf)
-    before = None
-    if spec.previous:
-        empty = start_state(spec, rules, call, tuple(slots))
-        before = Fields(counter_prefix(state, {k: v.unsqueeze(1) for k, v in leaf.items()}, empty))
-    found = rules.output(Fields(prefix), before, tokens, params, n)
+    before, levels = None, []
+    like = {k: v.unsqueeze(1) for k, v in leaf.items()}
+    try:
+        for c in ():
+            levels.append(_held_levels(spec, counter_levels(c, like, spec.levels, empty)))
+    except LevelError as error:
+        raise ArgumentError(f"PSM609: {spec.name}: {error}.") from None
+    found = rules.output(Fields(prefix), before, tokens, params, n, *levels)
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
@@ -1658,19 +2996,26 @@ class Operator:
         self.spec, self.rules, self.fold, self.kernels = spec, rules, fold, kernels
         self.extras = tuple((s, lag) for s in spec.inputs for lag in range(1, spec.taps.get(s.name, 0) + 1))
         self.live = () if fold == "tree" else tuple(s for s in spec.components if s.name in spec.live)
+        self.quick = None if kernels is None or self.extras or fold == "tree" else kernels.steps(len(spec.inputs))
         name = f"{spec.name}_{spec.digest}"
         if not hasattr(torch.ops.psmc, name):
             self._register(name)
         self.op = getattr(torch.ops.psmc, name).default
 
-    def wanted(self, call: Call, carries: bool) -> bool:
+    def wanted(self, call: Call, carries: bool, cut: bool) -> bool:
         """Kernels where there are some for this device and dtype, one node of a compiled graph; else plain autograd.
 
-        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced.
+        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced. `cut`: tokens
+        are masked, packed or begin anew, which the kernels of a tree do not do.
         """
-        return self._kernels(call) or (torch.compiler.is_compiling() and not (carries and self.fold == "tree"))
+        tree = self.fold == "tree"
+        kernels = self._kernels(call) and not (tree and (carries or cut))
+        return kernels or (torch.compiler.is_compiling() and not (tree and carries))
 
-    def _kernels(self, call: Call) -> bool:
+    def _kernels(self, call: Call, given: Given | None = None) -> bool:
+        """`given`: of this very call, where flags matter."""
+        if given is not None and self.fold == "tree" and any(x is not None for x in given[3:]):
+            return False
         on_device = call.device.type == "cuda" or (self.kernels is not None and self.kernels.interpreted)
         return self.kernels is not None and on_device and call.compute == torch.float32
 
@@ -1694,7 +3039,7 @@ class Operator:
 
     def steps(self, call: Call, state: Values | None) -> bool:
         """Whether the step kernel takes this token: no gradient is wanted, no taps, a state in the kernels' dtype."""
-        if not self._kernels(call) or self.extras or torch.compiler.is_compiling():
+        if not self._kernels(call) or self.extras or self.fold == "tree" or torch.compiler.is_compiling():
             return False
         tensors = (*call.inputs.values(), *call.params.values(), *(state or {}).values())
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -1703,12 +3048,12 @@ class Operator:
             state[s.name].dtype == call.of_kind(s.kind) and state[s.name].is_contiguous() for s in self.live
         )
 
-    def step(self, call: Call, state: Values, slots: Tensor | None) -> Any:
-        """One token by the step kernel: `state` [rows, ...] moves on in place, in the rows that `slots` names."""
-        found = self.kernels.step_in_place(
-            [state[s.name] for s in self.live], list(call.inputs.values()), list(call.params.values()), slots
-        )
-        return found[0] if len(found) == 1 else tuple(found)
+    def step(self, call: Call, state: Values, slots: Tensor | None, in_place: bool) -> tuple[Any, Values]:
+        """One token by the step kernel: (outputs, the state after it); `slots`: the rows that move on."""
+        assert self.quick is not None
+        tensors = (*call.inputs.values(), *call.params.values())
+        found: tuple[Any, Values] = self.quick.first(state, tensors, slots, in_place)
+        return found
 
     def _register(self, name: str) -> None:
         forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
@@ -1725,7 +3070,7 @@ class Operator:
         reset: Tensor | None, cu_seqlens: Tensor | None, save: bool,
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
-        if self._kernels(self._call(given)):
+        if self._kernels(self._call(given), given):
             return self._launch(given, save)
         found, final = self._run(given)
         results = (*found.values(), *(final[s.name] for s in self.live))
@@ -1768,7 +3113,7 @@ class Operator:
 
         results = [empty(call.leading, s, call.dtype) for s in self.spec.outputs]
         results += [empty((rows,), s) for s in self.live]
-        if save and self._kernels(call):
+        if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
             flagged = given.mask is not None or given.reset is not None
             saved = self.kernels.saved_components(call.dtype, flagged)
@@ -1793,7 +3138,7 @@ class Operator:
         like = self._fake(given, False) if any(g is None for g in used) else used
         dense = [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(used, like, strict=True)]  # type: ignore[arg-type]
         backward = getattr(torch.ops.psmc, f"{self.spec.name}_{self.spec.digest}_backward").default
-        found = iter(backward(dense, *given, results if self._kernels(self._call(given)) else []))
+        found = iter(backward(dense, *given, results if self._kernels(self._call(given), given) else []))
         split = [[g if _smooth(x) else None for x, g in zip(part, found, strict=False)] for part in parts]
         return (*split, None, None, None, None)
 
@@ -1803,7 +3148,7 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         everything = [*inputs, *params, *initial]
-        kernels = self._kernels(self._call(given))
+        kernels = self._kernels(self._call(given), given)
         flat = self._launch_backward(given, grads, results) if kernels else self._transpose(given, grads)
         return [
             torch.zeros(x.shape, dtype=x.dtype, device=x.device)
@@ -1900,20 +3245,14 @@ class Aggregator:
         """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points. With a rule from Python (then
         `rules.extern` is what makes an aggregator of one, and this one) calls are plain PyTorch, never a custom op."""
         self.spec, self.rules, self.fold_order = spec, rules, fold
-        self.operator = None if hasattr(rules, "extern") else Operator(spec, rules, fold, kernels)
+        self.operator = Operator(spec, rules, fold, kernels)
+        self._quick = None if self.operator is None else self.operator.quick  # steps that were checked before
+        self.checks = checks_wanted()  # values are read and checked, which waits for the device
         self.__name__ = spec.name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Aggregator:
         """Itself, as it holds nothing that trains; with a rule from Python, one with a copy of the rule."""
-        if not hasattr(self.rules, "extern"):
-            return self
-        make, rule = self.rules.extern
-        own = deepcopy(rule, memo)
-        copied: Aggregator = make(own)
-        copied.__class__ = type(self)
-        for name, value in vars(self).items():
-            vars(copied).setdefault(name, own if value is rule else value)
-        return copied
+        return self
 
     def __repr__(self) -> str:
         named = ", ".join(s.name for s in (*self.spec.inputs, *self.spec.params))
@@ -1945,6 +3284,10 @@ class Aggregator:
         reset = check_flags(self.spec, "reset", reset, call)
         cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
         state = self._checked(call, initial_state, call.leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        checks = self.checks and not torch.compiler.is_compiling()
+        if checks:
+            check_values(self.spec, call, mask, cu_seqlens)
+            check_state_values(self.spec, state, self._begin(call))
         back = None
         if reverse:
             back = None if cu_seqlens is None else places(call, cu_seqlens, None)
@@ -1953,31 +3296,36 @@ class Aggregator:
             reset = None if reset is None else flip(reset, back)
         lags, tails = tap_tokens(self.spec, call, state, mask, reset, cu_seqlens)
         begin = None if state is None else {k: x for k, x in state.items() if k not in tail_names(self.spec)}
-        if self.operator is not None and self.operator.wanted(call, return_state or state is not None):
+        cut = mask is not None or reset is not None or cu_seqlens is not None
+        if self.operator is not None and self.operator.wanted(call, return_state or state is not None, cut):
             outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
         else:
             x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
             outputs, final = run_scan(
                 self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
             )
+        if checks:
+            check_results(self.spec, outputs, final)
         found = tuple(flip(outputs[s.name], back) if reverse else outputs[s.name] for s in self.spec.outputs)
         out = found[0] if len(found) == 1 else found
         return (out, {**final, **tails}) if return_state else out
 
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
+        if self._quick is not None and not kwargs and not self.checks:
+            known: tuple[Any, State] | None = self._quick.again(state, args, None, False)
+            if known is not None:
+                return known
         call = bind_call(self.spec, args, kwargs, tokens=False)
         before = self._checked(call, state, call.leading[0])
+        if self.checks and not torch.compiler.is_compiling():
+            check_values(self.spec, call, None, None)
+            check_state_values(self.spec, before, self._begin(call))
         if self.operator is not None and self.operator.steps(call, before):
-            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
-            return self.operator.step(call, after, None), after
+            if before is None:
+                return self.operator.step(call, self._start(call), None, True)
+            return self.operator.step(call, before, None, False)
         lags, tails = tap_token(self.spec, call, before)
-        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
-            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
-            moved = self.rules.stepped(self.spec, self.rules, call, after, None)
-            if moved is not None:
-                outs = tuple(moved[s.name] for s in self.spec.outputs)
-                return outs[0] if len(outs) == 1 else outs, after
         x, p = prepared(self.spec, call, lags)
         if before is None:
             before = self._start(call)
@@ -1986,23 +3334,32 @@ class Aggregator:
         found = tuple(outputs[s.name] for s in self.spec.outputs)
         return found[0] if len(found) == 1 else found, {**after, **tails}
 
-    @torch.no_grad()
     def step_(self, state: State, *args: Tensor, slots: Tensor | None = None, **kwargs: Tensor) -> Any:
         """One token, in place and without gradient: `state` is overwritten; with `slots` [B] the rows that it names.
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
+        if self._quick is not None and not kwargs and not self.checks:
+            known = self._quick.again(state, args, slots, True)
+            if known is not None:
+                return known[0]
+        with torch.no_grad():
+            return self._step_in_place(state, args, slots, kwargs)
+
+    def _step_in_place(
+        self, state: State, args: tuple[Tensor, ...], slots: Tensor | None, kwargs: dict[str, Tensor]
+    ) -> Any:
         call = bind_call(self.spec, args, kwargs, tokens=False)
-        self._checked(call, state, check_slots(self.spec, slots, call, state))
+        count = check_slots(self.spec, slots, call, state)
+        self._checked(call, state, count)
+        if self.checks and not torch.compiler.is_compiling():
+            check_slot_values(self.spec, slots, count)
+            check_values(self.spec, call, None, None)
+            check_state_values(self.spec, state, self._begin(call))
         if slots is not None and self.fold_order == "tree":
             return self._push_rows(state, slots, *args, **kwargs)
         if self.operator is not None and self.operator.steps(call, state):
-            return self.operator.step(call, state, slots)
-        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
-            moved = self.rules.stepped(self.spec, self.rules, call, state, slots)
-            if moved is not None:
-                outs = tuple(moved[s.name] for s in self.spec.outputs)
-                return outs[0] if len(outs) == 1 else outs
+            return self.operator.step(call, state, slots, True)[0]
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
         out, after = self.step(rows, *args, **kwargs)
         if self.fold_order == "tree":
@@ -2058,6 +3415,8 @@ class Aggregator:
         call = bind_call(self.spec, args, kwargs, tokens=True)
         mask = check_flags(self.spec, "mask", mask, call)
         cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
+        if self.checks:
+            check_values(self.spec, call, mask, cu_seqlens)
         lags, _ = tap_tokens(self.spec, call, None, mask, None, cu_seqlens)
         rules = SimpleNamespace(**{k: v for k, v in vars(self.rules).items() if k != "start"})
         x, p = prepared(self.spec, call, lags)
@@ -2066,6 +3425,10 @@ class Aggregator:
     def _checked(self, call: Call, state: Mapping[str, Tensor] | None, rows: int) -> State | None:
         check = check_counter if self.fold_order == "tree" else check_state
         return check(self.spec, call, state, rows)
+
+    def _begin(self, call: Call) -> State:
+        """What each component starts from, [*dims]."""
+        return start_state(self.spec, self.rules, call, tuple(s.name for s in self.spec.components))
 
     def _start(self, call: Call) -> State:
         """Before any token; tails apart."""
@@ -2097,7 +3460,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='pr_lstm',
-    digest='0e32045dc1433930',
+    digest='346eb987414910fb',
     inputs=(Slot('x'),),
     params=(Slot('left', ('G',)), Slot('right', ('G',)), Slot('bias', ('G',)),),
     components=(Slot('c'), Slot('h'),),

@@ -28,19 +28,35 @@ Proof (identity element): proved over the reals, for all sizes (normal form).
 Plan: pointwise. pointwise: 3 scalars an element, 3 carried; lanes are independent, one pass over time; few lanes and a long sequence are split into segments.
 
 Written by psmc; regenerate with: psmc compile softmax_average.psm
-The mathematics of the spec comes first, then its kernels, then the runtime that all such modules share.
-Needs torch, and triton for tensors on a GPU; nothing else.
+The runtime holds what this spec needs of it. Needs torch, and triton for tensors on a GPU; nothing else.
+
+   71  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  123  kernels: a pointwise scan
+ 1221  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
+ 1345  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 1476  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1604  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1984  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2263  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2420  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2649  The border, continued: states, flags and packing
+ 2771  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2847  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2910  One checked call in PyTorch: lift, the scan of the plan, readout
+ 3033  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3298  The public face of a compiled aggregator: a parallel call, a step, states
+ 3499  the spec's border
 """
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from itertools import pairwise
 from math import isqrt
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
@@ -387,14 +403,13 @@ def lane_index(c, Q: tl.constexpr, D: tl.constexpr):
 
 
 @jit
-def tile_span(p_cu, i_n, i_s, T, SEG):
+def tile_span(p_cu, PACKED, i_n, i_s, T, SEG):
     """Sequence n from bos to eos, its segment s from `begin`, `length` tokens (none if not positive)."""
-    if p_cu is not None:
+    bos = i_n.to(tl.int64) * T
+    eos = bos + T
+    if PACKED != 0:
         bos = tl.load(p_cu + i_n).to(tl.int64)
         eos = tl.load(p_cu + i_n + 1).to(tl.int64)
-    else:
-        bos = i_n.to(tl.int64) * T
-        eos = bos + T
     begin = bos + i_s.to(tl.int64) * SEG
     length = tl.minimum(eos - begin, SEG).to(tl.int32)
     return bos, eos, begin, length
@@ -406,11 +421,11 @@ def lane_count(l_restart, l_count, r_restart, r_count):
     return l_restart | r_restart, tl.minimum(tl.where(r_restart != 0, r_count, l_count + r_count), 2)
 
 
-@jit(do_not_specialize=["T"])
-def kind_kernel(p_code, p_kind, p_cu, T, JOINED: tl.constexpr, BT: tl.constexpr):
+@jit(do_not_specialize=["T", "PACKED"])
+def kind_kernel(p_code, p_kind, p_cu, T, PACKED, JOINED: tl.constexpr, BT: tl.constexpr):
     """Marks (1 -> 3) each token that counts and has nothing before it; one program a sequence."""
     i_n = tl.program_id(0)
-    bos, eos, begin, length = tile_span(p_cu, i_n, i_n * 0, T, T)
+    bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_n * 0, T, T)
     t = tl.arange(0, BT)
     before = tl.program_id(0) * 0 + (1 if JOINED else 0)
     for i_t in tl.range(0, length, BT):
@@ -570,11 +585,11 @@ def forward_tile(
     return h_m, h_u, h_w
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG"])
+@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
 def forward_kernel(
     p_score, p_value, p_out_y, p_saved_m, p_saved_u, p_saved_w, p_initial_m, p_initial_u, p_initial_w,
     p_final_m, p_final_u, p_final_w, p_carry_m, p_carry_u, p_carry_w,
-    p_kind, p_cu, T, CV, S, SEG,
+    p_kind, p_cu, T, CV, S, SEG, PACKED,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
     JOINED: tl.constexpr, EVEN: tl.constexpr,
@@ -584,7 +599,7 @@ def forward_kernel(
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
-    bos, eos, begin, length = tile_span(p_cu, i_n, i_s, T, SEG)
+    bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
     BT: tl.constexpr = W * R
     o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
@@ -595,20 +610,20 @@ def forward_kernel(
     o = t * C + o_c[:, None, :]  # [W, R, BC]
     above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
     h_m = tl.full([1, BC], float("-inf"), tl.float32)
-    if p_carry_m is not None:
-        h_m = tl.load(p_carry_m + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
-    elif p_initial_m is not None:
+    if p_initial_m is not None:
         h_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    if S > 1:
+        h_m = tl.load(p_carry_m + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
     h_u = tl.full([1, BC], 0.0, tl.float32)
-    if p_carry_u is not None:
-        h_u = tl.load(p_carry_u + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
-    elif p_initial_u is not None:
+    if p_initial_u is not None:
         h_u = tl.load(p_initial_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    if S > 1:
+        h_u = tl.load(p_carry_u + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
     h_w = tl.full([1, BC], 0.0, tl.float32)
-    if p_carry_w is not None:
-        h_w = tl.load(p_carry_w + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0)
-    elif p_initial_w is not None:
+    if p_initial_w is not None:
         h_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    if S > 1:
+        h_w = tl.load(p_carry_w + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
     whole = tl.maximum(length, 0) // BT * BT
     for i_t in tl.range(0, whole, BT, num_stages=NS):
         joined = ((i_t > 0) | (i_s > 0) | JOINED).to(tl.int1)
@@ -630,10 +645,10 @@ def forward_kernel(
     tl.store(p_final_w + i_n * C + o_c, h_w, mask=m_end)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG"])
+@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
 def fold_kernel(
     p_score, p_value, p_fold_m, p_fold_u, p_fold_w, p_fold_kind,
-    p_kind, p_cu, T, CV, S, SEG,
+    p_kind, p_cu, T, CV, S, SEG, PACKED,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
@@ -643,7 +658,7 @@ def fold_kernel(
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
-    bos, eos, begin, length = tile_span(p_cu, i_n, i_s, T, SEG)
+    bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
     BT: tl.constexpr = W * R
     o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
@@ -705,17 +720,17 @@ def fold_kernel(
         tl.store(p_fold_kind + (i_n * S + i_s) * C + o_c, before_kind, mask=m_c)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG"])
+@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
 def carry_kernel(
     p_fold_m, p_fold_u, p_fold_w, p_initial_m, p_initial_u, p_initial_w, p_carry_m, p_carry_u, p_carry_w,
-    p_kind, p_cu, T, CV, S, SEG,
+    p_kind, p_cu, T, CV, S, SEG, PACKED,
     JOINED: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """What is before each segment, [N, S + 1, C] a live component, from the segments' products."""
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC
-    bos, eos, begin, length = tile_span(p_cu, i_n, i_n * 0, T, SEG)
+    bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_n * 0, T, SEG)
     segments = tl.cdiv(eos - bos, SEG).to(tl.int32)
     i_n = i_n.to(tl.int64)
     BT: tl.constexpr = W * R
@@ -789,12 +804,12 @@ def carry_kernel(
         tl.store(p_carry_w + (i_n * (S + 1) + i_t + 1) * C + o, s_w, mask=m)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG"])
+@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
 def backward_kernel(
     p_score, p_value, p_d_out_y, p_saved_m, p_saved_u, p_saved_w, p_initial_m, p_initial_u, p_initial_w,
     p_d_final_m, p_d_final_u, p_d_final_w, p_d_initial_m, p_d_initial_u, p_d_initial_w, p_d_score,
     p_d_value, p_carry_m, p_carry_u, p_carry_w,
-    p_kind, p_cu, T, CV, S, SEG,
+    p_kind, p_cu, T, CV, S, SEG, PACKED,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
     JOINED: tl.constexpr,
@@ -805,7 +820,7 @@ def backward_kernel(
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
-    bos, eos, begin, length = tile_span(p_cu, i_n, i_s, T, SEG)
+    bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
     BT: tl.constexpr = W * R
     o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
@@ -819,18 +834,15 @@ def backward_kernel(
     oc_score = t * C_score + k_score[:, None, :]
     C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
     oc_value = t * C_value + k_value[:, None, :]
-    if p_carry_m is not None:
-        h_adj_m = tl.load(p_carry_m + (i_n * S + i_s) * C + o_c, mask=m_c, other=0)
-    else:
-        h_adj_m = tl.load(p_d_final_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    if p_carry_u is not None:
-        h_adj_u = tl.load(p_carry_u + (i_n * S + i_s) * C + o_c, mask=m_c, other=0)
-    else:
-        h_adj_u = tl.load(p_d_final_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    if p_carry_w is not None:
-        h_adj_w = tl.load(p_carry_w + (i_n * S + i_s) * C + o_c, mask=m_c, other=0)
-    else:
-        h_adj_w = tl.load(p_d_final_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    h_adj_m = tl.load(p_d_final_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    if S > 1:
+        h_adj_m = tl.load(p_carry_m + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    h_adj_u = tl.load(p_d_final_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    if S > 1:
+        h_adj_u = tl.load(p_carry_u + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    h_adj_w = tl.load(p_d_final_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    if S > 1:
+        h_adj_w = tl.load(p_carry_w + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
     z_m = tl.full([1, BC], float("-inf"), tl.float32)
     if p_initial_m is not None:
         z_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
@@ -961,12 +973,12 @@ def backward_kernel(
         tl.store(p_d_initial_w + i_n * C + o_c, f_adj_w, mask=m_c & (i_s == 0))
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG"])
+@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
 def backward_fold_kernel(
     p_score, p_value, p_d_out_y, p_saved_m, p_saved_u, p_saved_w, p_initial_m, p_initial_u, p_initial_w,
     p_fold_J_m_m, p_fold_J_m_u, p_fold_J_m_w, p_fold_J_u_u, p_fold_J_w_w, p_fold_adj_m, p_fold_adj_u,
     p_fold_adj_w, p_fold_cut,
-    p_kind, p_cu, T, CV, S, SEG,
+    p_kind, p_cu, T, CV, S, SEG, PACKED,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
@@ -975,7 +987,7 @@ def backward_fold_kernel(
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
-    bos, eos, begin, length = tile_span(p_cu, i_n, i_s, T, SEG)
+    bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
     BT: tl.constexpr = W * R
     o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
@@ -1087,18 +1099,18 @@ def backward_fold_kernel(
         tl.store(p_fold_cut + (i_n * S + i_s) * C + o_c, before_cut, mask=m_c)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG"])
+@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
 def backward_carry_kernel(
     p_fold_J_m_m, p_fold_J_m_u, p_fold_J_m_w, p_fold_J_u_u, p_fold_J_w_w, p_fold_adj_m, p_fold_adj_u,
     p_fold_adj_w, p_d_final_m, p_d_final_u, p_d_final_w, p_carry_m, p_carry_u, p_carry_w,
-    p_cut, p_cu, T, CV, S, SEG,
+    p_cut, p_cu, T, CV, S, SEG, PACKED,
     R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """The cotangents after each segment, [N, S, C] a live component."""
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC
-    bos, eos, begin, length = tile_span(p_cu, i_n, i_n * 0, T, SEG)
+    bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_n * 0, T, SEG)
     segments = tl.cdiv(eos - bos, SEG).to(tl.int32)
     i_n = i_n.to(tl.int64)
     BT: tl.constexpr = W * R
@@ -1169,15 +1181,16 @@ def backward_carry_kernel(
         tl.store(p_carry_w + (i_n * S + i_t - 1) * C + o, l_adj_w, mask=m & (i_t + t > 0))
 
 
-@jit(do_not_specialize=["CV"])
+@jit(do_not_specialize=["CV", "N_score", "N_value", ])
 def step_kernel(
-    p_score, p_value, p_out_y, p_state_m, p_state_u, p_state_w,
-    p_slots, CV,
+    p_score, p_value, p_out_y, p_state_m, p_state_u, p_state_w, p_next_m, p_next_u, p_next_w,
+    p_slots, CV, N_score, N_value,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
     BC: tl.constexpr, V: tl.constexpr,
 ):
-    """One token a row: the state is read, moved on and written back, in the rows that p_slots [B] names."""
+    """One token a row: the state is read, moved on and written to p_next_*, in the rows that p_slots [B] names. N * V
+    lanes lie from a row of an input to the next."""
     C = CV * V
     NC = tl.cdiv(C, BC)
     i_c, row = tl.program_id(0) % NC, (tl.program_id(0) // NC).to(tl.int64)
@@ -1186,8 +1199,10 @@ def step_kernel(
         slot = tl.load(p_slots + row).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
     m_c = o_c < C
-    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
-    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
+    k_score = lane_index(o_c, Q_score, D_score)
+    k_value = lane_index(o_c, Q_value, D_value)
+    C_score = N_score.to(tl.int64) * V
+    C_value = N_value.to(tl.int64) * V
     b_score = tl.load(p_score + row * C_score + k_score, mask=m_c, other=0).to(tl.float32)
     b_value = tl.load(p_value + row * C_value + k_value, mask=m_c, other=0).to(tl.float32)
     v_m = tl.load(p_state_m + slot * C + o_c, mask=m_c, other=0).to(tl.float32)
@@ -1197,231 +1212,13 @@ def step_kernel(
     e_u = tl.full([1, BC], 1, tl.float32)
     s_m, s_u, s_w = lane_advance(v_m, v_u, v_w, e_m, e_u, e_w)
     y_y = lane_readout(s_u, s_w)
-    tl.store(p_state_m + slot * C + o_c, s_m, mask=m_c)
-    tl.store(p_state_u + slot * C + o_c, s_u, mask=m_c)
-    tl.store(p_state_w + slot * C + o_c, s_w, mask=m_c)
+    tl.store(p_next_m + slot * C + o_c, s_m, mask=m_c)
+    tl.store(p_next_u + slot * C + o_c, s_u, mask=m_c)
+    tl.store(p_next_w + slot * C + o_c, s_w, mask=m_c)
     tl.store(p_out_y + row * C + o_c, y_y, mask=m_c)
 
 
-# --- Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split).
-
-_SHAPES = 256  # remembered shapes
-
-
-class PointwiseKernels:
-    """The kernels of one spec behind tensors in the spec's own order.
-
-    Inputs are [B, T, *lanes, *dims] (declared ones, then taps), params [*lanes, *dims] or [*dims], states
-    [N, *lanes, *dims]; lanes of size 1 and grouped ones need not be expanded. `table` is what the compiler wrote: the
-    kernels, and the places of the tensors that each takes. `processors` is the GPU's number of multiprocessors.
-    """
-
-    def __init__(self, table: Any) -> None:
-        self.table = table
-        self.interpreted: bool = table.interpreted
-        self.processors: int | None = 1 if self.interpreted else None
-        self.segment_tiles = 16  # a segment has at least as many
-        self._lanes: dict[Any, LaneShape] = {}
-
-    def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
-        """The live components that `scan_forward` saves beside outputs of that dtype; `flagged`: with a mask or resets
-        (then an output is 0 at masked tokens, and does not stand for the state)."""
-        reused = [] if flagged else [c for c, _, always in self.table.reused if always or dtype == torch.float32]
-        return tuple(self.table.live[c][0] for c in self.table.backward[3] if c not in reused)
-
-    def scan_forward(
-        self, inputs: list[Tensor], params: list[Tensor], initial: list[Tensor] | None, code: Tensor | None,
-        cu: Tensor | None, save: bool,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-        """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [B, T, ...]."""
-        table, lanes = self.table, self._shape(inputs, params)
-        batch, length = inputs[0].shape[:2]
-        rows = batch if cu is None else cu.numel() - 1
-        dtype = real_dtype([*inputs, *params])
-        device = inputs[0].device
-        outputs = [_empty((batch, length, *lanes.full), kind, dtype, device) for _, kind in table.outputs]
-        finals = [_empty((rows, *lanes.full), kind, torch.float32, device) for _, kind in table.live]
-        names = self.saved_components(dtype, code is not None) if save else ()
-        saved = {
-            name: _empty((batch, length, *lanes.full), kind, torch.float32, device)
-            for name, kind in table.live if name in names
-        }  # fmt: skip
-        if rows and lanes.count:
-            args, maps = lanes.arguments(table.forward, inputs, params)
-            begin = [None] * len(table.live) if initial is None else [_plain(x) for x in initial]
-            joined = initial is not None or table.counts
-            kinds = self._kinds(code, cu, rows, length, joined)
-            span = self._span("forward", lanes, rows, length, inputs)
-            carry: list[Tensor | None] = [None] * len(table.live_scalars)
-            if span.segments > 1:
-                carry = self._carries(span, lanes, inputs, params, begin, kinds, cu, joined)
-            tensors = [*outputs, *(saved.get(name) for name, _ in table.live), *begin, *finals]
-            table.forward_kernel[span.grid](
-                *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, span.even, *span.tile,
-                num_warps=span.warps,
-            )  # fmt: skip
-        return outputs, finals, [saved[name] for name in names]
-
-    def scan_backward(
-        self, d_outputs: list[Tensor], d_finals: list[Tensor], inputs: list[Tensor], params: list[Tensor],
-        initial: list[Tensor] | None, outputs: list[Tensor], saved: list[Tensor], code: Tensor | None,
-        cu: Tensor | None,
-    ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None] | None]:  # fmt: skip
-        """Gradients of inputs and params in their own shapes, and of the initial state; None where there is none."""
-        table, lanes = self.table, self._shape(inputs, params)
-        batch, length = inputs[0].shape[:2]
-        rows = batch if cu is None else cu.numel() - 1
-        device = inputs[0].device
-        d_inputs: list[Tensor | None] = [None] * len(inputs)
-        d_params: list[Tensor | None] = [None] * len(params)
-        d_initial: list[Tensor | None] | None = None
-        if initial is not None:
-            d_initial = [torch.empty_like(x, memory_format=torch.contiguous_format) if place in table.smooth else None
-                         for place, x in enumerate(initial)]  # fmt: skip
-        if not (rows and lanes.count):
-            zeros = [torch.zeros_like(x) for x in inputs], [torch.zeros_like(x) for x in params]
-            return [*zeros[0]], [*zeros[1]], d_initial
-
-        names = self.saved_components(real_dtype([*inputs, *params]), code is not None)
-        kept = dict(zip(names, saved, strict=True))
-        states = {c: outputs[o] for c, o, _ in table.reused}
-        states = {c: kept[name] if (name := table.live[c][0]) in kept else states[c] for c in table.backward[3]}
-        joined = initial is not None or table.counts
-        kinds = self._kinds(code, cu, rows, length, joined)
-        span = self._span("backward", lanes, rows, length, inputs)
-        args, maps = lanes.arguments(table.backward, inputs, params)
-        cotangents = [_plain(d_outputs[o]) for o in table.backward[2]]
-        begin = [None if initial is None else _plain(initial[c]) for c in table.backward[3]]
-        ends = [_plain(d_finals[c]) for c in table.smooth]
-        firsts = [None if d_initial is None else d_initial[c] for c in table.smooth]
-        whole = {x: self._gradient(inputs[x], table.inputs[x][2], lanes.maps[x], (batch, length, *lanes.full))
-                 for x in table.input_shares}  # fmt: skip
-        parts = {p: _empty((rows * span.segments, *lanes.full), table.params[p][2], torch.float32, device)
-                 for p in table.param_shares}  # fmt: skip
-        carry: list[Tensor | None] = [None] * table.smooth_scalars
-        if span.segments > 1:
-            carry = self._backward_carries(span, lanes, inputs, params, d_outputs, states, initial, ends, kinds, cu)
-        tensors = [*cotangents, *states.values(), *begin, *ends, *firsts, *whole.values(), *parts.values()]
-        table.backward_kernel[span.grid](
-            *args, *map(_real, tensors), *carry, kinds, cu, *span.numbers, *maps, joined, *span.tile,
-            num_warps=span.warps,
-        )  # fmt: skip
-        for x, g in whole.items():
-            d_inputs[x] = lanes.reduced(g, inputs[x], table.inputs[x][1], 2)
-        for p, g in parts.items():
-            d_params[p] = lanes.reduced(g.sum(0), params[p], table.params[p][1], 0)
-        return d_inputs, d_params, d_initial
-
-    def step_in_place(
-        self, state: list[Tensor], inputs: list[Tensor], params: list[Tensor], slots: Tensor | None
-    ) -> list[Tensor]:
-        """The outputs of one token, inputs [B, ...]: row b (or slots[b]) of `state` [rows, ...] moves on in place."""
-        table = self.table
-        batch = inputs[0].shape[0]
-        tokens = [x.unsqueeze(1) for x in inputs]
-        lanes = self._shape(tokens, params)
-        dtype = real_dtype([*inputs, *params])
-        outputs = [_empty((batch, *lanes.full), kind, dtype, inputs[0].device) for _, kind in table.outputs]
-        if batch and lanes.count:
-            args, maps = lanes.arguments(table.forward, tokens, params)
-            block = min(1024, _power_of_two(lanes.count))
-            vector = math.gcd(lanes.count, 4)
-            table.step_kernel[(batch * -(-lanes.count // block),)](
-                *args, *map(_real, outputs), *map(_real, state), slots, lanes.count // vector, *maps, block, vector
-            )
-        return outputs
-
-    # --- pieces
-
-    def _shape(self, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> LaneShape:
-        key = (tuple(x.shape[2:] for x in inputs), tuple(p.shape for p in params))
-        found = self._lanes.get(key)
-        if found is None:
-            if len(self._lanes) >= _SHAPES:
-                self._lanes.clear()
-            found = self._lanes[key] = LaneShape(self.table, *key)
-        return found
-
-    def _span(
-        self, direction: str, lanes: LaneShape, rows: int, length: int, inputs: Sequence[Tensor]
-    ) -> SimpleNamespace:
-        """Tile, grid, and the split of time: programs enough to keep every multiprocessor loading."""
-        wide = any(x.element_size() >= 4 and lanes.maps[at] == (1, 1) for at, x in enumerate(inputs))
-        each_rows, chunks, width, warps, stages, vector = self.table.tiles[direction][4 if wide else 2]
-        while width > 1 and width >= 2 * lanes.count:
-            width, chunks = width // 2, min(2 * chunks, 64)
-        tokens, vector = each_rows * chunks, math.gcd(vector, lanes.count)
-        programs = rows * -(-lanes.count // width)
-        processors = self.processors or _processors(inputs[0].device)
-        segments, each = 1, length
-        if programs < 2 * processors:
-            segments = min(-(-4 * processors // programs), length // (self.segment_tiles * tokens))
-            if segments > 3:
-                each = -(-length // (segments * tokens)) * tokens
-            segments = -(-length // each) if each else 1
-        return SimpleNamespace(
-            tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
-            grid=(programs * segments,), numbers=(length, lanes.count // vector, segments, each),
-            even=lanes.count % width == 0,
-        )  # fmt: skip
-
-    def _kinds(self, code: Tensor | None, cu: Tensor | None, rows: int, length: int, joined: bool) -> Tensor | None:
-        """Kinds of tokens: `code`, with the tokens marked that have nothing before them."""
-        if code is None or self.table.counts:
-            return code
-        kinds = torch.empty_like(code, memory_format=torch.contiguous_format)
-        self.table.kind_kernel[(rows,)](code.contiguous(), kinds, cu, length, joined, 256)
-        return kinds
-
-    def _carries(
-        self, span: SimpleNamespace, lanes: LaneShape, inputs: list[Tensor], params: list[Tensor],
-        begin: Sequence[Tensor | None], kinds: Tensor | None, cu: Tensor | None, joined: bool,
-    ) -> list[Tensor | None]:  # fmt: skip
-        """What is before each segment, [N, S + 1, C] a live scalar."""
-        table, device = self.table, inputs[0].device
-        rows = span.programs // -(-lanes.count // span.tile[2])
-        folds = [_empty((rows, span.segments, lanes.count), k, torch.float32, device) for k in table.element_scalars]
-        carry = [_empty((rows, span.segments + 1, lanes.count), k, torch.float32, device) for k in table.live_scalars]
-        fold_kinds = None
-        if kinds is not None:
-            fold_kinds = torch.empty((rows, span.segments, lanes.count), dtype=torch.int8, device=device)
-        args, maps = lanes.arguments(table.fold, inputs, params)
-        table.fold_kernel[span.grid](
-            *args, *folds, fold_kinds, kinds, cu, *span.numbers, *maps, *span.tile, num_warps=span.warps
-        )
-        table.carry_kernel[(span.programs,)](
-            *folds, *map(_real, begin), *carry, fold_kinds, cu, *span.numbers, joined, *span.tile, num_warps=span.warps
-        )
-        return [*carry]
-
-    def _backward_carries(
-        self, span: SimpleNamespace, lanes: LaneShape, inputs: list[Tensor], params: list[Tensor],
-        d_outputs: list[Tensor], states: dict[int, Tensor], initial: list[Tensor] | None, ends: list[Tensor],
-        kinds: Tensor | None, cu: Tensor | None,
-    ) -> list[Tensor | None]:  # fmt: skip
-        """The cotangents after each segment, [N, S, C] a live scalar."""
-        table, device = self.table, inputs[0].device
-        rows = span.programs // -(-lanes.count // span.tile[2])
-        shape = (rows, span.segments, lanes.count)
-        folds = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(table.entries)]
-        carry = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(table.smooth_scalars)]
-        cuts = None if kinds is None else torch.empty(shape, dtype=torch.int8, device=device)
-        args, maps = lanes.arguments(table.backward_fold, inputs, params)
-        _, _, outputs, used = table.backward_fold
-        begin = [None if initial is None else _plain(initial[c]) for c in used]
-        tensors = [*(_plain(d_outputs[o]) for o in outputs), *(states[c] for c in used), *begin]
-        table.backward_fold_kernel[span.grid](
-            *args, *map(_real, tensors), *folds, cuts, kinds, cu, *span.numbers, *maps, *span.tile, num_warps=span.warps
-        )
-        table.backward_carry_kernel[(span.programs,)](
-            *folds, *map(_real, ends), *carry, cuts, cu, *span.numbers, *span.tile, num_warps=span.warps
-        )
-        return [*carry]
-
-    def _gradient(self, x: Tensor, kind: str, lane_map: tuple[int, int] | None, shape: tuple[int, ...]) -> Tensor:
-        """A buffer for an input's gradient in all lanes; fp32 if it has to be summed."""
-        dtype = torch.float32 if kind == "complex" or lane_map != (1, 1) else x.dtype
-        return _empty(shape, kind, dtype, x.device)
+# --- How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same.
 
 
 class LaneShape:
@@ -1459,23 +1256,26 @@ class LaneShape:
         sizes = self.full[len(self.lanes) :]
         return [*axes, *((size, held.get(d, 1)) for d, size in zip(self.dims, sizes, strict=True))]
 
-    def arguments(
+    def tensors(
         self, places: tuple[tuple[int, ...], ...], inputs: Sequence[Tensor], params: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[int]]:
-        """The tensors at these places as kernels take them, and their maps, flat."""
-        tensors: list[Tensor] = []
-        maps: list[int] = []
-        for at, x in [*((p, inputs[p]) for p in places[0]), *((self.inputs + p, params[p]) for p in places[1])]:
-            lead = 2 if at < self.inputs else 0
-            lane_map = self.maps[at]
-            if self.kinds[at] == "complex" and not x.is_complex():
-                x = x.to(torch.complex64)
-            if lane_map is None:
-                own = [n for _, n in self.axes[at]]
-                x = x.reshape(*x.shape[:lead], *own).expand(*x.shape[:lead], *(n for n, _ in self.axes[at]))
-            tensors.append(_real(_plain(x)))
-            maps += lane_map or (1, 1)
-        return tensors, maps
+    ) -> list[Any]:
+        """The tensors at these places as kernels take them."""
+        found: list[Any] = [self.tensor(at, inputs[at], 2) for at in places[0]]
+        return found + [self.tensor(self.inputs + at, params[at], 0) for at in places[1]]
+
+    def tensor(self, at: int, x: Tensor, lead: int) -> Tensor:
+        """Contiguous, complex if it is said to be, and expanded if its lanes have no map; `lead` axes before them."""
+        if self.kinds[at] == "complex" and not x.is_complex():
+            x = x.to(torch.complex64)
+        if self.maps[at] is None:
+            axes = self.axes[at]
+            x = x.reshape(*x.shape[:lead], *(n for _, n in axes)).expand(*x.shape[:lead], *(n for n, _ in axes))
+        return _plain(x)
+
+    def flat_maps(self, places: tuple[tuple[int, ...], ...]) -> list[int]:
+        """Q and D of each of the tensors at these places."""
+        found = [self.maps[at] or (1, 1) for at in (*places[0], *(self.inputs + at for at in places[1]))]
+        return [number for pair in found for number in pair]
 
     def reduced(self, grad: Tensor, like: Tensor, own: Sequence[str], lead: int) -> Tensor:
         """A gradient in all lanes summed to the shape and dtype of its tensor."""
@@ -1521,19 +1321,11 @@ def real_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return found or torch.get_default_dtype()
 
 
-def _empty(shape: tuple[int, ...], kind: str, real: torch.dtype, device: torch.device) -> Tensor:
-    dtype = {"real": real, "complex": torch.complex64, "int": torch.int64, "bool": torch.bool}[kind]
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 def _plain(x: Tensor) -> Tensor:
-    """Contiguous, and not a lazy conjugate."""
-    return x.resolve_conj().contiguous()
-
-
-def _real(x: Any) -> Any:
-    """A complex tensor as pairs of reals."""
-    return torch.view_as_real(x) if x is not None and x.is_complex() else x
+    """Contiguous, and nothing left to be done when it is read (a conjugate, a sign)."""
+    if x.is_contiguous() and not x.is_neg() and not x.is_conj():
+        return x
+    return x.resolve_conj().resolve_neg().contiguous()
 
 
 def _power_of_two(n: int) -> int:
@@ -1548,6 +1340,610 @@ def _processors(device: torch.device) -> int:
     if device not in _COUNTS:
         _COUNTS[device] = torch.cuda.get_device_properties(device).multi_processor_count
     return _COUNTS[device]
+
+
+# --- Launches of Triton kernels past the binder, which takes longer than a small kernel runs.
+
+_WORD = range(-(2**31), 2**31)
+
+
+class Kernel:
+    """A function of triton.jit whose arguments are tensors (or None), then whole numbers, then constants.
+
+    triton.jit compiles anew for other constants, for tensors of another dtype, None or not at a multiple of 16 bytes,
+    and for numbers that are 1, divisible by 16 or of 64 bits (unless it is told not to look), a device each. So that is
+    the key of what it compiled, and a call whose key is known goes straight to the launcher, pointers as numbers.
+    Triton's launch hooks are called; its settings are read when a kernel is first compiled. In the interpreter, with a
+    version of triton that is not known, and on other GPUs than NVIDIA's, all calls go through triton.jit.
+    """
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+        self._found: dict[Any, dict[Any, Any]] = {}
+
+    def launch(
+        self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device, **options: int
+    ) -> Launch:
+        """What one shape of call fixes; the tensors, on `device`, are passed to the result. `options`: num_warps,
+        num_stages."""
+        kinds = [(type(x), x) for x in constants]
+        traits = [_traits(n, p) for n, p in zip(numbers, self._parameters(len(numbers), len(constants)), strict=True)]
+        known = self._found.setdefault((*options.items(), *kinds, *traits), {})
+        return Launch(self.fn, grid, (*numbers, *constants), device, options, known)
+
+    def _parameters(self, numbers: int, constants: int) -> Sequence[Any]:
+        params = getattr(self.fn, "params", None)
+        if params is None:
+            return [None] * numbers
+        return list(params[len(params) - constants - numbers : len(params) - constants])
+
+
+class Launch:
+    """A kernel's launches of one shape: tensors of the same dtypes each time, None at the same places."""
+
+    __slots__ = ("fn", "grid", "home", "known", "near", "options", "rest")
+
+    def __init__(
+        self, fn: Any, grid: int, rest: tuple[Any, ...], device: torch.device, options: dict[str, int],
+        known: dict[Any, Any],
+    ) -> None:  # fmt: skip
+        self.fn, self.grid, self.rest, self.options, self.known = fn, (grid, 1, 1), rest, options, known
+        self.home = device.index  # None: wherever
+        self.near: dict[Any, Any] = {}  # device, which pointers are aligned -> a compiled kernel on this grid
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Runs on the tensors' device, in its current stream. They are as the kernel reads them: the caller has seen to
+        layouts and devices; complex ones are pairs of reals."""
+        driver = _driver(type(self.fn))
+        if driver is None:
+            self._jit(tensors)
+            return
+        device = driver.get_current_device()
+        if device != self.home and self.home is not None:
+            with torch.cuda.device(self.home):
+                self(*tensors)
+            return
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        bits = 0
+        for p in pointers:
+            if p:
+                bits |= p
+        aligned = tuple([p is None or not p & 15 for p in pointers]) if bits & 15 else True
+        run = self.near.get((device, aligned))
+        if run is None:
+            self._find(tensors, device, aligned)
+            return
+        run(*pointers, *self.rest, stream=driver.get_current_stream(device))
+
+    def _find(self, tensors: Sequence[Tensor | None], device: int, aligned: Any) -> None:
+        """A launch by triton.jit, which compiles if need be; what it ran is remembered."""
+        key = (device, aligned, *[None if x is None else x.dtype for x in tensors])
+        compiled = self.known.get(key)
+        if compiled is None:
+            compiled = self._jit(tensors)
+            if not hasattr(compiled, "packed_metadata"):
+                return
+            self.known[key] = compiled
+        else:
+            stream = _driver(type(self.fn)).get_current_stream(device)
+            compiled[self.grid](*[None if x is None else x.data_ptr() for x in tensors], *self.rest, stream=stream)
+        self.near[device, aligned] = compiled[self.grid]
+
+    def warm(self, *tensors: Tensor | torch.dtype | None) -> None:
+        """Compiles without launching; a dtype stands for an aligned tensor."""
+        if _driver(type(self.fn)) is not None:
+            self.fn.warmup(*map(_pairs, tensors), *self.rest, grid=self.grid, **self.options)
+
+    def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
+        return self.fn[self.grid](*map(_pairs, tensors), *self.rest, **self.options)
+
+
+def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
+    """What triton.jit may compile differently for."""
+    if type(number) is not int:
+        return (type(number),)
+    wide = number not in _WORD
+    if getattr(parameter, "do_not_specialize", False):
+        return wide, number >= 2**63
+    return wide, number >= 2**63, number == 1, number % 16 == 0
+
+
+def _pairs(x: Any) -> Any:
+    """A complex tensor as pairs of reals."""
+    if isinstance(x, torch.dtype):
+        return torch.float32 if x == torch.complex64 else x
+    return torch.view_as_real(x) if x is not None and x.is_complex() else x
+
+
+_KNOWN = ((3, 4), (3, 7))  # versions of triton, first and last, whose compiled kernels take all arguments as they are
+_DIRECT: dict[type, bool] = {}  # kinds of kernel -> whether they are launched directly
+
+
+def _driver(kind: type) -> Any:
+    """Triton's driver, if compiled kernels of this kind are launched directly."""
+    direct = _DIRECT.get(kind)
+    if direct is None:
+        triton = sys.modules.get("triton")
+        direct = False
+        if triton is not None and kind is getattr(triton, "JITFunction", None):
+            version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+            target = triton.runtime.driver.active.get_current_target()
+            direct = _KNOWN[0] <= version <= _KNOWN[1] and target.backend == "cuda"
+        _DIRECT[kind] = direct
+    return sys.modules["triton"].runtime.driver.active if direct else None
+
+
+# --- One token at a time by the step kernel: what its shapes fix is worked out once.
+
+
+class StepPlan:
+    """A step of one shape and layout: inputs [B, ...], params, and whether it moves the state in place."""
+
+    def __init__(
+        self, table: Any, kernel: Kernel, inputs: Sequence[Tensor], params: Sequence[Tensor], in_place: bool
+    ) -> None:
+        self.places: tuple[tuple[int, ...], tuple[int, ...]] = table.forward
+        self.in_place = in_place
+        self.batch = inputs[0].shape[0]
+        lanes = self.lanes = LaneShape(table, tuple(x.shape[1:] for x in inputs), tuple(p.shape for p in params))
+        real = real_dtype([*inputs, *params])
+        dtypes = {"real": real, "complex": torch.complex64, "int": torch.int64, "bool": torch.bool}
+        whole = (self.batch, *lanes.full)
+        self.outputs = [(whole, dtypes[kind], _model(whole, dtypes[kind], inputs)) for _, kind in table.outputs]
+        self.launch = None
+        strides = {at: self._stride(at, inputs[at]) for at in self.places[0]}
+        self.arguments = [(at, strides[at] is not None) for at in self.places[0]]
+        for at in self.places[1]:
+            place = len(inputs) + at
+            self.arguments.append((place, self._stride(place, params[at]) is not None))
+        if self.batch and lanes.count:
+            rows = [self._width(at) if strides[at] is None else strides[at] for at in self.places[0]]
+            vector = math.gcd(lanes.count, 4, *(n for n in rows if n is not None))
+            block = min(1024, _power_of_two(lanes.count))
+            numbers = [n // vector for n in (lanes.count, *rows) if n is not None]
+            self.launch = kernel.launch(
+                self.batch * -(-lanes.count // block),
+                numbers,
+                (*lanes.flat_maps(self.places), block, vector),
+                inputs[0].device,
+            )
+
+    def _stride(self, at: int, x: Tensor) -> int | None:
+        """Lanes from one row of an input to the next; None: it is read from a copy. Of a param, 0 or None."""
+        lanes = self.lanes
+        ready = lanes.maps[at] is not None and (lanes.kinds[at] == "complex") <= x.is_complex()
+        if not ready or x.is_conj() or x.is_neg():
+            return None
+        if at >= lanes.inputs:
+            return 0 if x.is_contiguous() else None
+        if not x[:1].is_contiguous():
+            return None
+        return x.stride(0) if self.batch > 1 else self._width(at)
+
+    def _width(self, at: int) -> int:
+        """The lanes of a contiguous row."""
+        own = self.lanes.maps[at]
+        return self.lanes.count if own is None else math.prod(n for _, n in self.lanes.axes[at])
+
+    def __call__(
+        self, state: Sequence[Tensor], tensors: Sequence[Tensor], slots: Tensor | None
+    ) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """The outputs of one token, and the state after it: row b (or slots[b]) of `state` [rows, ...] moves on.
+        `tensors`: the inputs and params that this plan was made for, or others of their shapes and layouts."""
+        device = tensors[0].device
+        outputs = [
+            torch.empty(shape, dtype=dtype, device=device) if like is None else torch.empty_like(tensors[like])
+            for shape, dtype, like in self.outputs
+        ]
+        after = state if self.in_place else [torch.empty_like(s) for s in state]
+        if self.launch is not None:
+            args = [tensors[at] if ready else self._ready(at, tensors[at]) for at, ready in self.arguments]
+            self.launch(*args, *outputs, *state, *after, slots)
+        return outputs, after
+
+    def _ready(self, at: int, x: Tensor) -> Tensor:
+        return self.lanes.tensor(at, x, 1 if at < self.lanes.inputs else 0)
+
+
+def _model(shape: tuple[int, ...], dtype: torch.dtype, inputs: Sequence[Tensor]) -> int | None:
+    """An input that such a tensor can be made like: the quickest way to make one."""
+    found = (at for at, x in enumerate(inputs) if x.shape == shape and x.dtype == dtype and x.is_contiguous())
+    return next(found, None)
+
+
+class Steps:
+    """Plans of steps that passed all checks, by what the checks look at: the next such step goes straight to a kernel.
+
+    `names`: the state's tensors, in the kernel's order; `inputs`: how many of the arguments are inputs.
+    """
+
+    def __init__(self, names: tuple[str, ...], inputs: int, table: Any, kernel: Kernel) -> None:
+        self.names, self.inputs, self.table, self.kernel = names, inputs, table, kernel
+        self._known: dict[Any, StepPlan] = {}
+
+    def again(self, state: Any, args: Sequence[Any], slots: Any, in_place: bool) -> tuple[Any, Any] | None:
+        """The outputs and the state after the token, if a step like this is known. None, too, if these tensors are not
+        for the kernel: autograd watches, something traces."""
+        if torch.compiler.is_compiling() or type(state) is not dict or len(state) != len(self.names):
+            return None
+        try:
+            before = [state[name] for name in self.names]
+        except KeyError:
+            return None
+        key: list[Any] = [in_place]
+        for x in (*args, *before) if slots is None else (*args, *before, slots):
+            kind = type(x)
+            if kind is not Tensor and kind is not torch.nn.Parameter:
+                return None
+            if x.requires_grad and not in_place and torch.is_grad_enabled():
+                return None
+            key.append((x.shape, x.stride(), x.dtype, x.device, x.is_neg(), x.is_conj()))
+        plan = self._known.get(tuple(key))
+        return None if plan is None else self._run(plan, state, before, args, slots)
+
+    def first(self, state: Any, args: Sequence[Any], slots: Tensor | None, in_place: bool) -> tuple[Any, Any]:
+        """The same of a step that has just been checked."""
+        before = [state[name] for name in self.names]
+        inputs, params = args[: self.inputs], args[self.inputs :]
+        plan = StepPlan(self.table, self.kernel, inputs, params, in_place)
+        tensors = (*args, *before) if slots is None else (*args, *before, slots)
+        if len(self._known) >= 256:
+            self._known.clear()
+        key = [(x.shape, x.stride(), x.dtype, x.device, x.is_neg(), x.is_conj()) for x in tensors]
+        self._known[in_place, *key] = plan
+        return self._run(plan, state, before, args, slots)
+
+    def _run(
+        self, plan: StepPlan, state: Any, before: list[Tensor], args: Sequence[Any], slots: Tensor | None
+    ) -> tuple[Any, Any]:
+        outputs, after = plan(before, args, slots)
+        moved = state if plan.in_place else dict(zip(self.names, after, strict=False))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs), moved
+
+
+# --- Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split).
+
+_SHAPES = 1024  # remembered shapes
+_DTYPES = {"real": torch.float32, "complex": torch.complex64, "int": torch.int64, "bool": torch.bool}
+
+
+class PointwiseKernels:
+    """The kernels of one spec behind tensors in the spec's own order.
+
+    Inputs are [B, T, *lanes, *dims] (declared ones, then taps), params [*lanes, *dims] or [*dims], states
+    [N, *lanes, *dims]; lanes of size 1 and grouped ones need not be expanded. `table` is what the compiler wrote: the
+    kernels, and the places of the tensors that each takes. `processors` is the GPU's number of multiprocessors.
+    """
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+        self.interpreted: bool = table.interpreted
+        self.processors: int | None = 1 if self.interpreted else None
+        self.segment_tiles = 16  # a segment has at least as many
+        self.kernels = {k.removesuffix("_kernel"): Kernel(v) for k, v in vars(table).items() if k.endswith("_kernel")}
+        self._plans: dict[Any, Any] = {}
+        self._families: dict[Any, Any] = {}
+        self._lanes: dict[Any, LaneShape] = {}
+        self._tuned: Any = None
+
+    def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
+        """The live components that `scan_forward` saves beside outputs of that dtype; `flagged`: with a mask or resets
+        (then an output is 0 at masked tokens, and does not stand for the state)."""
+        reused = [] if flagged else [c for c, _, always in self.table.reused if always or dtype == torch.float32]
+        return tuple(self.table.live[c][0] for c in self.table.backward[3] if c not in reused)
+
+    def scan_forward(
+        self, inputs: list[Tensor], params: list[Tensor], initial: list[Tensor] | None, code: Tensor | None,
+        cu: Tensor | None, save: bool,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+        """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [B, T, ...]."""
+        plan = self._planned(self._forward_plan, inputs, params, initial, code is not None, cu, save)
+        device = inputs[0].device
+        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.outputs]
+        finals = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.finals]
+        saved = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.saved]
+        if plan.launch is not None:
+            table = self.table
+            args = plan.lanes.tensors(table.forward, inputs, params)
+            begin = plan.nothing if initial is None else [_plain(x) for x in initial]
+            offsets = _no_offsets(device) if cu is None else cu
+            kinds = self._kinds(plan, code, offsets)
+            carry = [finals[c] for c in table.live_owners]  # read only where there are segments
+            if plan.folds is not None:
+                carry = self._carries(plan, inputs, params, begin, kinds, offsets)
+            kept = [None if at is None else saved[at] for at in plan.kept]
+            plan.launch(*args, *outputs, *kept, *begin, *finals, *carry, kinds, offsets)
+        return outputs, finals, saved
+
+    def scan_backward(
+        self, d_outputs: list[Tensor], d_finals: list[Tensor], inputs: list[Tensor], params: list[Tensor],
+        initial: list[Tensor] | None, outputs: list[Tensor], saved: list[Tensor], code: Tensor | None,
+        cu: Tensor | None,
+    ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None] | None]:  # fmt: skip
+        """Gradients of inputs and params in their own shapes, and of the initial state; None where there is none."""
+        table = self.table
+        plan = self._planned(self._backward_plan, inputs, params, initial, code is not None, cu, True)
+        device = inputs[0].device
+        d_inputs: list[Tensor | None] = [None] * len(inputs)
+        d_params: list[Tensor | None] = [None] * len(params)
+        d_initial: list[Tensor | None] | None = None
+        if initial is not None:
+            d_initial = [torch.empty_like(x, memory_format=torch.contiguous_format) if place in table.smooth else None
+                         for place, x in enumerate(initial)]  # fmt: skip
+        if plan.launch is None:
+            zeros = [torch.zeros_like(x) for x in inputs], [torch.zeros_like(x) for x in params]
+            return [*zeros[0]], [*zeros[1]], d_initial
+
+        kept = dict(zip(plan.names, saved, strict=True))
+        states = {c: outputs[o] for c, o, _ in table.reused}
+        states = {c: kept[name] if (name := table.live[c][0]) in kept else states[c] for c in table.backward[3]}
+        offsets = _no_offsets(device) if cu is None else cu
+        kinds = self._kinds(plan, code, offsets)
+        args = plan.lanes.tensors(table.backward, inputs, params)
+        cotangents = [_plain(d_outputs[o]) for o in table.backward[2]]
+        begin = [None if initial is None else _plain(initial[c]) for c in table.backward[3]]
+        ends = [_plain(d_finals[c]) for c in table.smooth]
+        firsts = [None if d_initial is None else d_initial[c] for c in table.smooth]
+        whole = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.whole]
+        parts = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.parts]
+        carry = [ends[c] for c in table.smooth_owners]  # read only where there are segments
+        if plan.folds is not None:
+            carry = self._backward_carries(plan, inputs, params, d_outputs, states, initial, ends, kinds, offsets)
+        tensors = [*cotangents, *states.values(), *begin, *ends, *firsts, *whole, *parts]
+        plan.launch(*args, *tensors, *carry, kinds, offsets)
+        for x, g in zip(table.input_shares, whole, strict=True):
+            d_inputs[x] = plan.lanes.reduced(g, inputs[x], table.inputs[x][1], 2)
+        for p, g in zip(table.param_shares, parts, strict=True):
+            d_params[p] = plan.lanes.reduced(g.sum(0), params[p], table.params[p][1], 0)
+        return d_inputs, d_params, d_initial
+
+    def steps(self, inputs: int) -> Steps:
+        """The step kernel, for a spec with so many inputs."""
+        return Steps(tuple(name for name, _ in self.table.live), inputs, self.table, self.kernels["step"])
+
+    # --- what a shape fixes
+
+    def _planned(
+        self, make: Callable[..., Any], inputs: Sequence[Tensor], params: Sequence[Tensor],
+        initial: Sequence[Tensor] | None, flagged: bool, cu: Tensor | None, save: bool,
+    ) -> Any:  # fmt: skip
+        """The plan of a call's shapes. The second shape of a kind of call is the sign that shapes vary: from then on a
+        split of time, which long sequences of few lanes need, must not wait for the compiler."""
+        tuned = self.table.tiles, self.processors, self.segment_tiles
+        if tuned != self._tuned:
+            self._plans.clear()
+            self._families.clear()
+            self._tuned = tuned
+        starts = None if initial is None else tuple([x.dtype for x in initial])
+        kind = make.__name__, starts, flagged, save
+        packed = 0 if cu is None else cu.shape[0]
+        key = (
+            kind,
+            packed,
+            cu is None or cu.dtype,
+            *[(x.shape, x.dtype, x.device) for x in inputs],
+            *[(p.shape, p.dtype) for p in params],
+        )
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _SHAPES:
+                self._plans.clear()
+            batch, length = inputs[0].shape[:2]
+            rows = batch if cu is None else packed - 1
+            plan = self._plans[key] = make(inputs, params, initial is not None, flagged, rows, length, packed > 0, save)
+            family = (kind, *[(x.shape[2:], x.dtype) for x in inputs], *[(p.shape, p.dtype) for p in params])
+            self._families[family] = count = self._families.get(family, 0) + 1
+            if count == 2 and plan.launch is not None:
+                self._warm(make, plan, inputs, params, initial is not None, flagged)
+        return plan
+
+    def _basis(
+        self, direction: str, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: bool, flagged: bool,
+        rows: int, length: int, packed: bool,
+    ) -> SimpleNamespace:  # fmt: skip
+        """What both directions have in common; `launch` is None if there is nothing to run."""
+        lanes, device = self._shape(inputs, params), inputs[0].device
+        joined = initial or self.table.counts
+        basis = SimpleNamespace(
+            lanes=lanes, rows=rows, length=length, joined=joined, launch=None, folds=None, kinds=None,
+            numbers=None, segments=1, span=None, device=device,
+        )  # fmt: skip
+        if rows and lanes.count:
+            span = basis.span = self._span(direction, lanes, rows, length, inputs)
+            basis.segments = span.segments
+            basis.numbers = (*span.numbers, int(packed))
+            if flagged and not self.table.counts:
+                basis.kinds = self.kernels["kind"].launch(rows, (length, int(packed)), (joined, 256), device)
+        return basis
+
+    def _forward_plan(
+        self, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: bool, flagged: bool, rows: int, length: int,
+        packed: bool, save: bool,
+    ) -> SimpleNamespace:  # fmt: skip
+        table = self.table
+        plan = self._basis("forward", inputs, params, initial, flagged, rows, length, packed)
+        lanes, span = plan.lanes, plan.span
+        real = {**_DTYPES, "real": real_dtype([*inputs, *params])}
+        names = self.saved_components(real["real"], flagged) if save else ()
+        tokens = (*inputs[0].shape[:2], *lanes.full)
+        plan.outputs = [(tokens, real[kind]) for _, kind in table.outputs]
+        plan.finals = [((rows, *lanes.full), _DTYPES[kind]) for _, kind in table.live]
+        kinds = dict(table.live)
+        plan.saved = [(tokens, _DTYPES[kinds[name]]) for name in names]
+        plan.kept = [names.index(name) if name in names else None for name, _ in table.live]
+        plan.nothing = [None] * len(table.live)
+        if span is not None:
+            maps = lanes.flat_maps(table.forward)
+            plan.launch = self.kernels["forward"].launch(
+                span.programs * span.segments, plan.numbers, (*maps, plan.joined, span.even, *span.tile),
+                plan.device, num_warps=span.warps,
+            )  # fmt: skip
+            plan.folds = self._fold_plan(plan) if span.segments > 1 else None
+        return plan
+
+    def _fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
+        table, span, lanes = self.table, plan.span, plan.lanes
+        rows, segments, where = plan.rows, plan.segments, {"device": plan.device, "num_warps": span.warps}
+        return SimpleNamespace(
+            folds=[((rows, segments, lanes.count), _DTYPES[k]) for k in table.element_scalars],
+            carry=[((rows, segments + 1, lanes.count), _DTYPES[k]) for k in table.live_scalars],
+            kinds=((rows, segments, lanes.count), torch.int8),
+            fold=self.kernels["fold"].launch(
+                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), *span.tile), **where
+            ),
+            join=self.kernels["carry"].launch(span.programs, plan.numbers, (plan.joined, *span.tile), **where),
+        )
+
+    def _backward_plan(
+        self, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: bool, flagged: bool, rows: int, length: int,
+        packed: bool, save: bool,
+    ) -> SimpleNamespace:  # fmt: skip
+        table = self.table
+        plan = self._basis("backward", inputs, params, initial, flagged, rows, length, packed)
+        lanes, span = plan.lanes, plan.span
+        plan.names = self.saved_components(real_dtype([*inputs, *params]), flagged)
+        if span is not None:
+            tokens = (*inputs[0].shape[:2], *lanes.full)
+            plan.whole = []
+            for x in table.input_shares:
+                kind = table.inputs[x][2]
+                summed = kind == "complex" or lanes.maps[x] != (1, 1)  # in fp32, as it has to be summed
+                plan.whole.append((tokens, _DTYPES[kind] if summed else inputs[x].dtype))
+            shape = (rows * span.segments, *lanes.full)
+            plan.parts = [(shape, _DTYPES[table.params[p][2]]) for p in table.param_shares]
+            maps = lanes.flat_maps(table.backward)
+            plan.launch = self.kernels["backward"].launch(
+                span.programs * span.segments, plan.numbers, (*maps, plan.joined, *span.tile), plan.device,
+                num_warps=span.warps,
+            )  # fmt: skip
+            plan.folds = self._backward_fold_plan(plan) if span.segments > 1 else None
+        return plan
+
+    def _backward_fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
+        table, span, lanes = self.table, plan.span, plan.lanes
+        shape, where = (plan.rows, plan.segments, lanes.count), {"device": plan.device, "num_warps": span.warps}
+        return SimpleNamespace(
+            folds=[(shape, torch.float32)] * table.entries,
+            carry=[(shape, torch.float32)] * table.smooth_scalars,
+            kinds=(shape, torch.int8),
+            fold=self.kernels["backward_fold"].launch(
+                span.programs * span.segments, plan.numbers, (*lanes.flat_maps(table.backward_fold), *span.tile),
+                **where,
+            ),
+            join=self.kernels["backward_carry"].launch(span.programs, plan.numbers, span.tile, **where),
+        )  # fmt: skip
+
+    def _warm(
+        self, make: Callable[..., Any], plan: SimpleNamespace, inputs: Sequence[Tensor], params: Sequence[Tensor],
+        initial: bool, flagged: bool,
+    ) -> None:  # fmt: skip
+        """Compiles the kernels of a split of time; buffers of their own count as aligned."""
+        table = self.table
+        back = make == self._backward_plan
+        found = (self._backward_fold_plan if back else self._fold_plan)(plan)
+        folds, carry = [d for _, d in found.folds], [d for _, d in found.carry]
+        kinds, offsets = torch.int8 if flagged else None, torch.int64
+        states = [_DTYPES[kind] for _, kind in table.live]
+        if back:
+            _, _, outputs, used = table.backward_fold
+            real = real_dtype([*inputs, *params])
+            args = plan.lanes.tensors(table.backward_fold, inputs, params)
+            args += [{**_DTYPES, "real": real}[table.outputs[o][1]] for o in outputs]
+            kept = {table.live[c][0] for c, _, _ in table.reused} - set(plan.names)
+            args += [real if table.live[c][0] in kept and states[c] == torch.float32 else states[c] for c in used]
+            args += [states[c] if initial else None for c in used]
+            begin = [states[c] for c in table.smooth]
+        else:
+            args = plan.lanes.tensors(table.fold, inputs, params)
+            begin = [s if initial else None for s in states]
+        found.fold.warm(*args, *folds, kinds, kinds, offsets)
+        found.join.warm(*folds, *begin, *carry, kinds, offsets)
+
+    def _shape(self, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> LaneShape:
+        key = (tuple(x.shape[2:] for x in inputs), tuple(p.shape for p in params))
+        found = self._lanes.get(key)
+        if found is None:
+            if len(self._lanes) >= _SHAPES:
+                self._lanes.clear()
+            found = self._lanes[key] = LaneShape(self.table, *key)
+        return found
+
+    def _span(
+        self, direction: str, lanes: LaneShape, rows: int, length: int, inputs: Sequence[Tensor]
+    ) -> SimpleNamespace:
+        """Tile, grid, and the split of time: programs enough to keep every multiprocessor loading."""
+        wide = any(x.element_size() >= 4 and lanes.maps[at] == (1, 1) for at, x in enumerate(inputs))
+        each_rows, chunks, width, warps, stages, vector = self.table.tiles[direction][4 if wide else 2]
+        while width > 1 and width >= 2 * lanes.count:
+            width, chunks = width // 2, min(2 * chunks, 64)
+        tokens, vector = each_rows * chunks, math.gcd(vector, lanes.count)
+        programs = rows * -(-lanes.count // width)
+        processors = self.processors or _processors(inputs[0].device)
+        segments, each = 1, length
+        if programs < 2 * processors:
+            segments = min(-(-4 * processors // programs), length // (self.segment_tiles * tokens))
+            if segments > 3:
+                each = -(-length // (segments * tokens)) * tokens
+            segments = -(-length // each) if each else 1
+        return SimpleNamespace(
+            tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
+            numbers=(length, lanes.count // vector, segments, each), even=lanes.count % width == 0,
+        )  # fmt: skip
+
+    # --- launches beside the main one
+
+    def _kinds(self, plan: SimpleNamespace, code: Tensor | None, offsets: Tensor) -> Tensor | None:
+        """Kinds of tokens: `code`, with the tokens marked that have nothing before them."""
+        if code is None or plan.kinds is None:
+            return code
+        kinds = torch.empty_like(code, memory_format=torch.contiguous_format)
+        plan.kinds(code.contiguous(), kinds, offsets)
+        return kinds
+
+    def _carries(
+        self, plan: SimpleNamespace, inputs: list[Tensor], params: list[Tensor], begin: Sequence[Tensor | None],
+        kinds: Tensor | None, offsets: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
+        """What is before each segment, [N, S + 1, C] a live scalar."""
+        folds, carry, fold_kinds = _buffers(plan.folds, kinds, offsets.device)
+        args = plan.lanes.tensors(self.table.fold, inputs, params)
+        plan.folds.fold(*args, *folds, fold_kinds, kinds, offsets)
+        plan.folds.join(*folds, *begin, *carry, fold_kinds, offsets)
+        return carry
+
+    def _backward_carries(
+        self, plan: SimpleNamespace, inputs: list[Tensor], params: list[Tensor], d_outputs: list[Tensor],
+        states: dict[int, Tensor], initial: list[Tensor] | None, ends: list[Tensor], kinds: Tensor | None,
+        offsets: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
+        """The cotangents after each segment, [N, S, C] a live scalar."""
+        folds, carry, cuts = _buffers(plan.folds, kinds, offsets.device)
+        args = plan.lanes.tensors(self.table.backward_fold, inputs, params)
+        _, _, outputs, used = self.table.backward_fold
+        begin = [None if initial is None else _plain(initial[c]) for c in used]
+        tensors = [*(_plain(d_outputs[o]) for o in outputs), *(states[c] for c in used), *begin]
+        plan.folds.fold(*args, *tensors, *folds, cuts, kinds, offsets)
+        plan.folds.join(*folds, *ends, *carry, cuts, offsets)
+        return carry
+
+
+def _buffers(
+    folds: SimpleNamespace, kinds: Tensor | None, device: torch.device
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    made = ([torch.empty(s, dtype=d, device=device) for s, d in group] for group in (folds.folds, folds.carry))
+    flags = None if kinds is None else torch.empty(folds.kinds[0], dtype=folds.kinds[1], device=device)
+    return next(made), next(made), flags
+
+
+_OFFSETS: dict[torch.device, Tensor] = {}
+
+
+def _no_offsets(device: torch.device) -> Tensor:
+    """In place of cu_seqlens where there is none: packed or not, the same kernel runs."""
+    found = _OFFSETS.get(device)
+    if found is None:
+        found = _OFFSETS[device] = torch.empty(0, dtype=torch.int64, device=device)
+    return found
 
 
 KERNELS = PointwiseKernels(
@@ -1575,6 +1971,8 @@ KERNELS = PointwiseKernels(
         param_shares=(),
         element_scalars=('real', 'real', 'real'),
         live_scalars=('real', 'real', 'real'),
+        live_owners=(0, 1, 2),
+        smooth_owners=(0, 1, 2),
         entries=8,
         smooth_scalars=3,
         reused=(),
@@ -1660,45 +2058,6 @@ def blocked_scan(
     prefix = _cat(pieces)
     shifted = _previous(prefix, before, before_exists, empty, entry, initial, initial_exists) if previous else None
     return Scan(prefix, shifted, carry or {}, exists)
-
-
-def sequential_scan(
-    advance: Rule,
-    elements: Values,
-    empty: Values,
-    *,
-    carry: Values | None = None,
-    initial: Values | None = None,
-    valid: Tensor | None = None,
-    entry: Tensor | None = None,
-    previous: bool = False,
-) -> Scan:
-    """`order: left`: one token after another is the meaning, and the start `empty` is combined with the first token.
-
-    `advance` may read anything of a token: for components that are not among `elements`, `empty` is [*lanes, *dims].
-    """
-    live = tuple(empty)
-    length = _leading(elements)[1]
-    if length == 0:
-        return _nothing(elements, empty, carry, None, previous)
-    start = _start(elements, empty)
-    before = start if carry is None else carry
-    state, states = before, []
-    donor = None if valid is None else _donor(elements, valid)
-    flags = [None] * length if valid is None else valid.unbind(1)
-    entries = [None] * length if entry is None else entry.unbind(1)
-    for x, v, e in zip(_unbind(elements), flags, entries, strict=True):
-        if e is not None:
-            rows, named = _rows(start, initial, None, e)
-            state = _pick(e == GO_ON, state, _pick(named, rows, start))
-        if v is None or donor is None:
-            state = _fit(advance(state, x), state, live)
-        else:
-            state = _pick(v, _fit(advance(state, _pick(v, x, donor)), state, live), state)
-        states.append(state)
-    prefix = {k: torch.stack([s[k] for s in states], 1) for k in live}
-    shifted = _previous(prefix, before, None, empty, entry, initial, None) if previous else None
-    return Scan(prefix, shifted, state, None)
 
 
 class _Guarded(NamedTuple):
@@ -1960,15 +2319,10 @@ def scan_tokens(
     ends = None if cu_seqlens is None else _Ends(cu_seqlens, length, segment)
 
     def body(x: Values, v: Any, e: Any, carry: Any, exists: Any, rows: Any) -> tuple[Any, ...]:
-        if left:
-            scan = sequential_scan(
-                advance, lift(x), empty, carry=carry, initial=entering, valid=v, entry=e, previous=previous
-            )
-        else:
-            scan = blocked_scan(
-                combine, advance, lift(x), empty, carry=carry, exists=exists, initial=entering,
-                initial_exists=initial_exists, valid=v, entry=e, previous=previous,
-            )  # fmt: skip
+        scan = blocked_scan(
+            combine, advance, lift(x), empty, carry=carry, exists=exists, initial=entering,
+            initial_exists=initial_exists, valid=v, entry=e, previous=previous,
+        )  # fmt: skip
         # Before the first token that counts a state may be infinite: no readout of it may meet a gradient.
         read, before = fill_masked(scan.prefix, v), scan.previous and fill_masked(scan.previous, v)
         outputs = {} if output is None else output(read, before, x)
@@ -2063,371 +2417,6 @@ def fill_masked(tensors: Values, valid: Tensor | None) -> Values:
     return {k: torch.where(_flag(valid, x), x, donor[k]) for k, x in tensors.items()}
 
 
-# --- The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token.
-
-Node = dict[str, Tensor]
-Merge = Callable[[Node, Node], Node]
-
-
-def tree_scan(
-    combine: Merge,
-    leaves: Node,
-    counter: Node | None = None,
-    *,
-    empty: Node | None = None,
-    exclusive: bool = False,
-    keep: bool = True,
-    recompute: bool = False,
-) -> tuple[Node, Node | None]:
-    """The prefixes [B, T, ...] of leaves [B, T, ...], and the counter after them; one combine a level.
-
-    counter     where to go on; all its streams must be at one position (`tree_tokens` has no such limit)
-    exclusive   the prefixes before each leaf; the first is `empty` (broadcast) if nothing came before
-    keep        False: no counter is returned; exclusive prefixes of 2^m leaves then take 2 (2^m - 1 - m) combines
-                in 2 (m - 1) levels, which is the least
-    recompute   keep the operands of each level for backward, not what `combine` computes on the way
-    """
-    batch, length = next(iter(leaves.values())).shape[:2]
-    position = 0 if counter is None else _common_position(counter)
-    counter = counter_start(batch) if counter is None else counter
-    used = leaves if keep or not exclusive else {k: x[:, :-1] for k, x in leaves.items()}
-    if recompute:
-        rule = combine
-
-        def combine(l: Node, r: Node) -> Node:  # noqa: E741
-            again: Node = checkpoint(rule, l, r, use_reentrant=False)
-            return again
-
-    roots = {k: _slot(counter, leaves, "root", k) for k in _bits(position)}
-    folds = {k: _slot(counter, leaves, "fold", k) for k in _bits(position)}
-    nodes = _trees(combine, used, roots, position)
-    prefix = _prefixes(combine, nodes, folds, position)
-    after = _counter_after(counter, nodes, prefix, position) if keep else None
-    if exclusive and length:
-        first = counter_prefix(counter, leaves, empty)
-        prefix = {k: torch.cat([first[k].unsqueeze(1), p[:, : length - 1]], 1) for k, p in prefix.items()}
-    return prefix, after
-
-
-def tree_roots(combine: Merge, leaves: Node, counter: Node | None = None, *, empty: Node) -> list[Node]:
-    """What the counter holds after each leaf, level by level: [B, T, ...], the root of 2^k tokens or `empty`."""
-    batch, length = next(iter(leaves.values())).shape[:2]
-    position = 0 if counter is None else _common_position(counter)
-    counter = counter_start(batch) if counter is None else counter
-    roots = {k: _slot(counter, leaves, "root", k) for k in _bits(position)}
-    nodes = _trees(combine, leaves, roots, position)
-    levels = []
-    for k in range((position + length).bit_length()):
-        known = nodes[k] if k < len(nodes) else {name: x[:, :0] for name, x in leaves.items()}
-        before = roots[k] if k in roots else {n: empty[n].to(x.dtype).expand_as(x[:, 0]) for n, x in leaves.items()}
-        tokens = range(position + 1, position + length + 1)
-        index = torch.tensor([(t >> k) - (position >> k) if t >> k & 1 else -1 for t in tokens])
-        level = {}
-        for name, x in known.items():
-            at = index.to(x.device)
-            rows = torch.cat([before[name].unsqueeze(1), x], 1).index_select(1, at.clamp(min=0))
-            level[name] = torch.where((at >= 0).view(-1, *[1] * (rows.dim() - 2)), rows, empty[name])
-        levels.append(level)
-    return levels
-
-
-def counter_start(batch: int) -> Node:
-    """The counter of `batch` streams that have seen nothing."""
-    return {"position": torch.zeros(batch, dtype=torch.int64)}
-
-
-def counter_push(combine: Merge, counter: Node, leaf: Node) -> tuple[Node, Node]:
-    """One token a stream, [B, ...]: (the prefix after it, the counter after it). Functional and differentiable.
-
-    The streams may be at different positions; a combine is called once for each level that carries in some stream, on
-    those streams alone, and once for the folds.
-    """
-    positions: list[int] = counter["position"].tolist()
-    carries = [(~p & p + 1).bit_length() - 1 for p in positions]  # trailing ones
-    root = leaf
-    for k in range(max(carries, default=0)):
-        rows = [b for b, c in enumerate(carries) if c > k]
-        merged = combine(_take(_slot(counter, leaf, "root", k), rows), _take(root, rows))
-        root = _put(root, rows, merged)
-    above = [_lowest(p >> c << c) for p, c in zip(positions, carries, strict=True)]  # the next root, if any
-    rows = [b for b, k in enumerate(above) if k is not None]
-    fold = root
-    if rows:
-        levels = sorted({k for k in above if k is not None})
-        left = root
-        for k in levels:
-            at = [b for b in rows if above[b] == k]
-            left = _put(left, at, _take(_slot(counter, leaf, "fold", k), at))
-        fold = _put(root, rows, combine(_take(left, rows), _take(root, rows)))
-    after = {"position": counter["position"] + 1}
-    for k in sorted({k for p in positions for k in _bits(p + 1)}):
-        rows = [b for b, c in enumerate(carries) if c == k]
-        for part, value in (("root", root), ("fold", fold)):
-            old = _slot(counter, leaf, part, k) if f"{next(iter(leaf))}.{part}.{k}" in counter else _zeros(leaf)
-            for name, x in _put(old, rows, _take(value, rows)).items():
-                after[f"{name}.{part}.{k}"] = x
-    return fold, after
-
-
-def counter_prefix(counter: Node, like: Node, empty: Node | None = None) -> Node:
-    """The prefix of each stream so far, [B, ...]; `empty` where nothing was seen. `like`: names, [B, T, ...] each."""
-    positions: list[int] = counter["position"].tolist()
-    if empty is None and not all(positions):
-        raise ValueError("a stream that has seen nothing has no prefix: pass `empty`")
-    found = {n: x.new_zeros(()) if empty is None else empty[n].to(x.dtype) for n, x in like.items()}
-    prefix = {n: v.expand(x.shape[:1] + x.shape[2:]) for (n, x), v in zip(like.items(), found.values(), strict=True)}
-    for k in sorted({k for k in map(_lowest, positions) if k is not None}):
-        rows = [b for b, p in enumerate(positions) if _lowest(p) == k]
-        prefix = _put(prefix, rows, _take(_slot(counter, like, "fold", k), rows))
-    return prefix
-
-
-def counter_bytes(counter: Node) -> int:
-    """What a counter holds, in bytes; tensors that are the same memory count once."""
-    return sum({x.data_ptr(): x.numel() * x.element_size() for x in counter.values()}.values())
-
-
-def counter_rows(parts: list[tuple[Node, int]]) -> Node:
-    """A counter of chosen streams: row `b` of counter `c` for each (c, b)."""
-    position = torch.stack([c["position"].cpu()[b] for c, b in parts])  # some may have moved to a device
-    bits = {k for p in position.tolist() for k in _bits(p)}
-    found = {key: x[0] for c, _ in parts for key, x in c.items() if key != "position"}
-    chosen = {"position": position}
-    for key, x in sorted(found.items(), key=lambda item: item[0]):
-        if int(key.rpartition(".")[2]) in bits:
-            chosen[key] = torch.stack([c[key][b] if key in c else torch.zeros_like(x) for c, b in parts])
-    return chosen
-
-
-# --- one tree ----------------------------------------------------------------------------------
-
-
-def _trees(combine: Merge, leaves: Node, roots: dict[int, Node], position: int) -> list[Node]:
-    """Upwards: level k holds the trees of 2^k tokens that end after `position`, [B, count, ...]. The left half of one
-    that straddles `position` is the counter's root of the level below."""
-    nodes = [leaves]
-    while True:
-        k, below = len(nodes) - 1, nodes[-1]
-        if position >> k & 1:
-            below = {name: torch.cat([roots[k][name].unsqueeze(1), x], 1) for name, x in below.items()}
-        pairs = next(iter(below.values())).shape[1] // 2
-        if pairs == 0:
-            return nodes
-        halves = {name: torch.unflatten(x[:, : 2 * pairs], 1, (pairs, 2)).unbind(2) for name, x in below.items()}
-        left, right = ({name: pair[side] for name, pair in halves.items()} for side in (0, 1))
-        nodes.append(_level(combine, left, right))
-
-
-def _prefixes(combine: Merge, nodes: list[Node], folds: dict[int, Node], position: int) -> Node:
-    """Downwards: level k has the prefixes at all multiples of 2^k after `position`. The even ones are the level above;
-    an odd one is the even one before it, or the counter's fold, combined with the tree between."""
-    even = {name: x[:, :0] for name, x in nodes[0].items()}
-    for k in reversed(range(len(nodes))):
-        first = position >> k
-        known = next(iter(even.values())).shape[1]
-        trees = {name: x[:, first % 2 :: 2] for name, x in nodes[k].items()}
-        count = next(iter(trees.values())).shape[1]
-        if first % 2:
-            odd = _level(combine, {name: x[:, :count] for name, x in even.items()}, trees) if count else trees
-            even = {name: _alternate(even[name], odd[name]) for name in even}
-            continue
-        start = _lowest(first)
-        if count == 0:
-            odd = trees
-        elif start is None:  # the first tree starts at token 0 and is its own prefix
-            left, right = ({n: x[:, lo : lo + count - 1] for n, x in y.items()} for y, lo in ((even, 0), (trees, 1)))
-            rest = [_level(combine, left, right)] if count > 1 else []
-            odd = {name: torch.cat([x[:, :1], *(r[name] for r in rest)], 1) for name, x in trees.items()}
-        else:
-            fold = folds[k + start]
-            left = {n: torch.cat([fold[n].unsqueeze(1), x[:, : count - 1]], 1) for n, x in even.items()}
-            odd = _level(combine, left, trees)
-        even = {name: _alternate(odd[name], even[name]) for name in even}
-        assert next(iter(even.values())).shape[1] == known + count
-    return even
-
-
-def _counter_after(counter: Node, nodes: list[Node], prefix: Node, position: int) -> Node:
-    """The counter at the end: roots and folds are among the trees and prefixes, or the old ones."""
-    length = next(iter(prefix.values())).shape[1]
-    end = position + length
-    after = {"position": counter["position"] + length}
-    for k in _bits(end):
-        new_tree, new_fold = (end >> k) - (position >> k) - 1, (end >> k << k) - position - 1
-        for name, x in prefix.items():
-            for part, source, at in (("root", nodes, new_tree), ("fold", None, new_fold)):
-                key = f"{name}.{part}.{k}"
-                after[key] = counter[key] if at < 0 else (source[k][name] if source else x)[:, at]
-    return after
-
-
-def _level(combine: Merge, left: Node, right: Node) -> Node:
-    """One combine for all pairs [B, count, ...] of a level, as one batch."""
-    l, r = ({name: x.flatten(0, 1) for name, x in side.items()} for side in (left, right))  # noqa: E741
-    return {name: x.expand(r[name].shape).reshape(right[name].shape) for name, x in combine(l, r).items()}
-
-
-def _alternate(first: Tensor, second: Tensor) -> Tensor:
-    """first 0, second 0, first 1, ... along axis 1; `first` may be one longer."""
-    short = second.shape[1]
-    both = torch.stack([first[:, :short], second], 2).flatten(1, 2)
-    return both if first.shape[1] == short else torch.cat([both, first[:, short:]], 1)
-
-
-# --- counters -----------------------------------------------------------------------------------
-
-
-def _bits(position: int) -> list[int]:
-    """The set bits."""
-    return [k for k in range(position.bit_length()) if position >> k & 1]
-
-
-def _lowest(position: int) -> int | None:
-    """The lowest set bit."""
-    return (position & -position).bit_length() - 1 if position else None
-
-
-def _common_position(counter: Node) -> int:
-    positions = set(counter["position"].tolist())
-    if len(positions) > 1:
-        raise ValueError(f"the streams are at different positions: {sorted(positions)}")
-    return int(positions.pop()) if positions else 0
-
-
-def _slot(counter: Node, names: Node, part: str, level: int) -> Node:
-    return {name: counter[f"{name}.{part}.{level}"] for name in names}
-
-
-def _zeros(node: Node) -> Node:
-    return {k: torch.zeros_like(x) for k, x in node.items()}
-
-
-def _take(node: Node, rows: list[int]) -> Node:
-    """Some rows; all of them at no cost."""
-    batch = next(iter(node.values())).shape[0]
-    if len(rows) == batch:
-        return node
-    return {k: x.index_select(0, torch.tensor(rows, dtype=torch.int64).to(x.device)) for k, x in node.items()}
-
-
-def _put(node: Node, rows: list[int], values: Node) -> Node:
-    """`node` with some rows replaced, out of place."""
-    batch = next(iter(node.values())).shape[0]
-    if len(rows) == batch:
-        return {k: values[k].expand(x.shape) for k, x in node.items()}
-    if not rows:
-        return node
-    out = {}
-    for k, x in node.items():
-        value = values[k].expand(len(rows), *x.shape[1:])
-        out[k] = x.index_copy(0, torch.tensor(rows, dtype=torch.int64).to(x.device), value)
-    return out
-
-
-# --- Many trees: the tree plan over sequences with masks, restarts and packing.
-
-
-def tree_tokens(
-    combine: Merge,
-    leaves: Node,
-    empty: Node,
-    counter: Node | None = None,
-    *,
-    valid: Tensor | None = None,
-    reset: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    previous: bool = False,
-    recompute: bool = False,
-) -> tuple[Node, Node | None, Node]:
-    """(prefix, prefix before each token or None, counter) of sequences with masks, restarts and packing.
-
-    valid [B, T] bool: a token that does not count is no leaf, the prefix stays as it is. reset [B, T] bool: a new tree
-    starts with this token. cu_seqlens [N + 1]: N sequences in one row; the counters are theirs. Runs between restarts
-    are found on the host (a sync, where the flags are on a device); those of one length and position share a scan.
-    """
-    batch, length = next(iter(leaves.values())).shape[:2]
-    bounds = [b * length for b in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-    count = len(bounds) - 1
-    given = counter_start(count) if counter is None else counter
-    positions: list[int] = [0] * count if counter is None else given["position"].tolist()
-    if not batch or (valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1):
-        prefix, after = tree_scan(combine, leaves, counter, recompute=recompute)
-        first = counter_prefix(counter, leaves, empty) if previous and counter is not None else empty
-        shifted = {k: torch.cat([_first(first[k], x), x], 1)[:, :length] for k, x in prefix.items()}
-        return prefix, shifted if previous else None, after or given
-    flags = [None if f is None else f.flatten().tolist() for f in (valid, reset)]
-    runs = _runs(bounds, flags[0], flags[1])
-    flat = {k: x.flatten(0, 1) for k, x in leaves.items()}
-    device = next(iter(flat.values())).device
-    # A table of every prefix there is: nothing, what each sequence went on from, then those of the runs.
-    nothing = {k: empty[k].to(x.dtype).expand(1, *x.shape[1:]) for k, x in flat.items()}
-    begun = counter_prefix(given, {k: x.new_empty(count, 0, *x.shape[1:]) for k, x in flat.items()}, empty)
-    table, size = [nothing, begun], 1 + count
-    groups: dict[tuple[int, int], list[_Run]] = {}
-    last = {run.sequence: run for run in runs}
-    ends: dict[int, tuple[Node, int]] = {}
-    for run in runs:
-        position = positions[run.sequence] if run.continues else 0
-        run.before = 1 + run.sequence if position else 0
-        ends[run.sequence] = (given, run.sequence) if position else (counter_start(1), 0)
-        if run.tokens:
-            groups.setdefault((len(run.tokens), position), []).append(run)
-    for (steps, position), members in groups.items():
-        index = torch.tensor([run.tokens for run in members]).to(device)
-        start = counter_rows([(given, run.sequence) for run in members]) if position else counter_start(len(members))
-        prefix, after = tree_scan(combine, {k: x[index] for k, x in flat.items()}, start, recompute=recompute)
-        table.append({k: x.flatten(0, 1) for k, x in prefix.items()})
-        for row, run in enumerate(members):
-            run.first, size = size, size + steps
-            if run is last[run.sequence]:
-                ends[run.sequence] = (after or start, row)
-    whole = {k: torch.cat([part[k] for part in table]) for k in leaves}
-    outside = batch * length - sum(len(run.seen) for run in runs)
-
-    def look(counts: list[list[int]]) -> Node:
-        pairs = [(run, seen) for run, c in zip(runs, counts, strict=True) for seen in c]
-        at = [run.before if seen == 0 else run.first + seen - 1 for run, seen in pairs] + [0] * outside
-        rows = torch.tensor(at, dtype=torch.int64).to(device)
-        return {k: x[rows].reshape(batch, length, *x.shape[1:]) for k, x in whole.items()}
-
-    before = look([run.seen for run in runs]) if previous else None
-    return look([run.after for run in runs]), before, counter_rows([ends[n] for n in range(count)])
-
-
-def _first(state: Tensor, like: Tensor) -> Tensor:
-    """A state, or a constant [*dims], as the first of prefixes [B, T, ...]."""
-    state = state.to(like.dtype).expand(like.shape[:1] + like.shape[2:])
-    return state.unsqueeze(1)
-
-
-class _Run:
-    """Tokens between two restarts of a sequence: those that count; for every token, how many did before and with it."""
-
-    def __init__(self, sequence: int, continues: bool) -> None:
-        self.sequence = sequence
-        self.continues = continues  # the sequence's first run goes on from its counter
-        self.tokens: list[int] = []
-        self.seen: list[int] = []
-        self.after: list[int] = []
-        self.before = self.first = 0  # where the prefix before the run, and the first one in it, are
-
-
-def _runs(bounds: list[int], valid: list[bool] | None, reset: list[bool] | None) -> list[_Run]:
-    """All runs, in the order of their tokens."""
-    runs = []
-    for n, (lo, hi) in enumerate(pairwise(bounds)):
-        runs.append(_Run(n, continues=True))
-        for t in range(lo, hi):
-            if reset is not None and reset[t]:
-                runs.append(_Run(n, continues=False))
-            run = runs[-1]
-            run.seen.append(len(run.tokens))
-            if valid is None or valid[t]:
-                run.tokens.append(t)
-            run.after.append(len(run.tokens))
-    return runs
-
-
 # --- The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names.
 
 
@@ -2448,16 +2437,18 @@ class Fields:
 @dataclass(frozen=True)
 class Slot:
     """A declared tensor: an input is [B, T, *lanes, *dims], a param [*lanes, *dims] or [*dims], a state [B, *lanes,
-    *dims]."""
+    *dims]. `within`: (low, high, brackets), its interval; None: no bound."""
 
     name: str
     dims: tuple[str, ...] = ()
     kind: str = "real"
+    within: tuple[float | None, float | None, str] | None = None
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A spec's border, as data. `taps`: how many tokens back an input is read; `previous`: the readout reads prev."""
+    """A spec's border, as data. `taps`: how many tokens back an input is read; `previous`: the readout reads prev;
+    `levels`: those of a tree's counter that the readout reads."""
 
     name: str
     digest: str
@@ -2470,6 +2461,7 @@ class Spec:
     dims: tuple[str, ...] = ()
     taps: Mapping[str, int] = field(default_factory=dict)
     previous: bool = False
+    levels: int = 0
 
 
 @dataclass
@@ -2654,12 +2646,6 @@ def spread(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:
     return x.unsqueeze(at + 1).expand(*x.shape[: at + 1], whole // size, *x.shape[at + 1 :]).flatten(at, at + 1)
 
 
-def all_lanes(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:
-    """`spread`, and lane axes of one repeated as well; the lanes of `x` end before `axis`."""
-    whole = spread(x, axis, lanes)
-    return whole.expand(*x.shape[: axis - len(lanes)], *lanes, *x.shape[axis:])
-
-
 # --- The border, continued: states, flags and packing.
 
 
@@ -2713,6 +2699,8 @@ def check_slots(spec: Spec, slots: Any, call: Call, state: Any) -> int:
         raise ArgumentError(
             f"PSM605: {spec.name}: 'slots' must be an int64 tensor [B] = {list(call.leading)}, not {given}."
         )
+    if slots.device != call.device:
+        raise ArgumentError(f"PSM605: {spec.name}: 'slots' is on {slots.device}, the inputs on {call.device}.")
     rows = [x for x in state.values() if isinstance(x, Tensor) and x.dim()]
     return rows[0].shape[0] if rows else 0
 
@@ -2725,23 +2713,6 @@ def check_state(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tens
     _check_names(spec, state, [*slots, *tail_names(spec)])
     parts = {k: _component(spec, call, k, state[k], slot, rows) for k, slot in slots.items()}
     return {**parts, **_tails(spec, call, state, rows)}
-
-
-def check_counter(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tensor] | None:
-    """The state of a tree: `position` [rows], and for each set bit k of one the roots and folds of that level."""
-    if state is None:
-        return None
-    position = state.get("position") if isinstance(state, Mapping) else None
-    if not isinstance(position, Tensor) or position.dtype != torch.int64 or tuple(position.shape) != (rows,):
-        raise ArgumentError(
-            f"PSM605: {spec.name}: the state of a tree has 'position', an int64 tensor [{rows}]; "
-            "pass what init_state, a call or a step returned."
-        )
-    bits = sorted({k for p in position.tolist() for k in range(p.bit_length()) if p >> k & 1})
-    keys = {f"{s.name}.{part}.{k}": s for s in spec.components for part in ("root", "fold") for k in bits}
-    _check_names(spec, state, ["position", *keys, *tail_names(spec)])
-    parts = {k: _component(spec, call, k, state[k], slot, rows) for k, slot in keys.items()}
-    return {"position": position, **parts, **_tails(spec, call, state, rows)}
 
 
 def tail_names(spec: Spec) -> list[str]:
@@ -2797,6 +2768,82 @@ def _refuse_state(spec: Spec, key: str, why: str) -> NoReturn:
     raise ArgumentError(f"PSM605: {spec.name}: state '{key}' {why}.")
 
 
+# --- What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it.
+
+
+def checks_wanted() -> bool:
+    """Whether aggregators check values from their start."""
+    return os.environ.get("PSMC_CHECK", "") not in ("", "0")
+
+
+def check_values(spec: Spec, call: Call, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Inputs and params are finite and in their intervals, masked tokens apart; offsets rise from 0 to T."""
+    for slot in spec.inputs:
+        _check(spec, slot, slot.name, call.inputs[slot.name], counts=mask)
+    for slot in spec.params:
+        _check(spec, slot, slot.name, call.params[slot.name])
+    if cu_seqlens is not None:
+        offsets, length = cu_seqlens.tolist(), call.leading[1]
+        if offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
+            raise ArgumentError(f"PSM606: {spec.name}: 'cu_seqlens' must rise from 0 to T = {length}, not {offsets}.")
+
+
+def check_state_values(spec: Spec, state: Mapping[str, Tensor] | None, start: Mapping[str, Tensor]) -> None:
+    """A state's values are numbers, and in their intervals or what a sequence starts from."""
+    slots = {s.name: s for s in spec.components}
+    for name, x in (state or {}).items():
+        slot = slots.get(name, Slot(name))
+        _check(spec, slot, f"state '{name}'", x, free=start.get(name), finite=False)
+
+
+def check_slot_values(spec: Spec, slots: Tensor | None, rows: int) -> None:
+    """Rows of the state, different ones."""
+    chosen = [] if slots is None else slots.tolist()
+    for at, row in enumerate(chosen):
+        if not 0 <= row < rows:
+            raise ArgumentError(f"PSM608: {spec.name}: slots[{at}] is {row}, but the state has {rows} rows.")
+        if row in chosen[:at]:
+            raise ArgumentError(f"PSM608: {spec.name}: slots[{at}] is {row}, as slots[{chosen.index(row)}] is.")
+
+
+def check_results(spec: Spec, outputs: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """No output and no state is NaN."""
+    for name, x in outputs.items():
+        _check(spec, Slot(name), f"output '{name}'", x, finite=False)
+    for name, x in state.items():
+        _check(spec, Slot(name), f"final state '{name}'", x, finite=False)
+
+
+def _check(
+    spec: Spec, slot: Slot, name: str, x: Tensor, *, counts: Tensor | None = None, free: Tensor | None = None,
+    finite: bool = True,
+) -> None:  # fmt: skip
+    """`counts` [B, T]: which tokens do; `free`: values that are allowed wherever the interval is."""
+    x = x.detach()
+    bad = ~torch.isfinite(x) if finite else torch.isnan(x)
+    if slot.within is not None and not x.is_complex():
+        low, high, ends = slot.within
+        value, outside = x.double(), torch.zeros_like(bad)
+        if low is not None:
+            outside |= value <= low if ends[0] == "(" else value < low
+        if high is not None:
+            outside |= value >= high if ends[1] == ")" else value > high
+        bad |= outside if free is None else outside & (x != free)
+    if counts is not None:
+        bad &= counts.reshape(*counts.shape, *[1] * (x.dim() - 2))
+    if not bool(bad.any()):
+        return
+    at = bad.nonzero()[0].tolist()
+    found = x[tuple(at)].item()
+    quoted = name if "'" in name else f"'{name}'"
+    where = f"PSM608: {spec.name}: {quoted}{at if at else ''} is {found}"
+    if slot.within is not None and found == found and abs(found) != torch.inf:
+        low, high, ends = slot.within
+        bounds = f"{'-inf' if low is None else f'{low:g}'}, {'inf' if high is None else f'{high:g}'}"
+        raise ArgumentError(f"{where}, outside of its interval {ends[0]}{bounds}{ends[1]}.")
+    raise ArgumentError(f"{where}{'' if found != found else ', but it must be finite'}.")
+
+
 # --- Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T.
 
 Tails = dict[str, Tensor]
@@ -2811,39 +2858,12 @@ def tap_tokens(
     cu_seqlens: Tensor | None,
 ) -> tuple[dict[str, Tensor], Tails]:
     """Inputs read some tokens earlier, as inputs `name_lagK` over all lanes; and the tails after the last token."""
-    if not spec.taps:
-        return {}, {}
-    where = places(call, cu_seqlens, reset)
-    lags: dict[str, Tensor] = {}
-    tails: Tails = {}
-    for name, longest in spec.taps.items():
-        x = _whole(spec, call, name)
-        tail = None if state is None else state[f"{name}_tail"]
-        if mask is not None:
-            x = torch.where(_flag(mask, x), x, x.new_zeros(()))
-        for lag in range(1, longest + 1):
-            lags[f"{name}_lag{lag}"] = lagged(x, lag, where, tail)
-        tails[f"{name}_tail"] = next_tail(x, longest, where, tail)
-    return lags, tails
+    return {}, {}
 
 
 def tap_token(spec: Spec, call: Call, state: Tails | None) -> tuple[dict[str, Tensor], Tails]:
     """The same for one token."""
-    lags: dict[str, Tensor] = {}
-    tails: Tails = {}
-    for name, longest in spec.taps.items():
-        x = _whole(spec, call, name)
-        past = x.new_zeros(x.shape[0], longest, *x.shape[1:]) if state is None else state[f"{name}_tail"]
-        for lag in range(1, longest + 1):
-            lags[f"{name}_lag{lag}"] = past[:, longest - lag]
-        tails[f"{name}_tail"] = torch.cat([past[:, 1:], x.unsqueeze(1)], 1)
-    return lags, tails
-
-
-def _whole(spec: Spec, call: Call, name: str) -> Tensor:
-    (slot,) = (s for s in spec.inputs if s.name == name)
-    x = call.inputs[name]
-    return all_lanes(x, x.dim() - len(slot.dims), call.lanes)
+    return {}, {}
 
 
 class Places(NamedTuple):
@@ -2879,43 +2899,6 @@ def places(call: Call, cu_seqlens: Tensor | None, reset: Tensor | None) -> Place
     return Places(row, at, torch.where(restarted, token - last, at), begin, end, restarted)
 
 
-def lagged(x: Tensor, lag: int, where: Places, tail: Tensor | None) -> Tensor:
-    """x read `lag` tokens earlier: [B, T, ...]; from the tail [rows, W, ...] or 0 before a sequence's start, 0 across a
-    restart. `x` holds 0 at masked tokens already."""
-    length = x.shape[1]
-    shifted = torch.cat([x.new_zeros(x.shape[0], min(lag, length), *x.shape[2:]), x[:, : max(length - lag, 0)]], 1)
-    inside = _flag(where.since >= lag, x)
-    out = torch.where(inside, shifted, x.new_zeros(()))
-    if tail is None:
-        return out
-    width = tail.shape[1]
-    slot = (width + where.at - lag).clamp(0, width - 1)
-    early = _flag((where.at < lag) & ~where.restarted, x)
-    return torch.where(early, tail[where.row, slot].to(x.dtype), out)
-
-
-def next_tail(x: Tensor, width: int, where: Places, tail: Tensor | None) -> Tensor:
-    """The last `width` tokens of each sequence, oldest first, [rows, W, ...]: older ones from the old tail, 0 before a
-    restart."""
-    rows, length = where.end.numel(), x.shape[1]
-    back = torch.arange(width, 0, -1, device=x.device)  # how far before the end
-    token = where.end[:, None] - back
-    inside = token >= where.begin[:, None]
-    if length == 0:
-        return x.new_zeros(rows, width, *x.shape[2:]) if tail is None else tail.to(x.dtype)
-    batch = torch.arange(rows, device=x.device).clamp(max=x.shape[0] - 1)  # packed sequences share row 0
-    last = (where.end - 1).clamp(min=0)
-    empty = where.end <= where.begin
-    reach = torch.where(where.restarted[batch, last] & ~empty, where.since[batch, last] + 1, length + width + 1)
-    kept = back[None, :] <= reach[:, None]
-    out = torch.where(_flag(inside & kept, x), x[batch[:, None], token.clamp(0, length - 1)], x.new_zeros(()))
-    if tail is None:
-        return out
-    slot = (width + token - where.begin[:, None]).clamp(0, width - 1)
-    older = tail[torch.arange(rows, device=x.device)[:, None], slot].to(x.dtype)
-    return torch.where(_flag(~inside & kept, x), older, out)
-
-
 def flip(x: Tensor, where: Places | None) -> Tensor:
     """Time reversed within each sequence; `where` None: each row is one sequence."""
     if where is None:
@@ -2945,40 +2928,7 @@ def prepared(spec: Spec, call: Call, lags: Values, lazily: bool = False) -> tupl
     for s in spec.inputs:
         raw += [(f"{s.name}_lag{k}", s, lags[f"{s.name}_lag{k}"]) for k in range(1, spec.taps.get(s.name, 0) + 1)]
     params = {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
-    if lazily:
-        return Prepared({name: (slot, value) for name, slot, value in raw}, call), params
     return {name: _prepared(slot, value, call) for name, slot, value in raw}, params
-
-
-class Prepared(Mapping[str, Tensor]):
-    """Inputs by name, each in the dtype of computation from its first reading on, wherever that is: a reading without
-    gradient leaves none out of later ones."""
-
-    def __init__(self, raw: Mapping[str, tuple[Slot, Tensor]], call: Call) -> None:
-        self._raw, self._call, self._made = raw, call, dict[str, Tensor]()
-        self._grad = torch.is_grad_enabled()
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._made:
-            with torch.set_grad_enabled(self._grad):
-                self._made[name] = _prepared(*self._raw[name], self._call)
-        return self._made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._raw)
-
-    def __len__(self) -> int:
-        return len(self._raw)
-
-
-class Tokens:
-    """The same as attributes, as the functions of a spec read them."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        self._values = values
-
-    def __getattr__(self, name: str) -> Tensor:
-        return self._values[name]
 
 
 def _prepared(slot: Slot, value: Tensor, call: Call) -> Tensor:
@@ -3015,9 +2965,6 @@ def run_scan(
 
     x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
     """
-    if hasattr(rules, "layers") and not whole:
-        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset, cu_seqlens)
-        return layered
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
     live = tuple(slots) if whole or fold == "tree" else spec.live
@@ -3043,32 +2990,19 @@ def run_scan(
 
     def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
         before = Fields(previous) if previous is not None else None
-        found = rules.output(Fields(prefix), before, Fields(tokens), params, n)
+        levels = []
+        found = rules.output(Fields(prefix), before, Fields(tokens), params, n, *levels)
         return {s.name: as_output(found[s.name], s, call, next(iter(prefix.values())).shape[:2]) for s in spec.outputs}
 
     empty = start_state(spec, rules, call, live)
     sequences = hasattr(rules, "recurrence")
-    if sequences:
-        empty = {k: as_state(v, slots[k], call, ()) for k, v in empty.items()}
     rows = call.leading[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     restart = None
     if hasattr(rules, "start") and fold == "scan":
         restart = {k: as_state(v, slots[k], call, (1,)) for k, v in empty.items()}
-    if fold == "tree":
-        x = fill_masked(x, mask)
-        prefix, before, counter = tree_tokens(
-            combine, lift(x), empty, initial, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
-            previous=spec.previous and not whole,
-        )  # fmt: skip
-        if whole:
-            return {}, counter
-        outputs = output(fill_masked(prefix, mask), before and fill_masked(before, mask), x)
-        if mask is not None:
-            outputs = {k: torch.where(_flag(mask, v), v, 0) for k, v in outputs.items()}
-        return outputs, counter
     final: Values
     outputs, final = scan_tokens(
-        (lambda tokens: tokens) if sequences else lift, combine, recur if sequences else advance,
+        lift, combine, advance,
         None if whole else output, x, empty, initial, restart=restart, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
         previous=spec.previous and not whole, left=fold == "left",
     )  # fmt: skip
@@ -3090,33 +3024,9 @@ def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
     tokens, before = Fields(x), Fields(state)
-    if hasattr(rules, "recurrence"):
-        moved = rules.recurrence(before, tokens, params, n)
-    else:
-        moved = rules.advance(before, Fields(rules.lift(tokens, params, n)), params, n)
+    moved = rules.advance(before, Fields(rules.lift(tokens, params, n)), params, n)
     after = {k: as_state(moved[k], slots[k], call, call.leading) for k in spec.live}
-    found = rules.output(Fields(after), before if spec.previous else None, tokens, params, n)
-    return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
-
-
-@in_full_precision
-def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
-    """One token of a tree: (outputs, the counter after it)."""
-    params, n, tokens = Fields(p), call.n, Fields(x)
-    slots = {s.name: s for s in spec.components}
-
-    def combine(l: Values, r: Values) -> Values:  # noqa: E741
-        joined: Values = rules.combine(Fields(l), Fields(r), params, n)
-        return {k: v.to(l[k].dtype) for k, v in joined.items()}
-
-    element = rules.lift(tokens, params, n)
-    leaf = {k: as_state(v, slots[k], call, call.leading) for k, v in element.items()}
-    prefix, after = counter_push(combine, state, leaf)
-    before = None
-    if spec.previous:
-        empty = start_state(spec, rules, call, tuple(slots))
-        before = Fields(counter_prefix(state, {k: v.unsqueeze(1) for k, v in leaf.items()}, empty))
-    found = rules.output(Fields(prefix), before, tokens, params, n)
+    found = rules.output(Fields(after), None, tokens, params, n)
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
@@ -3152,20 +3062,25 @@ class Operator:
     def __init__(self, spec: Spec, rules: Rules, fold: str, kernels: Any) -> None:
         self.spec, self.rules, self.fold, self.kernels = spec, rules, fold, kernels
         self.extras = tuple((s, lag) for s in spec.inputs for lag in range(1, spec.taps.get(s.name, 0) + 1))
-        self.live = () if fold == "tree" else tuple(s for s in spec.components if s.name in spec.live)
+        self.live = tuple(s for s in spec.components if s.name in spec.live)
+        self.quick = None if kernels is None or self.extras or fold == "tree" else kernels.steps(len(spec.inputs))
         name = f"{spec.name}_{spec.digest}"
         if not hasattr(torch.ops.psmc, name):
             self._register(name)
         self.op = getattr(torch.ops.psmc, name).default
 
-    def wanted(self, call: Call, carries: bool) -> bool:
+    def wanted(self, call: Call, carries: bool, cut: bool) -> bool:
         """Kernels where there are some for this device and dtype, one node of a compiled graph; else plain autograd.
 
-        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced.
+        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced. `cut`: tokens
+        are masked, packed or begin anew, which the kernels of a tree do not do.
         """
-        return self._kernels(call) or (torch.compiler.is_compiling() and not (carries and self.fold == "tree"))
+        tree = self.fold == "tree"
+        kernels = self._kernels(call) and not (tree and (carries or cut))
+        return kernels or (torch.compiler.is_compiling() and not (tree and carries))
 
-    def _kernels(self, call: Call) -> bool:
+    def _kernels(self, call: Call, given: Given | None = None) -> bool:
+        """`given`: of this very call, where flags matter."""
         on_device = call.device.type == "cuda" or (self.kernels is not None and self.kernels.interpreted)
         return self.kernels is not None and on_device and call.compute == torch.float32
 
@@ -3189,7 +3104,7 @@ class Operator:
 
     def steps(self, call: Call, state: Values | None) -> bool:
         """Whether the step kernel takes this token: no gradient is wanted, no taps, a state in the kernels' dtype."""
-        if not self._kernels(call) or self.extras or torch.compiler.is_compiling():
+        if not self._kernels(call) or self.extras or self.fold == "tree" or torch.compiler.is_compiling():
             return False
         tensors = (*call.inputs.values(), *call.params.values(), *(state or {}).values())
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -3198,12 +3113,12 @@ class Operator:
             state[s.name].dtype == call.of_kind(s.kind) and state[s.name].is_contiguous() for s in self.live
         )
 
-    def step(self, call: Call, state: Values, slots: Tensor | None) -> Any:
-        """One token by the step kernel: `state` [rows, ...] moves on in place, in the rows that `slots` names."""
-        found = self.kernels.step_in_place(
-            [state[s.name] for s in self.live], list(call.inputs.values()), list(call.params.values()), slots
-        )
-        return found[0] if len(found) == 1 else tuple(found)
+    def step(self, call: Call, state: Values, slots: Tensor | None, in_place: bool) -> tuple[Any, Values]:
+        """One token by the step kernel: (outputs, the state after it); `slots`: the rows that move on."""
+        assert self.quick is not None
+        tensors = (*call.inputs.values(), *call.params.values())
+        found: tuple[Any, Values] = self.quick.first(state, tensors, slots, in_place)
+        return found
 
     def _register(self, name: str) -> None:
         forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
@@ -3220,7 +3135,7 @@ class Operator:
         reset: Tensor | None, cu_seqlens: Tensor | None, save: bool,
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
-        if self._kernels(self._call(given)):
+        if self._kernels(self._call(given), given):
             return self._launch(given, save)
         found, final = self._run(given)
         results = (*found.values(), *(final[s.name] for s in self.live))
@@ -3263,7 +3178,7 @@ class Operator:
 
         results = [empty(call.leading, s, call.dtype) for s in self.spec.outputs]
         results += [empty((rows,), s) for s in self.live]
-        if save and self._kernels(call):
+        if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
             flagged = given.mask is not None or given.reset is not None
             saved = self.kernels.saved_components(call.dtype, flagged)
@@ -3288,7 +3203,7 @@ class Operator:
         like = self._fake(given, False) if any(g is None for g in used) else used
         dense = [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(used, like, strict=True)]  # type: ignore[arg-type]
         backward = getattr(torch.ops.psmc, f"{self.spec.name}_{self.spec.digest}_backward").default
-        found = iter(backward(dense, *given, results if self._kernels(self._call(given)) else []))
+        found = iter(backward(dense, *given, results if self._kernels(self._call(given), given) else []))
         split = [[g if _smooth(x) else None for x, g in zip(part, found, strict=False)] for part in parts]
         return (*split, None, None, None, None)
 
@@ -3298,7 +3213,7 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         everything = [*inputs, *params, *initial]
-        kernels = self._kernels(self._call(given))
+        kernels = self._kernels(self._call(given), given)
         flat = self._launch_backward(given, grads, results) if kernels else self._transpose(given, grads)
         return [
             torch.zeros(x.shape, dtype=x.dtype, device=x.device)
@@ -3395,20 +3310,14 @@ class Aggregator:
         """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points. With a rule from Python (then
         `rules.extern` is what makes an aggregator of one, and this one) calls are plain PyTorch, never a custom op."""
         self.spec, self.rules, self.fold_order = spec, rules, fold
-        self.operator = None if hasattr(rules, "extern") else Operator(spec, rules, fold, kernels)
+        self.operator = Operator(spec, rules, fold, kernels)
+        self._quick = None if self.operator is None else self.operator.quick  # steps that were checked before
+        self.checks = checks_wanted()  # values are read and checked, which waits for the device
         self.__name__ = spec.name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Aggregator:
         """Itself, as it holds nothing that trains; with a rule from Python, one with a copy of the rule."""
-        if not hasattr(self.rules, "extern"):
-            return self
-        make, rule = self.rules.extern
-        own = deepcopy(rule, memo)
-        copied: Aggregator = make(own)
-        copied.__class__ = type(self)
-        for name, value in vars(self).items():
-            vars(copied).setdefault(name, own if value is rule else value)
-        return copied
+        return self
 
     def __repr__(self) -> str:
         named = ", ".join(s.name for s in (*self.spec.inputs, *self.spec.params))
@@ -3440,6 +3349,10 @@ class Aggregator:
         reset = check_flags(self.spec, "reset", reset, call)
         cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
         state = self._checked(call, initial_state, call.leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        checks = self.checks and not torch.compiler.is_compiling()
+        if checks:
+            check_values(self.spec, call, mask, cu_seqlens)
+            check_state_values(self.spec, state, self._begin(call))
         back = None
         if reverse:
             back = None if cu_seqlens is None else places(call, cu_seqlens, None)
@@ -3448,62 +3361,70 @@ class Aggregator:
             reset = None if reset is None else flip(reset, back)
         lags, tails = tap_tokens(self.spec, call, state, mask, reset, cu_seqlens)
         begin = None if state is None else {k: x for k, x in state.items() if k not in tail_names(self.spec)}
-        if self.operator is not None and self.operator.wanted(call, return_state or state is not None):
+        cut = mask is not None or reset is not None or cu_seqlens is not None
+        if self.operator is not None and self.operator.wanted(call, return_state or state is not None, cut):
             outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
         else:
             x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
             outputs, final = run_scan(
                 self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
             )
+        if checks:
+            check_results(self.spec, outputs, final)
         found = tuple(flip(outputs[s.name], back) if reverse else outputs[s.name] for s in self.spec.outputs)
         out = found[0] if len(found) == 1 else found
         return (out, {**final, **tails}) if return_state else out
 
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
+        if self._quick is not None and not kwargs and not self.checks:
+            known: tuple[Any, State] | None = self._quick.again(state, args, None, False)
+            if known is not None:
+                return known
         call = bind_call(self.spec, args, kwargs, tokens=False)
         before = self._checked(call, state, call.leading[0])
+        if self.checks and not torch.compiler.is_compiling():
+            check_values(self.spec, call, None, None)
+            check_state_values(self.spec, before, self._begin(call))
         if self.operator is not None and self.operator.steps(call, before):
-            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
-            return self.operator.step(call, after, None), after
+            if before is None:
+                return self.operator.step(call, self._start(call), None, True)
+            return self.operator.step(call, before, None, False)
         lags, tails = tap_token(self.spec, call, before)
-        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
-            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
-            moved = self.rules.stepped(self.spec, self.rules, call, after, None)
-            if moved is not None:
-                outs = tuple(moved[s.name] for s in self.spec.outputs)
-                return outs[0] if len(outs) == 1 else outs, after
         x, p = prepared(self.spec, call, lags)
         if before is None:
             before = self._start(call)
-        run = run_push if self.fold_order == "tree" else run_step
+        run = run_step
         outputs, after = run(self.spec, self.rules, call, before, x, p)
         found = tuple(outputs[s.name] for s in self.spec.outputs)
         return found[0] if len(found) == 1 else found, {**after, **tails}
 
-    @torch.no_grad()
     def step_(self, state: State, *args: Tensor, slots: Tensor | None = None, **kwargs: Tensor) -> Any:
         """One token, in place and without gradient: `state` is overwritten; with `slots` [B] the rows that it names.
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
+        if self._quick is not None and not kwargs and not self.checks:
+            known = self._quick.again(state, args, slots, True)
+            if known is not None:
+                return known[0]
+        with torch.no_grad():
+            return self._step_in_place(state, args, slots, kwargs)
+
+    def _step_in_place(
+        self, state: State, args: tuple[Tensor, ...], slots: Tensor | None, kwargs: dict[str, Tensor]
+    ) -> Any:
         call = bind_call(self.spec, args, kwargs, tokens=False)
-        self._checked(call, state, check_slots(self.spec, slots, call, state))
-        if slots is not None and self.fold_order == "tree":
-            return self._push_rows(state, slots, *args, **kwargs)
+        count = check_slots(self.spec, slots, call, state)
+        self._checked(call, state, count)
+        if self.checks and not torch.compiler.is_compiling():
+            check_slot_values(self.spec, slots, count)
+            check_values(self.spec, call, None, None)
+            check_state_values(self.spec, state, self._begin(call))
         if self.operator is not None and self.operator.steps(call, state):
-            return self.operator.step(call, state, slots)
-        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
-            moved = self.rules.stepped(self.spec, self.rules, call, state, slots)
-            if moved is not None:
-                outs = tuple(moved[s.name] for s in self.spec.outputs)
-                return outs[0] if len(outs) == 1 else outs
+            return self.operator.step(call, state, slots, True)[0]
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
         out, after = self.step(rows, *args, **kwargs)
-        if self.fold_order == "tree":
-            state.clear()
-            state.update(after)
-            return out
         for name, value in after.items():
             if slots is None:
                 state[name].copy_(value)
@@ -3553,46 +3474,33 @@ class Aggregator:
         call = bind_call(self.spec, args, kwargs, tokens=True)
         mask = check_flags(self.spec, "mask", mask, call)
         cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
+        if self.checks:
+            check_values(self.spec, call, mask, cu_seqlens)
         lags, _ = tap_tokens(self.spec, call, None, mask, None, cu_seqlens)
         rules = SimpleNamespace(**{k: v for k, v in vars(self.rules).items() if k != "start"})
         x, p = prepared(self.spec, call, lags)
         return run_scan(self.spec, rules, call, "scan", x, p, None, mask, None, cu_seqlens, whole=True)[1]
 
     def _checked(self, call: Call, state: Mapping[str, Tensor] | None, rows: int) -> State | None:
-        check = check_counter if self.fold_order == "tree" else check_state
+        check = check_state
         return check(self.spec, call, state, rows)
+
+    def _begin(self, call: Call) -> State:
+        """What each component starts from, [*dims]."""
+        return start_state(self.spec, self.rules, call, tuple(s.name for s in self.spec.components))
 
     def _start(self, call: Call) -> State:
         """Before any token; tails apart."""
-        if self.fold_order == "tree":
-            return counter_start(call.leading[0])
         slots = {s.name: s for s in self.spec.components}
         begin = start_state(self.spec, self.rules, call, self.spec.live)
         return {k: as_state(v, slots[k], call, call.leading[:1]).clone() for k, v in begin.items()}
-
-    def _push_rows(self, state: State, slots: Tensor, *args: Tensor, **kwargs: Tensor) -> Any:
-        """`step_` of some streams of a tree, which may be at positions of their own."""
-        names = tail_names(self.spec)
-        rows: list[int] = slots.tolist()
-        counter = {k: x for k, x in state.items() if k not in names}
-        tails = {k: x.index_select(0, slots) for k, x in state.items() if k in names}
-        out, after = self.step({**counter_rows([(counter, r) for r in rows]), **tails}, *args, **kwargs)
-        pushed = {r: i for i, r in enumerate(rows)}
-        streams = range(counter["position"].shape[0])
-        moved = {k: x for k, x in after.items() if k not in names}
-        kept = counter_rows([(moved, pushed[r]) if r in pushed else (counter, r) for r in streams])
-        for name in names:
-            kept[name] = state[name].index_copy_(0, slots, after[name].to(state[name].dtype))
-        state.clear()
-        state.update(kept)
-        return out
 
 
 # --- the spec's border
 
 SPEC = Spec(
     name='softmax_average',
-    digest='936bc697d4514574',
+    digest='764bf754ccf03662',
     inputs=(Slot('score'), Slot('value'),),
     params=(),
     components=(Slot('m'), Slot('u'), Slot('w'),),

@@ -26,19 +26,29 @@ Proof (identity element): proved over the reals, for all sizes (normal form).
 Plan: general. blocked scan in PyTorch over the rule (proved associative).
 
 Written by psmc; regenerate with: psmc compile viterbi.psm
-The mathematics of the spec comes first, then the runtime that all such modules share.
-Needs torch; nothing else.
+The runtime holds what this spec needs of it. Needs torch; nothing else.
+
+   63  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+   93  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+  372  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+  529  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+  758  The border, continued: states, flags and packing
+  880  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+  956  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1019  One checked call in PyTorch: lift, the scan of the plan, readout
+ 1142  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 1407  The public face of a compiled aggregator: a parallel call, a step, states
+ 1608  the spec's border
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from itertools import pairwise
 from math import isqrt
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
@@ -157,45 +167,6 @@ def blocked_scan(
     prefix = _cat(pieces)
     shifted = _previous(prefix, before, before_exists, empty, entry, initial, initial_exists) if previous else None
     return Scan(prefix, shifted, carry or {}, exists)
-
-
-def sequential_scan(
-    advance: Rule,
-    elements: Values,
-    empty: Values,
-    *,
-    carry: Values | None = None,
-    initial: Values | None = None,
-    valid: Tensor | None = None,
-    entry: Tensor | None = None,
-    previous: bool = False,
-) -> Scan:
-    """`order: left`: one token after another is the meaning, and the start `empty` is combined with the first token.
-
-    `advance` may read anything of a token: for components that are not among `elements`, `empty` is [*lanes, *dims].
-    """
-    live = tuple(empty)
-    length = _leading(elements)[1]
-    if length == 0:
-        return _nothing(elements, empty, carry, None, previous)
-    start = _start(elements, empty)
-    before = start if carry is None else carry
-    state, states = before, []
-    donor = None if valid is None else _donor(elements, valid)
-    flags = [None] * length if valid is None else valid.unbind(1)
-    entries = [None] * length if entry is None else entry.unbind(1)
-    for x, v, e in zip(_unbind(elements), flags, entries, strict=True):
-        if e is not None:
-            rows, named = _rows(start, initial, None, e)
-            state = _pick(e == GO_ON, state, _pick(named, rows, start))
-        if v is None or donor is None:
-            state = _fit(advance(state, x), state, live)
-        else:
-            state = _pick(v, _fit(advance(state, _pick(v, x, donor)), state, live), state)
-        states.append(state)
-    prefix = {k: torch.stack([s[k] for s in states], 1) for k in live}
-    shifted = _previous(prefix, before, None, empty, entry, initial, None) if previous else None
-    return Scan(prefix, shifted, state, None)
 
 
 class _Guarded(NamedTuple):
@@ -457,15 +428,10 @@ def scan_tokens(
     ends = None if cu_seqlens is None else _Ends(cu_seqlens, length, segment)
 
     def body(x: Values, v: Any, e: Any, carry: Any, exists: Any, rows: Any) -> tuple[Any, ...]:
-        if left:
-            scan = sequential_scan(
-                advance, lift(x), empty, carry=carry, initial=entering, valid=v, entry=e, previous=previous
-            )
-        else:
-            scan = blocked_scan(
-                combine, advance, lift(x), empty, carry=carry, exists=exists, initial=entering,
-                initial_exists=initial_exists, valid=v, entry=e, previous=previous,
-            )  # fmt: skip
+        scan = blocked_scan(
+            combine, advance, lift(x), empty, carry=carry, exists=exists, initial=entering,
+            initial_exists=initial_exists, valid=v, entry=e, previous=previous,
+        )  # fmt: skip
         # Before the first token that counts a state may be infinite: no readout of it may meet a gradient.
         read, before = fill_masked(scan.prefix, v), scan.previous and fill_masked(scan.previous, v)
         outputs = {} if output is None else output(read, before, x)
@@ -560,371 +526,6 @@ def fill_masked(tensors: Values, valid: Tensor | None) -> Values:
     return {k: torch.where(_flag(valid, x), x, donor[k]) for k, x in tensors.items()}
 
 
-# --- The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token.
-
-Node = dict[str, Tensor]
-Merge = Callable[[Node, Node], Node]
-
-
-def tree_scan(
-    combine: Merge,
-    leaves: Node,
-    counter: Node | None = None,
-    *,
-    empty: Node | None = None,
-    exclusive: bool = False,
-    keep: bool = True,
-    recompute: bool = False,
-) -> tuple[Node, Node | None]:
-    """The prefixes [B, T, ...] of leaves [B, T, ...], and the counter after them; one combine a level.
-
-    counter     where to go on; all its streams must be at one position (`tree_tokens` has no such limit)
-    exclusive   the prefixes before each leaf; the first is `empty` (broadcast) if nothing came before
-    keep        False: no counter is returned; exclusive prefixes of 2^m leaves then take 2 (2^m - 1 - m) combines
-                in 2 (m - 1) levels, which is the least
-    recompute   keep the operands of each level for backward, not what `combine` computes on the way
-    """
-    batch, length = next(iter(leaves.values())).shape[:2]
-    position = 0 if counter is None else _common_position(counter)
-    counter = counter_start(batch) if counter is None else counter
-    used = leaves if keep or not exclusive else {k: x[:, :-1] for k, x in leaves.items()}
-    if recompute:
-        rule = combine
-
-        def combine(l: Node, r: Node) -> Node:  # noqa: E741
-            again: Node = checkpoint(rule, l, r, use_reentrant=False)
-            return again
-
-    roots = {k: _slot(counter, leaves, "root", k) for k in _bits(position)}
-    folds = {k: _slot(counter, leaves, "fold", k) for k in _bits(position)}
-    nodes = _trees(combine, used, roots, position)
-    prefix = _prefixes(combine, nodes, folds, position)
-    after = _counter_after(counter, nodes, prefix, position) if keep else None
-    if exclusive and length:
-        first = counter_prefix(counter, leaves, empty)
-        prefix = {k: torch.cat([first[k].unsqueeze(1), p[:, : length - 1]], 1) for k, p in prefix.items()}
-    return prefix, after
-
-
-def tree_roots(combine: Merge, leaves: Node, counter: Node | None = None, *, empty: Node) -> list[Node]:
-    """What the counter holds after each leaf, level by level: [B, T, ...], the root of 2^k tokens or `empty`."""
-    batch, length = next(iter(leaves.values())).shape[:2]
-    position = 0 if counter is None else _common_position(counter)
-    counter = counter_start(batch) if counter is None else counter
-    roots = {k: _slot(counter, leaves, "root", k) for k in _bits(position)}
-    nodes = _trees(combine, leaves, roots, position)
-    levels = []
-    for k in range((position + length).bit_length()):
-        known = nodes[k] if k < len(nodes) else {name: x[:, :0] for name, x in leaves.items()}
-        before = roots[k] if k in roots else {n: empty[n].to(x.dtype).expand_as(x[:, 0]) for n, x in leaves.items()}
-        tokens = range(position + 1, position + length + 1)
-        index = torch.tensor([(t >> k) - (position >> k) if t >> k & 1 else -1 for t in tokens])
-        level = {}
-        for name, x in known.items():
-            at = index.to(x.device)
-            rows = torch.cat([before[name].unsqueeze(1), x], 1).index_select(1, at.clamp(min=0))
-            level[name] = torch.where((at >= 0).view(-1, *[1] * (rows.dim() - 2)), rows, empty[name])
-        levels.append(level)
-    return levels
-
-
-def counter_start(batch: int) -> Node:
-    """The counter of `batch` streams that have seen nothing."""
-    return {"position": torch.zeros(batch, dtype=torch.int64)}
-
-
-def counter_push(combine: Merge, counter: Node, leaf: Node) -> tuple[Node, Node]:
-    """One token a stream, [B, ...]: (the prefix after it, the counter after it). Functional and differentiable.
-
-    The streams may be at different positions; a combine is called once for each level that carries in some stream, on
-    those streams alone, and once for the folds.
-    """
-    positions: list[int] = counter["position"].tolist()
-    carries = [(~p & p + 1).bit_length() - 1 for p in positions]  # trailing ones
-    root = leaf
-    for k in range(max(carries, default=0)):
-        rows = [b for b, c in enumerate(carries) if c > k]
-        merged = combine(_take(_slot(counter, leaf, "root", k), rows), _take(root, rows))
-        root = _put(root, rows, merged)
-    above = [_lowest(p >> c << c) for p, c in zip(positions, carries, strict=True)]  # the next root, if any
-    rows = [b for b, k in enumerate(above) if k is not None]
-    fold = root
-    if rows:
-        levels = sorted({k for k in above if k is not None})
-        left = root
-        for k in levels:
-            at = [b for b in rows if above[b] == k]
-            left = _put(left, at, _take(_slot(counter, leaf, "fold", k), at))
-        fold = _put(root, rows, combine(_take(left, rows), _take(root, rows)))
-    after = {"position": counter["position"] + 1}
-    for k in sorted({k for p in positions for k in _bits(p + 1)}):
-        rows = [b for b, c in enumerate(carries) if c == k]
-        for part, value in (("root", root), ("fold", fold)):
-            old = _slot(counter, leaf, part, k) if f"{next(iter(leaf))}.{part}.{k}" in counter else _zeros(leaf)
-            for name, x in _put(old, rows, _take(value, rows)).items():
-                after[f"{name}.{part}.{k}"] = x
-    return fold, after
-
-
-def counter_prefix(counter: Node, like: Node, empty: Node | None = None) -> Node:
-    """The prefix of each stream so far, [B, ...]; `empty` where nothing was seen. `like`: names, [B, T, ...] each."""
-    positions: list[int] = counter["position"].tolist()
-    if empty is None and not all(positions):
-        raise ValueError("a stream that has seen nothing has no prefix: pass `empty`")
-    found = {n: x.new_zeros(()) if empty is None else empty[n].to(x.dtype) for n, x in like.items()}
-    prefix = {n: v.expand(x.shape[:1] + x.shape[2:]) for (n, x), v in zip(like.items(), found.values(), strict=True)}
-    for k in sorted({k for k in map(_lowest, positions) if k is not None}):
-        rows = [b for b, p in enumerate(positions) if _lowest(p) == k]
-        prefix = _put(prefix, rows, _take(_slot(counter, like, "fold", k), rows))
-    return prefix
-
-
-def counter_bytes(counter: Node) -> int:
-    """What a counter holds, in bytes; tensors that are the same memory count once."""
-    return sum({x.data_ptr(): x.numel() * x.element_size() for x in counter.values()}.values())
-
-
-def counter_rows(parts: list[tuple[Node, int]]) -> Node:
-    """A counter of chosen streams: row `b` of counter `c` for each (c, b)."""
-    position = torch.stack([c["position"].cpu()[b] for c, b in parts])  # some may have moved to a device
-    bits = {k for p in position.tolist() for k in _bits(p)}
-    found = {key: x[0] for c, _ in parts for key, x in c.items() if key != "position"}
-    chosen = {"position": position}
-    for key, x in sorted(found.items(), key=lambda item: item[0]):
-        if int(key.rpartition(".")[2]) in bits:
-            chosen[key] = torch.stack([c[key][b] if key in c else torch.zeros_like(x) for c, b in parts])
-    return chosen
-
-
-# --- one tree ----------------------------------------------------------------------------------
-
-
-def _trees(combine: Merge, leaves: Node, roots: dict[int, Node], position: int) -> list[Node]:
-    """Upwards: level k holds the trees of 2^k tokens that end after `position`, [B, count, ...]. The left half of one
-    that straddles `position` is the counter's root of the level below."""
-    nodes = [leaves]
-    while True:
-        k, below = len(nodes) - 1, nodes[-1]
-        if position >> k & 1:
-            below = {name: torch.cat([roots[k][name].unsqueeze(1), x], 1) for name, x in below.items()}
-        pairs = next(iter(below.values())).shape[1] // 2
-        if pairs == 0:
-            return nodes
-        halves = {name: torch.unflatten(x[:, : 2 * pairs], 1, (pairs, 2)).unbind(2) for name, x in below.items()}
-        left, right = ({name: pair[side] for name, pair in halves.items()} for side in (0, 1))
-        nodes.append(_level(combine, left, right))
-
-
-def _prefixes(combine: Merge, nodes: list[Node], folds: dict[int, Node], position: int) -> Node:
-    """Downwards: level k has the prefixes at all multiples of 2^k after `position`. The even ones are the level above;
-    an odd one is the even one before it, or the counter's fold, combined with the tree between."""
-    even = {name: x[:, :0] for name, x in nodes[0].items()}
-    for k in reversed(range(len(nodes))):
-        first = position >> k
-        known = next(iter(even.values())).shape[1]
-        trees = {name: x[:, first % 2 :: 2] for name, x in nodes[k].items()}
-        count = next(iter(trees.values())).shape[1]
-        if first % 2:
-            odd = _level(combine, {name: x[:, :count] for name, x in even.items()}, trees) if count else trees
-            even = {name: _alternate(even[name], odd[name]) for name in even}
-            continue
-        start = _lowest(first)
-        if count == 0:
-            odd = trees
-        elif start is None:  # the first tree starts at token 0 and is its own prefix
-            left, right = ({n: x[:, lo : lo + count - 1] for n, x in y.items()} for y, lo in ((even, 0), (trees, 1)))
-            rest = [_level(combine, left, right)] if count > 1 else []
-            odd = {name: torch.cat([x[:, :1], *(r[name] for r in rest)], 1) for name, x in trees.items()}
-        else:
-            fold = folds[k + start]
-            left = {n: torch.cat([fold[n].unsqueeze(1), x[:, : count - 1]], 1) for n, x in even.items()}
-            odd = _level(combine, left, trees)
-        even = {name: _alternate(odd[name], even[name]) for name in even}
-        assert next(iter(even.values())).shape[1] == known + count
-    return even
-
-
-def _counter_after(counter: Node, nodes: list[Node], prefix: Node, position: int) -> Node:
-    """The counter at the end: roots and folds are among the trees and prefixes, or the old ones."""
-    length = next(iter(prefix.values())).shape[1]
-    end = position + length
-    after = {"position": counter["position"] + length}
-    for k in _bits(end):
-        new_tree, new_fold = (end >> k) - (position >> k) - 1, (end >> k << k) - position - 1
-        for name, x in prefix.items():
-            for part, source, at in (("root", nodes, new_tree), ("fold", None, new_fold)):
-                key = f"{name}.{part}.{k}"
-                after[key] = counter[key] if at < 0 else (source[k][name] if source else x)[:, at]
-    return after
-
-
-def _level(combine: Merge, left: Node, right: Node) -> Node:
-    """One combine for all pairs [B, count, ...] of a level, as one batch."""
-    l, r = ({name: x.flatten(0, 1) for name, x in side.items()} for side in (left, right))  # noqa: E741
-    return {name: x.expand(r[name].shape).reshape(right[name].shape) for name, x in combine(l, r).items()}
-
-
-def _alternate(first: Tensor, second: Tensor) -> Tensor:
-    """first 0, second 0, first 1, ... along axis 1; `first` may be one longer."""
-    short = second.shape[1]
-    both = torch.stack([first[:, :short], second], 2).flatten(1, 2)
-    return both if first.shape[1] == short else torch.cat([both, first[:, short:]], 1)
-
-
-# --- counters -----------------------------------------------------------------------------------
-
-
-def _bits(position: int) -> list[int]:
-    """The set bits."""
-    return [k for k in range(position.bit_length()) if position >> k & 1]
-
-
-def _lowest(position: int) -> int | None:
-    """The lowest set bit."""
-    return (position & -position).bit_length() - 1 if position else None
-
-
-def _common_position(counter: Node) -> int:
-    positions = set(counter["position"].tolist())
-    if len(positions) > 1:
-        raise ValueError(f"the streams are at different positions: {sorted(positions)}")
-    return int(positions.pop()) if positions else 0
-
-
-def _slot(counter: Node, names: Node, part: str, level: int) -> Node:
-    return {name: counter[f"{name}.{part}.{level}"] for name in names}
-
-
-def _zeros(node: Node) -> Node:
-    return {k: torch.zeros_like(x) for k, x in node.items()}
-
-
-def _take(node: Node, rows: list[int]) -> Node:
-    """Some rows; all of them at no cost."""
-    batch = next(iter(node.values())).shape[0]
-    if len(rows) == batch:
-        return node
-    return {k: x.index_select(0, torch.tensor(rows, dtype=torch.int64).to(x.device)) for k, x in node.items()}
-
-
-def _put(node: Node, rows: list[int], values: Node) -> Node:
-    """`node` with some rows replaced, out of place."""
-    batch = next(iter(node.values())).shape[0]
-    if len(rows) == batch:
-        return {k: values[k].expand(x.shape) for k, x in node.items()}
-    if not rows:
-        return node
-    out = {}
-    for k, x in node.items():
-        value = values[k].expand(len(rows), *x.shape[1:])
-        out[k] = x.index_copy(0, torch.tensor(rows, dtype=torch.int64).to(x.device), value)
-    return out
-
-
-# --- Many trees: the tree plan over sequences with masks, restarts and packing.
-
-
-def tree_tokens(
-    combine: Merge,
-    leaves: Node,
-    empty: Node,
-    counter: Node | None = None,
-    *,
-    valid: Tensor | None = None,
-    reset: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    previous: bool = False,
-    recompute: bool = False,
-) -> tuple[Node, Node | None, Node]:
-    """(prefix, prefix before each token or None, counter) of sequences with masks, restarts and packing.
-
-    valid [B, T] bool: a token that does not count is no leaf, the prefix stays as it is. reset [B, T] bool: a new tree
-    starts with this token. cu_seqlens [N + 1]: N sequences in one row; the counters are theirs. Runs between restarts
-    are found on the host (a sync, where the flags are on a device); those of one length and position share a scan.
-    """
-    batch, length = next(iter(leaves.values())).shape[:2]
-    bounds = [b * length for b in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-    count = len(bounds) - 1
-    given = counter_start(count) if counter is None else counter
-    positions: list[int] = [0] * count if counter is None else given["position"].tolist()
-    if not batch or (valid is None and reset is None and cu_seqlens is None and len(set(positions)) == 1):
-        prefix, after = tree_scan(combine, leaves, counter, recompute=recompute)
-        first = counter_prefix(counter, leaves, empty) if previous and counter is not None else empty
-        shifted = {k: torch.cat([_first(first[k], x), x], 1)[:, :length] for k, x in prefix.items()}
-        return prefix, shifted if previous else None, after or given
-    flags = [None if f is None else f.flatten().tolist() for f in (valid, reset)]
-    runs = _runs(bounds, flags[0], flags[1])
-    flat = {k: x.flatten(0, 1) for k, x in leaves.items()}
-    device = next(iter(flat.values())).device
-    # A table of every prefix there is: nothing, what each sequence went on from, then those of the runs.
-    nothing = {k: empty[k].to(x.dtype).expand(1, *x.shape[1:]) for k, x in flat.items()}
-    begun = counter_prefix(given, {k: x.new_empty(count, 0, *x.shape[1:]) for k, x in flat.items()}, empty)
-    table, size = [nothing, begun], 1 + count
-    groups: dict[tuple[int, int], list[_Run]] = {}
-    last = {run.sequence: run for run in runs}
-    ends: dict[int, tuple[Node, int]] = {}
-    for run in runs:
-        position = positions[run.sequence] if run.continues else 0
-        run.before = 1 + run.sequence if position else 0
-        ends[run.sequence] = (given, run.sequence) if position else (counter_start(1), 0)
-        if run.tokens:
-            groups.setdefault((len(run.tokens), position), []).append(run)
-    for (steps, position), members in groups.items():
-        index = torch.tensor([run.tokens for run in members]).to(device)
-        start = counter_rows([(given, run.sequence) for run in members]) if position else counter_start(len(members))
-        prefix, after = tree_scan(combine, {k: x[index] for k, x in flat.items()}, start, recompute=recompute)
-        table.append({k: x.flatten(0, 1) for k, x in prefix.items()})
-        for row, run in enumerate(members):
-            run.first, size = size, size + steps
-            if run is last[run.sequence]:
-                ends[run.sequence] = (after or start, row)
-    whole = {k: torch.cat([part[k] for part in table]) for k in leaves}
-    outside = batch * length - sum(len(run.seen) for run in runs)
-
-    def look(counts: list[list[int]]) -> Node:
-        pairs = [(run, seen) for run, c in zip(runs, counts, strict=True) for seen in c]
-        at = [run.before if seen == 0 else run.first + seen - 1 for run, seen in pairs] + [0] * outside
-        rows = torch.tensor(at, dtype=torch.int64).to(device)
-        return {k: x[rows].reshape(batch, length, *x.shape[1:]) for k, x in whole.items()}
-
-    before = look([run.seen for run in runs]) if previous else None
-    return look([run.after for run in runs]), before, counter_rows([ends[n] for n in range(count)])
-
-
-def _first(state: Tensor, like: Tensor) -> Tensor:
-    """A state, or a constant [*dims], as the first of prefixes [B, T, ...]."""
-    state = state.to(like.dtype).expand(like.shape[:1] + like.shape[2:])
-    return state.unsqueeze(1)
-
-
-class _Run:
-    """Tokens between two restarts of a sequence: those that count; for every token, how many did before and with it."""
-
-    def __init__(self, sequence: int, continues: bool) -> None:
-        self.sequence = sequence
-        self.continues = continues  # the sequence's first run goes on from its counter
-        self.tokens: list[int] = []
-        self.seen: list[int] = []
-        self.after: list[int] = []
-        self.before = self.first = 0  # where the prefix before the run, and the first one in it, are
-
-
-def _runs(bounds: list[int], valid: list[bool] | None, reset: list[bool] | None) -> list[_Run]:
-    """All runs, in the order of their tokens."""
-    runs = []
-    for n, (lo, hi) in enumerate(pairwise(bounds)):
-        runs.append(_Run(n, continues=True))
-        for t in range(lo, hi):
-            if reset is not None and reset[t]:
-                runs.append(_Run(n, continues=False))
-            run = runs[-1]
-            run.seen.append(len(run.tokens))
-            if valid is None or valid[t]:
-                run.tokens.append(t)
-            run.after.append(len(run.tokens))
-    return runs
-
-
 # --- The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names.
 
 
@@ -945,16 +546,18 @@ class Fields:
 @dataclass(frozen=True)
 class Slot:
     """A declared tensor: an input is [B, T, *lanes, *dims], a param [*lanes, *dims] or [*dims], a state [B, *lanes,
-    *dims]."""
+    *dims]. `within`: (low, high, brackets), its interval; None: no bound."""
 
     name: str
     dims: tuple[str, ...] = ()
     kind: str = "real"
+    within: tuple[float | None, float | None, str] | None = None
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A spec's border, as data. `taps`: how many tokens back an input is read; `previous`: the readout reads prev."""
+    """A spec's border, as data. `taps`: how many tokens back an input is read; `previous`: the readout reads prev;
+    `levels`: those of a tree's counter that the readout reads."""
 
     name: str
     digest: str
@@ -967,6 +570,7 @@ class Spec:
     dims: tuple[str, ...] = ()
     taps: Mapping[str, int] = field(default_factory=dict)
     previous: bool = False
+    levels: int = 0
 
 
 @dataclass
@@ -1151,12 +755,6 @@ def spread(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:
     return x.unsqueeze(at + 1).expand(*x.shape[: at + 1], whole // size, *x.shape[at + 1 :]).flatten(at, at + 1)
 
 
-def all_lanes(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:
-    """`spread`, and lane axes of one repeated as well; the lanes of `x` end before `axis`."""
-    whole = spread(x, axis, lanes)
-    return whole.expand(*x.shape[: axis - len(lanes)], *lanes, *x.shape[axis:])
-
-
 # --- The border, continued: states, flags and packing.
 
 
@@ -1210,6 +808,8 @@ def check_slots(spec: Spec, slots: Any, call: Call, state: Any) -> int:
         raise ArgumentError(
             f"PSM605: {spec.name}: 'slots' must be an int64 tensor [B] = {list(call.leading)}, not {given}."
         )
+    if slots.device != call.device:
+        raise ArgumentError(f"PSM605: {spec.name}: 'slots' is on {slots.device}, the inputs on {call.device}.")
     rows = [x for x in state.values() if isinstance(x, Tensor) and x.dim()]
     return rows[0].shape[0] if rows else 0
 
@@ -1222,23 +822,6 @@ def check_state(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tens
     _check_names(spec, state, [*slots, *tail_names(spec)])
     parts = {k: _component(spec, call, k, state[k], slot, rows) for k, slot in slots.items()}
     return {**parts, **_tails(spec, call, state, rows)}
-
-
-def check_counter(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Tensor] | None:
-    """The state of a tree: `position` [rows], and for each set bit k of one the roots and folds of that level."""
-    if state is None:
-        return None
-    position = state.get("position") if isinstance(state, Mapping) else None
-    if not isinstance(position, Tensor) or position.dtype != torch.int64 or tuple(position.shape) != (rows,):
-        raise ArgumentError(
-            f"PSM605: {spec.name}: the state of a tree has 'position', an int64 tensor [{rows}]; "
-            "pass what init_state, a call or a step returned."
-        )
-    bits = sorted({k for p in position.tolist() for k in range(p.bit_length()) if p >> k & 1})
-    keys = {f"{s.name}.{part}.{k}": s for s in spec.components for part in ("root", "fold") for k in bits}
-    _check_names(spec, state, ["position", *keys, *tail_names(spec)])
-    parts = {k: _component(spec, call, k, state[k], slot, rows) for k, slot in keys.items()}
-    return {"position": position, **parts, **_tails(spec, call, state, rows)}
 
 
 def tail_names(spec: Spec) -> list[str]:
@@ -1294,6 +877,82 @@ def _refuse_state(spec: Spec, key: str, why: str) -> NoReturn:
     raise ArgumentError(f"PSM605: {spec.name}: state '{key}' {why}.")
 
 
+# --- What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it.
+
+
+def checks_wanted() -> bool:
+    """Whether aggregators check values from their start."""
+    return os.environ.get("PSMC_CHECK", "") not in ("", "0")
+
+
+def check_values(spec: Spec, call: Call, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Inputs and params are finite and in their intervals, masked tokens apart; offsets rise from 0 to T."""
+    for slot in spec.inputs:
+        _check(spec, slot, slot.name, call.inputs[slot.name], counts=mask)
+    for slot in spec.params:
+        _check(spec, slot, slot.name, call.params[slot.name])
+    if cu_seqlens is not None:
+        offsets, length = cu_seqlens.tolist(), call.leading[1]
+        if offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
+            raise ArgumentError(f"PSM606: {spec.name}: 'cu_seqlens' must rise from 0 to T = {length}, not {offsets}.")
+
+
+def check_state_values(spec: Spec, state: Mapping[str, Tensor] | None, start: Mapping[str, Tensor]) -> None:
+    """A state's values are numbers, and in their intervals or what a sequence starts from."""
+    slots = {s.name: s for s in spec.components}
+    for name, x in (state or {}).items():
+        slot = slots.get(name, Slot(name))
+        _check(spec, slot, f"state '{name}'", x, free=start.get(name), finite=False)
+
+
+def check_slot_values(spec: Spec, slots: Tensor | None, rows: int) -> None:
+    """Rows of the state, different ones."""
+    chosen = [] if slots is None else slots.tolist()
+    for at, row in enumerate(chosen):
+        if not 0 <= row < rows:
+            raise ArgumentError(f"PSM608: {spec.name}: slots[{at}] is {row}, but the state has {rows} rows.")
+        if row in chosen[:at]:
+            raise ArgumentError(f"PSM608: {spec.name}: slots[{at}] is {row}, as slots[{chosen.index(row)}] is.")
+
+
+def check_results(spec: Spec, outputs: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """No output and no state is NaN."""
+    for name, x in outputs.items():
+        _check(spec, Slot(name), f"output '{name}'", x, finite=False)
+    for name, x in state.items():
+        _check(spec, Slot(name), f"final state '{name}'", x, finite=False)
+
+
+def _check(
+    spec: Spec, slot: Slot, name: str, x: Tensor, *, counts: Tensor | None = None, free: Tensor | None = None,
+    finite: bool = True,
+) -> None:  # fmt: skip
+    """`counts` [B, T]: which tokens do; `free`: values that are allowed wherever the interval is."""
+    x = x.detach()
+    bad = ~torch.isfinite(x) if finite else torch.isnan(x)
+    if slot.within is not None and not x.is_complex():
+        low, high, ends = slot.within
+        value, outside = x.double(), torch.zeros_like(bad)
+        if low is not None:
+            outside |= value <= low if ends[0] == "(" else value < low
+        if high is not None:
+            outside |= value >= high if ends[1] == ")" else value > high
+        bad |= outside if free is None else outside & (x != free)
+    if counts is not None:
+        bad &= counts.reshape(*counts.shape, *[1] * (x.dim() - 2))
+    if not bool(bad.any()):
+        return
+    at = bad.nonzero()[0].tolist()
+    found = x[tuple(at)].item()
+    quoted = name if "'" in name else f"'{name}'"
+    where = f"PSM608: {spec.name}: {quoted}{at if at else ''} is {found}"
+    if slot.within is not None and found == found and abs(found) != torch.inf:
+        low, high, ends = slot.within
+        bounds = f"{'-inf' if low is None else f'{low:g}'}, {'inf' if high is None else f'{high:g}'}"
+        raise ArgumentError(f"{where}, outside of its interval {ends[0]}{bounds}{ends[1]}.")
+    raise ArgumentError(f"{where}{'' if found != found else ', but it must be finite'}.")
+
+
 # --- Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T.
 
 Tails = dict[str, Tensor]
@@ -1308,39 +967,12 @@ def tap_tokens(
     cu_seqlens: Tensor | None,
 ) -> tuple[dict[str, Tensor], Tails]:
     """Inputs read some tokens earlier, as inputs `name_lagK` over all lanes; and the tails after the last token."""
-    if not spec.taps:
-        return {}, {}
-    where = places(call, cu_seqlens, reset)
-    lags: dict[str, Tensor] = {}
-    tails: Tails = {}
-    for name, longest in spec.taps.items():
-        x = _whole(spec, call, name)
-        tail = None if state is None else state[f"{name}_tail"]
-        if mask is not None:
-            x = torch.where(_flag(mask, x), x, x.new_zeros(()))
-        for lag in range(1, longest + 1):
-            lags[f"{name}_lag{lag}"] = lagged(x, lag, where, tail)
-        tails[f"{name}_tail"] = next_tail(x, longest, where, tail)
-    return lags, tails
+    return {}, {}
 
 
 def tap_token(spec: Spec, call: Call, state: Tails | None) -> tuple[dict[str, Tensor], Tails]:
     """The same for one token."""
-    lags: dict[str, Tensor] = {}
-    tails: Tails = {}
-    for name, longest in spec.taps.items():
-        x = _whole(spec, call, name)
-        past = x.new_zeros(x.shape[0], longest, *x.shape[1:]) if state is None else state[f"{name}_tail"]
-        for lag in range(1, longest + 1):
-            lags[f"{name}_lag{lag}"] = past[:, longest - lag]
-        tails[f"{name}_tail"] = torch.cat([past[:, 1:], x.unsqueeze(1)], 1)
-    return lags, tails
-
-
-def _whole(spec: Spec, call: Call, name: str) -> Tensor:
-    (slot,) = (s for s in spec.inputs if s.name == name)
-    x = call.inputs[name]
-    return all_lanes(x, x.dim() - len(slot.dims), call.lanes)
+    return {}, {}
 
 
 class Places(NamedTuple):
@@ -1376,43 +1008,6 @@ def places(call: Call, cu_seqlens: Tensor | None, reset: Tensor | None) -> Place
     return Places(row, at, torch.where(restarted, token - last, at), begin, end, restarted)
 
 
-def lagged(x: Tensor, lag: int, where: Places, tail: Tensor | None) -> Tensor:
-    """x read `lag` tokens earlier: [B, T, ...]; from the tail [rows, W, ...] or 0 before a sequence's start, 0 across a
-    restart. `x` holds 0 at masked tokens already."""
-    length = x.shape[1]
-    shifted = torch.cat([x.new_zeros(x.shape[0], min(lag, length), *x.shape[2:]), x[:, : max(length - lag, 0)]], 1)
-    inside = _flag(where.since >= lag, x)
-    out = torch.where(inside, shifted, x.new_zeros(()))
-    if tail is None:
-        return out
-    width = tail.shape[1]
-    slot = (width + where.at - lag).clamp(0, width - 1)
-    early = _flag((where.at < lag) & ~where.restarted, x)
-    return torch.where(early, tail[where.row, slot].to(x.dtype), out)
-
-
-def next_tail(x: Tensor, width: int, where: Places, tail: Tensor | None) -> Tensor:
-    """The last `width` tokens of each sequence, oldest first, [rows, W, ...]: older ones from the old tail, 0 before a
-    restart."""
-    rows, length = where.end.numel(), x.shape[1]
-    back = torch.arange(width, 0, -1, device=x.device)  # how far before the end
-    token = where.end[:, None] - back
-    inside = token >= where.begin[:, None]
-    if length == 0:
-        return x.new_zeros(rows, width, *x.shape[2:]) if tail is None else tail.to(x.dtype)
-    batch = torch.arange(rows, device=x.device).clamp(max=x.shape[0] - 1)  # packed sequences share row 0
-    last = (where.end - 1).clamp(min=0)
-    empty = where.end <= where.begin
-    reach = torch.where(where.restarted[batch, last] & ~empty, where.since[batch, last] + 1, length + width + 1)
-    kept = back[None, :] <= reach[:, None]
-    out = torch.where(_flag(inside & kept, x), x[batch[:, None], token.clamp(0, length - 1)], x.new_zeros(()))
-    if tail is None:
-        return out
-    slot = (width + token - where.begin[:, None]).clamp(0, width - 1)
-    older = tail[torch.arange(rows, device=x.device)[:, None], slot].to(x.dtype)
-    return torch.where(_flag(~inside & kept, x), older, out)
-
-
 def flip(x: Tensor, where: Places | None) -> Tensor:
     """Time reversed within each sequence; `where` None: each row is one sequence."""
     if where is None:
@@ -1442,40 +1037,7 @@ def prepared(spec: Spec, call: Call, lags: Values, lazily: bool = False) -> tupl
     for s in spec.inputs:
         raw += [(f"{s.name}_lag{k}", s, lags[f"{s.name}_lag{k}"]) for k in range(1, spec.taps.get(s.name, 0) + 1)]
     params = {s.name: _prepared(s, call.params[s.name], call) for s in spec.params}
-    if lazily:
-        return Prepared({name: (slot, value) for name, slot, value in raw}, call), params
     return {name: _prepared(slot, value, call) for name, slot, value in raw}, params
-
-
-class Prepared(Mapping[str, Tensor]):
-    """Inputs by name, each in the dtype of computation from its first reading on, wherever that is: a reading without
-    gradient leaves none out of later ones."""
-
-    def __init__(self, raw: Mapping[str, tuple[Slot, Tensor]], call: Call) -> None:
-        self._raw, self._call, self._made = raw, call, dict[str, Tensor]()
-        self._grad = torch.is_grad_enabled()
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._made:
-            with torch.set_grad_enabled(self._grad):
-                self._made[name] = _prepared(*self._raw[name], self._call)
-        return self._made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._raw)
-
-    def __len__(self) -> int:
-        return len(self._raw)
-
-
-class Tokens:
-    """The same as attributes, as the functions of a spec read them."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        self._values = values
-
-    def __getattr__(self, name: str) -> Tensor:
-        return self._values[name]
 
 
 def _prepared(slot: Slot, value: Tensor, call: Call) -> Tensor:
@@ -1512,9 +1074,6 @@ def run_scan(
 
     x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
     """
-    if hasattr(rules, "layers") and not whole:
-        layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset, cu_seqlens)
-        return layered
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
     live = tuple(slots) if whole or fold == "tree" else spec.live
@@ -1540,32 +1099,19 @@ def run_scan(
 
     def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
         before = Fields(previous) if previous is not None else None
-        found = rules.output(Fields(prefix), before, Fields(tokens), params, n)
+        levels = []
+        found = rules.output(Fields(prefix), before, Fields(tokens), params, n, *levels)
         return {s.name: as_output(found[s.name], s, call, next(iter(prefix.values())).shape[:2]) for s in spec.outputs}
 
     empty = start_state(spec, rules, call, live)
     sequences = hasattr(rules, "recurrence")
-    if sequences:
-        empty = {k: as_state(v, slots[k], call, ()) for k, v in empty.items()}
     rows = call.leading[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     restart = None
     if hasattr(rules, "start") and fold == "scan":
         restart = {k: as_state(v, slots[k], call, (1,)) for k, v in empty.items()}
-    if fold == "tree":
-        x = fill_masked(x, mask)
-        prefix, before, counter = tree_tokens(
-            combine, lift(x), empty, initial, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
-            previous=spec.previous and not whole,
-        )  # fmt: skip
-        if whole:
-            return {}, counter
-        outputs = output(fill_masked(prefix, mask), before and fill_masked(before, mask), x)
-        if mask is not None:
-            outputs = {k: torch.where(_flag(mask, v), v, 0) for k, v in outputs.items()}
-        return outputs, counter
     final: Values
     outputs, final = scan_tokens(
-        (lambda tokens: tokens) if sequences else lift, combine, recur if sequences else advance,
+        lift, combine, advance,
         None if whole else output, x, empty, initial, restart=restart, valid=mask, reset=reset, cu_seqlens=cu_seqlens,
         previous=spec.previous and not whole, left=fold == "left",
     )  # fmt: skip
@@ -1587,33 +1133,9 @@ def run_step(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: 
     params, n = Fields(p), call.n
     slots = {s.name: s for s in spec.components}
     tokens, before = Fields(x), Fields(state)
-    if hasattr(rules, "recurrence"):
-        moved = rules.recurrence(before, tokens, params, n)
-    else:
-        moved = rules.advance(before, Fields(rules.lift(tokens, params, n)), params, n)
+    moved = rules.advance(before, Fields(rules.lift(tokens, params, n)), params, n)
     after = {k: as_state(moved[k], slots[k], call, call.leading) for k in spec.live}
-    found = rules.output(Fields(after), before if spec.previous else None, tokens, params, n)
-    return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
-
-
-@in_full_precision
-def run_push(spec: Spec, rules: Rules, call: Call, state: Values, x: Values, p: Values) -> tuple[Values, Values]:
-    """One token of a tree: (outputs, the counter after it)."""
-    params, n, tokens = Fields(p), call.n, Fields(x)
-    slots = {s.name: s for s in spec.components}
-
-    def combine(l: Values, r: Values) -> Values:  # noqa: E741
-        joined: Values = rules.combine(Fields(l), Fields(r), params, n)
-        return {k: v.to(l[k].dtype) for k, v in joined.items()}
-
-    element = rules.lift(tokens, params, n)
-    leaf = {k: as_state(v, slots[k], call, call.leading) for k, v in element.items()}
-    prefix, after = counter_push(combine, state, leaf)
-    before = None
-    if spec.previous:
-        empty = start_state(spec, rules, call, tuple(slots))
-        before = Fields(counter_prefix(state, {k: v.unsqueeze(1) for k, v in leaf.items()}, empty))
-    found = rules.output(Fields(prefix), before, tokens, params, n)
+    found = rules.output(Fields(after), None, tokens, params, n)
     return {s.name: as_output(found[s.name], s, call, call.leading) for s in spec.outputs}, after
 
 
@@ -1649,20 +1171,25 @@ class Operator:
     def __init__(self, spec: Spec, rules: Rules, fold: str, kernels: Any) -> None:
         self.spec, self.rules, self.fold, self.kernels = spec, rules, fold, kernels
         self.extras = tuple((s, lag) for s in spec.inputs for lag in range(1, spec.taps.get(s.name, 0) + 1))
-        self.live = () if fold == "tree" else tuple(s for s in spec.components if s.name in spec.live)
+        self.live = tuple(s for s in spec.components if s.name in spec.live)
+        self.quick = None if kernels is None or self.extras or fold == "tree" else kernels.steps(len(spec.inputs))
         name = f"{spec.name}_{spec.digest}"
         if not hasattr(torch.ops.psmc, name):
             self._register(name)
         self.op = getattr(torch.ops.psmc, name).default
 
-    def wanted(self, call: Call, carries: bool) -> bool:
+    def wanted(self, call: Call, carries: bool, cut: bool) -> bool:
         """Kernels where there are some for this device and dtype, one node of a compiled graph; else plain autograd.
 
-        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced.
+        `carries`: a state goes in or out; that of a tree is not of one shape, and such calls are traced. `cut`: tokens
+        are masked, packed or begin anew, which the kernels of a tree do not do.
         """
-        return self._kernels(call) or (torch.compiler.is_compiling() and not (carries and self.fold == "tree"))
+        tree = self.fold == "tree"
+        kernels = self._kernels(call) and not (tree and (carries or cut))
+        return kernels or (torch.compiler.is_compiling() and not (tree and carries))
 
-    def _kernels(self, call: Call) -> bool:
+    def _kernels(self, call: Call, given: Given | None = None) -> bool:
+        """`given`: of this very call, where flags matter."""
         on_device = call.device.type == "cuda" or (self.kernels is not None and self.kernels.interpreted)
         return self.kernels is not None and on_device and call.compute == torch.float32
 
@@ -1686,7 +1213,7 @@ class Operator:
 
     def steps(self, call: Call, state: Values | None) -> bool:
         """Whether the step kernel takes this token: no gradient is wanted, no taps, a state in the kernels' dtype."""
-        if not self._kernels(call) or self.extras or torch.compiler.is_compiling():
+        if not self._kernels(call) or self.extras or self.fold == "tree" or torch.compiler.is_compiling():
             return False
         tensors = (*call.inputs.values(), *call.params.values(), *(state or {}).values())
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -1695,12 +1222,12 @@ class Operator:
             state[s.name].dtype == call.of_kind(s.kind) and state[s.name].is_contiguous() for s in self.live
         )
 
-    def step(self, call: Call, state: Values, slots: Tensor | None) -> Any:
-        """One token by the step kernel: `state` [rows, ...] moves on in place, in the rows that `slots` names."""
-        found = self.kernels.step_in_place(
-            [state[s.name] for s in self.live], list(call.inputs.values()), list(call.params.values()), slots
-        )
-        return found[0] if len(found) == 1 else tuple(found)
+    def step(self, call: Call, state: Values, slots: Tensor | None, in_place: bool) -> tuple[Any, Values]:
+        """One token by the step kernel: (outputs, the state after it); `slots`: the rows that move on."""
+        assert self.quick is not None
+        tensors = (*call.inputs.values(), *call.params.values())
+        found: tuple[Any, Values] = self.quick.first(state, tensors, slots, in_place)
+        return found
 
     def _register(self, name: str) -> None:
         forward = torch.library.custom_op(f"psmc::{name}", self._forward, mutates_args=(), schema=_FORWARD)
@@ -1717,7 +1244,7 @@ class Operator:
         reset: Tensor | None, cu_seqlens: Tensor | None, save: bool,
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
-        if self._kernels(self._call(given)):
+        if self._kernels(self._call(given), given):
             return self._launch(given, save)
         found, final = self._run(given)
         results = (*found.values(), *(final[s.name] for s in self.live))
@@ -1760,7 +1287,7 @@ class Operator:
 
         results = [empty(call.leading, s, call.dtype) for s in self.spec.outputs]
         results += [empty((rows,), s) for s in self.live]
-        if save and self._kernels(call):
+        if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
             flagged = given.mask is not None or given.reset is not None
             saved = self.kernels.saved_components(call.dtype, flagged)
@@ -1785,7 +1312,7 @@ class Operator:
         like = self._fake(given, False) if any(g is None for g in used) else used
         dense = [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(used, like, strict=True)]  # type: ignore[arg-type]
         backward = getattr(torch.ops.psmc, f"{self.spec.name}_{self.spec.digest}_backward").default
-        found = iter(backward(dense, *given, results if self._kernels(self._call(given)) else []))
+        found = iter(backward(dense, *given, results if self._kernels(self._call(given), given) else []))
         split = [[g if _smooth(x) else None for x, g in zip(part, found, strict=False)] for part in parts]
         return (*split, None, None, None, None)
 
@@ -1795,7 +1322,7 @@ class Operator:
     ) -> list[Tensor]:  # fmt: skip
         given = Given(inputs, params, initial, mask, reset, cu_seqlens)
         everything = [*inputs, *params, *initial]
-        kernels = self._kernels(self._call(given))
+        kernels = self._kernels(self._call(given), given)
         flat = self._launch_backward(given, grads, results) if kernels else self._transpose(given, grads)
         return [
             torch.zeros(x.shape, dtype=x.dtype, device=x.device)
@@ -1892,20 +1419,14 @@ class Aggregator:
         """`fold`: 'scan', 'left' or 'tree'; `kernels`: the module's Triton entry points. With a rule from Python (then
         `rules.extern` is what makes an aggregator of one, and this one) calls are plain PyTorch, never a custom op."""
         self.spec, self.rules, self.fold_order = spec, rules, fold
-        self.operator = None if hasattr(rules, "extern") else Operator(spec, rules, fold, kernels)
+        self.operator = Operator(spec, rules, fold, kernels)
+        self._quick = None if self.operator is None else self.operator.quick  # steps that were checked before
+        self.checks = checks_wanted()  # values are read and checked, which waits for the device
         self.__name__ = spec.name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Aggregator:
         """Itself, as it holds nothing that trains; with a rule from Python, one with a copy of the rule."""
-        if not hasattr(self.rules, "extern"):
-            return self
-        make, rule = self.rules.extern
-        own = deepcopy(rule, memo)
-        copied: Aggregator = make(own)
-        copied.__class__ = type(self)
-        for name, value in vars(self).items():
-            vars(copied).setdefault(name, own if value is rule else value)
-        return copied
+        return self
 
     def __repr__(self) -> str:
         named = ", ".join(s.name for s in (*self.spec.inputs, *self.spec.params))
@@ -1937,6 +1458,10 @@ class Aggregator:
         reset = check_flags(self.spec, "reset", reset, call)
         cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
         state = self._checked(call, initial_state, call.leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        checks = self.checks and not torch.compiler.is_compiling()
+        if checks:
+            check_values(self.spec, call, mask, cu_seqlens)
+            check_state_values(self.spec, state, self._begin(call))
         back = None
         if reverse:
             back = None if cu_seqlens is None else places(call, cu_seqlens, None)
@@ -1945,62 +1470,70 @@ class Aggregator:
             reset = None if reset is None else flip(reset, back)
         lags, tails = tap_tokens(self.spec, call, state, mask, reset, cu_seqlens)
         begin = None if state is None else {k: x for k, x in state.items() if k not in tail_names(self.spec)}
-        if self.operator is not None and self.operator.wanted(call, return_state or state is not None):
+        cut = mask is not None or reset is not None or cu_seqlens is not None
+        if self.operator is not None and self.operator.wanted(call, return_state or state is not None, cut):
             outputs, final = self.operator(call, lags, begin, mask, reset, cu_seqlens)
         else:
             x, p = prepared(self.spec, call, lags, hasattr(self.rules, "matrices"))
             outputs, final = run_scan(
                 self.spec, self.rules, call, self.fold_order, x, p, begin, mask, reset, cu_seqlens
             )
+        if checks:
+            check_results(self.spec, outputs, final)
         found = tuple(flip(outputs[s.name], back) if reverse else outputs[s.name] for s in self.spec.outputs)
         out = found[0] if len(found) == 1 else found
         return (out, {**final, **tails}) if return_state else out
 
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
+        if self._quick is not None and not kwargs and not self.checks:
+            known: tuple[Any, State] | None = self._quick.again(state, args, None, False)
+            if known is not None:
+                return known
         call = bind_call(self.spec, args, kwargs, tokens=False)
         before = self._checked(call, state, call.leading[0])
+        if self.checks and not torch.compiler.is_compiling():
+            check_values(self.spec, call, None, None)
+            check_state_values(self.spec, before, self._begin(call))
         if self.operator is not None and self.operator.steps(call, before):
-            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
-            return self.operator.step(call, after, None), after
+            if before is None:
+                return self.operator.step(call, self._start(call), None, True)
+            return self.operator.step(call, before, None, False)
         lags, tails = tap_token(self.spec, call, before)
-        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
-            after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
-            moved = self.rules.stepped(self.spec, self.rules, call, after, None)
-            if moved is not None:
-                outs = tuple(moved[s.name] for s in self.spec.outputs)
-                return outs[0] if len(outs) == 1 else outs, after
         x, p = prepared(self.spec, call, lags)
         if before is None:
             before = self._start(call)
-        run = run_push if self.fold_order == "tree" else run_step
+        run = run_step
         outputs, after = run(self.spec, self.rules, call, before, x, p)
         found = tuple(outputs[s.name] for s in self.spec.outputs)
         return found[0] if len(found) == 1 else found, {**after, **tails}
 
-    @torch.no_grad()
     def step_(self, state: State, *args: Tensor, slots: Tensor | None = None, **kwargs: Tensor) -> Any:
         """One token, in place and without gradient: `state` is overwritten; with `slots` [B] the rows that it names.
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
+        if self._quick is not None and not kwargs and not self.checks:
+            known = self._quick.again(state, args, slots, True)
+            if known is not None:
+                return known[0]
+        with torch.no_grad():
+            return self._step_in_place(state, args, slots, kwargs)
+
+    def _step_in_place(
+        self, state: State, args: tuple[Tensor, ...], slots: Tensor | None, kwargs: dict[str, Tensor]
+    ) -> Any:
         call = bind_call(self.spec, args, kwargs, tokens=False)
-        self._checked(call, state, check_slots(self.spec, slots, call, state))
-        if slots is not None and self.fold_order == "tree":
-            return self._push_rows(state, slots, *args, **kwargs)
+        count = check_slots(self.spec, slots, call, state)
+        self._checked(call, state, count)
+        if self.checks and not torch.compiler.is_compiling():
+            check_slot_values(self.spec, slots, count)
+            check_values(self.spec, call, None, None)
+            check_state_values(self.spec, state, self._begin(call))
         if self.operator is not None and self.operator.steps(call, state):
-            return self.operator.step(call, state, slots)
-        if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
-            moved = self.rules.stepped(self.spec, self.rules, call, state, slots)
-            if moved is not None:
-                outs = tuple(moved[s.name] for s in self.spec.outputs)
-                return outs[0] if len(outs) == 1 else outs
+            return self.operator.step(call, state, slots, True)[0]
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
         out, after = self.step(rows, *args, **kwargs)
-        if self.fold_order == "tree":
-            state.clear()
-            state.update(after)
-            return out
         for name, value in after.items():
             if slots is None:
                 state[name].copy_(value)
@@ -2050,46 +1583,33 @@ class Aggregator:
         call = bind_call(self.spec, args, kwargs, tokens=True)
         mask = check_flags(self.spec, "mask", mask, call)
         cu_seqlens = check_cu_seqlens(self.spec, cu_seqlens, call)
+        if self.checks:
+            check_values(self.spec, call, mask, cu_seqlens)
         lags, _ = tap_tokens(self.spec, call, None, mask, None, cu_seqlens)
         rules = SimpleNamespace(**{k: v for k, v in vars(self.rules).items() if k != "start"})
         x, p = prepared(self.spec, call, lags)
         return run_scan(self.spec, rules, call, "scan", x, p, None, mask, None, cu_seqlens, whole=True)[1]
 
     def _checked(self, call: Call, state: Mapping[str, Tensor] | None, rows: int) -> State | None:
-        check = check_counter if self.fold_order == "tree" else check_state
+        check = check_state
         return check(self.spec, call, state, rows)
+
+    def _begin(self, call: Call) -> State:
+        """What each component starts from, [*dims]."""
+        return start_state(self.spec, self.rules, call, tuple(s.name for s in self.spec.components))
 
     def _start(self, call: Call) -> State:
         """Before any token; tails apart."""
-        if self.fold_order == "tree":
-            return counter_start(call.leading[0])
         slots = {s.name: s for s in self.spec.components}
         begin = start_state(self.spec, self.rules, call, self.spec.live)
         return {k: as_state(v, slots[k], call, call.leading[:1]).clone() for k, v in begin.items()}
-
-    def _push_rows(self, state: State, slots: Tensor, *args: Tensor, **kwargs: Tensor) -> Any:
-        """`step_` of some streams of a tree, which may be at positions of their own."""
-        names = tail_names(self.spec)
-        rows: list[int] = slots.tolist()
-        counter = {k: x for k, x in state.items() if k not in names}
-        tails = {k: x.index_select(0, slots) for k, x in state.items() if k in names}
-        out, after = self.step({**counter_rows([(counter, r) for r in rows]), **tails}, *args, **kwargs)
-        pushed = {r: i for i, r in enumerate(rows)}
-        streams = range(counter["position"].shape[0])
-        moved = {k: x for k, x in after.items() if k not in names}
-        kept = counter_rows([(moved, pushed[r]) if r in pushed else (counter, r) for r in streams])
-        for name in names:
-            kept[name] = state[name].index_copy_(0, slots, after[name].to(state[name].dtype))
-        state.clear()
-        state.update(kept)
-        return out
 
 
 # --- the spec's border
 
 SPEC = Spec(
     name='viterbi',
-    digest='dd42db03c3234092',
+    digest='1ac8447257bf4517',
     inputs=(Slot('emission', ('N',)),),
     params=(Slot('transition', ('N', 'N')),),
     components=(Slot('M', ('N', 'N')),),
