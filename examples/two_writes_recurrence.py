@@ -12,7 +12,7 @@ class TwoWritesRecurrence:
 
     def recurrence(s, x):
         s.S = sigmoid(x.f) * s.S + outer(x.k, x.v)
-        s.S = s.S + (1 - sigmoid(x.f)) * outer(relu(x.h), x.w)
+        s.S = s.S + outer((1 - sigmoid(x.f)) * relu(x.h), x.w)
 
     def output(s, x):
         return x.q @ s.S / sqrt(x.dims.K)

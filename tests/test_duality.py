@@ -234,8 +234,8 @@ def test_the_command_fails_where_the_test_does(
 
     realise = api.realise
 
-    def wrong(compilation):
-        agg = realise(compilation)
+    def wrong(compilation, extern=None):
+        agg = realise(compilation, extern)
         combine = agg.rules.combine
         return broken(agg, combine=lambda *a: {k: 1.01 * v for k, v in combine(*a).items()})
 

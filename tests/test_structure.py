@@ -276,7 +276,8 @@ def _comparable(name):
 
 @pytest.mark.parametrize(
     "name",
-    [p for p in PAIRS if p not in ("affine2x2", "linear_recurrence", "lindley", "logsumexp", "token_bucket", "viterbi")],
+    # Where the combine carries something else than what is lifted: grid_gate a decay a side, lifted their product.
+    sorted({*PAIRS} - {"affine2x2", "grid_gate", "linear_recurrence", "lindley", "logsumexp", "token_bucket", "viterbi"}),
 )
 def test_combine_and_recurrence_give_the_same_report(name):
     assert _comparable(name) == _comparable(f"{name}_recurrence")
