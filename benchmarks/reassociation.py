@@ -1,6 +1,6 @@
 """What another order of combines costs: every associative example in fp32 and bf16, on a CPU.
 
-    python benchmarks/reassociation.py --out benchmarks/results/reassociation.json [--tokens 512] [--seeds 3]
+    python benchmarks/reassociation.py --out benchmarks/results/reassociation.json [--tokens 256] [--seeds 2]
 
 A proof is over the reals; floats reassociate. Errors are relative to the largest value of the fp64 oracle on the same
 rounded inputs, the worst over outputs, draws (mild; and hard: keys that repeat, gates from 1e-3 to 50) and seeds:
@@ -26,20 +26,16 @@ from measure import show, write
 
 import psmc
 from psmc.duality import Row, Setting, duality
+from psmc.pipeline import read
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DTYPES = ("fp32", "bf16")
 
 
-def associative(names: list[str]) -> list[Any]:
+def associative(names: list[str]) -> list[tuple[str, Any]]:
     """The compiled examples whose order is free, by file name."""
-    found = []
-    for path in sorted(EXAMPLES.glob("*.psm")):
-        if not names or path.stem in names:
-            agg = psmc.load(path)
-            if agg.declared.claim != "no":
-                found.append((path.stem, agg))
-    return found
+    paths = [p for p in sorted(EXAMPLES.glob("*.psm")) if not names or p.stem in names]
+    return [(p.stem, psmc.load(p)) for p in paths if all(c.declared.claim != "no" for c in read(p))]
 
 
 def measured(agg: Any, setting: Setting, seeds: int) -> list[Row]:
@@ -61,8 +57,8 @@ def summary(spec: str, plan: str, rows: list[Row], dtype: str) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--spec", nargs="*", default=[])
     options = parser.parse_args()
     torch.set_num_threads(1)
