@@ -42,16 +42,15 @@ def measured(agg: Any, setting: Setting, seeds: int) -> list[Row]:
     return [row for seed in range(seeds) for row in duality(agg, replace(setting, seed=seed))]
 
 
-def summary(spec: str, plan: str, rows: list[Row], dtype: str) -> dict[str, Any]:
-    mine = [r for r in rows if r.dtype == dtype]
-
-    def worst(path: str) -> float:
-        return max((r.outputs for r in mine if r.path == path), default=0.0)
-
-    return {
-        "spec": spec, "plan": plan, "dtype": dtype, "fold": max(r.fold for r in mine), "scan": worst("scan"),
-        "tree": worst("tree"), "apart": max(r.reassociation or 0.0 for r in mine),
-    }  # fmt: skip
+def summary(spec: str, plan: str, rows: list[Row]) -> dict[str, Any]:
+    found: dict[str, Any] = {"spec": spec, "plan": plan}
+    for dtype in DTYPES:
+        mine = [r for r in rows if r.dtype == dtype]
+        found[f"{dtype} fold"] = max(r.fold for r in mine if r.path == "scan")
+        for path in ("scan", "tree"):
+            found[f"{dtype} {path}"] = max((r.outputs for r in mine if r.path == path), default=0.0)
+        found[f"{dtype} apart"] = max(r.reassociation or 0.0 for r in mine)
+    return found
 
 
 def main() -> None:
@@ -65,10 +64,8 @@ def main() -> None:
     setting = Setting(dtypes=DTYPES, lengths=(options.tokens,), batch=1, lanes=(2,))
     rows = []
     for spec, agg in associative(options.spec):
-        found = measured(agg, setting, options.seeds)
-        for dtype in DTYPES:
-            rows.append(summary(spec, agg.plan.name, found, dtype))
-            show(rows[-1:])
+        rows.append(summary(spec, agg.plan.name, measured(agg, setting, options.seeds)))
+        show(rows[-1:])
     if options.out:
         write(options.out, rows, " ".join(["python benchmarks/reassociation.py", *sys.argv[1:]]))
 

@@ -266,3 +266,13 @@ def in_fresh_python(code: str, **env: str) -> str:
     return subprocess.run(
         command, env={"PYTHONPATH": ".", **env}, cwd=ROOT, capture_output=True, check=True, text=True
     ).stdout
+
+
+def test_an_identity_that_is_not_kept_by_itself() -> None:
+    """e∘x = x for every finite x, yet e∘e is not e: -inf drops what is beside it."""
+    body = ASSOCIATIVE["softmax_average"].replace("u = 0", "u = 1 / 2", 1)
+    assert body != ASSOCIATIVE["softmax_average"]
+    proof = prove(spec(body))
+    assert isinstance(proof.associativity, Proved) and isinstance(proof.identity, Refuted)
+    found = proof.identity.counterexample
+    assert (found.component, found.left, found.right) == ("u", 0, Fraction(1, 2))

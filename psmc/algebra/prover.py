@@ -232,7 +232,9 @@ class _Attempt:
                 undefined.append(name)
                 lines.append(f"e∘e: '{name}' has no value as written ({outcome.reason}); e∘e = e by the laws above")
             elif not outcome.equal:
-                return Unknown(residual_text(name, outcome), f"e∘e of '{name}': {outcome.reason}"), undefined
+                found = self.refuter.of_identity(self.deadline)
+                open_ = Unknown(residual_text(name, outcome), f"e∘e of '{name}': {outcome.reason}")
+                return (open_ if found is None else Refuted(found)), undefined
             else:
                 lines.append(_line("e∘e", name, outcome))
         return Proved("normal form", tuple(lines)), undefined

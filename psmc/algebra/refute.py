@@ -24,6 +24,7 @@ from psmc.algebra.verdict import Counterexample
 from psmc.ir import Aggregator, Block
 
 _AROUND = 3  # points
+_AT_IDENTITY = range(4)  # points; they differ in sizes and params
 Law = Literal["associativity", "left identity", "right identity"]
 _OPERANDS: dict[Law, tuple[str, ...]] = {
     "associativity": ("a", "b", "c"),
@@ -162,6 +163,17 @@ class Refuter:
                     continue  # at most a set of measure 0
                 if self._declared(law, point, found) is not None:
                     return self._smallest(law, point, found, deadline, self._missing)
+        return None
+
+    def of_identity(self, deadline: float) -> Counterexample | None:
+        """e∘e where it is not e: the left identity law at x = e, which no drawn element need be."""
+        with self._until(deadline), suppress(OutOfBudgetError):
+            for trial in _AT_IDENTITY:
+                point = self._point("left identity", trial)
+                point = replace(point, operands=(self.identity(point),))
+                found = self.difference("left identity", point)
+                if found is not None and self._declared("left identity", point, found) is not None:
+                    return self._counterexample("left identity", point, found)
         return None
 
     def _moved(self, point: Point, seed: int) -> Point:

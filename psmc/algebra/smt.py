@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,6 +106,8 @@ def _z3_errors() -> tuple[type[BaseException], ...]:
 def _judged(question: _Question, law: Law, verdict: Verdict) -> Opinion:
     if isinstance(verdict, Refuted) and None in (verdict.counterexample.left, verdict.counterexample.right):
         return Opinion("undecided", f"{law}: refuted where it has no value, which z3 is not asked about")
+    if isinstance(verdict, Refuted) and _at_infinity([parts for _, parts in verdict.counterexample.elements]):
+        return Opinion("undecided", f"{law}: refuted at an infinite element, which z3 is not asked about")
     if isinstance(verdict, Refuted):
         found = question.counterexample(dict(verdict.counterexample.dims))
         if found is None:
@@ -119,6 +122,13 @@ def _judged(question: _Question, law: Law, verdict: Verdict) -> Opinion:
     if isinstance(verdict, Unknown):
         return Opinion("undecided", f"{law}: not proved, though z3 finds no counterexample with dims up to 2")
     return Opinion("agrees")
+
+
+def _at_infinity(value: object) -> bool:
+    """Whether there is an infinite number in nested lists."""
+    if isinstance(value, list | tuple):
+        return any(map(_at_infinity, value))
+    return isinstance(value, Decimal) and value.is_infinite()
 
 
 class _Question:
