@@ -98,6 +98,8 @@ def section(path: Path) -> list[str]:
         raise ValueError(f"{path.name}: {error!r}; expected commit, device, versions, command, rows") from error
     if "copy_gb_s" in record:
         source += f"; device copy {record['copy_gb_s']} GB/s"
+    if "note" in record:
+        source += f"; {record['note']}"
     title = TITLES.get(path.stem, path.stem.replace("_", " ").capitalize())
     lines = [f"**{title}.** {source}", ""]
     for name in dict.fromkeys(r.get("table", "") for r in rows):
