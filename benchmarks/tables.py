@@ -31,7 +31,10 @@ TITLES = {
     "tree": "Trees",
 }
 # Where a topic's tables stand, if not in README.
-ELSEWHERE = {"proofs": "docs/proofs.md", "reassociation": "docs/proofs.md", "pointwise_tiles": "docs/measurements.md"}
+ELSEWHERE = {
+    **dict.fromkeys(("fuzz", "proofs", "reassociation"), "docs/proofs.md"),
+    "pointwise_tiles": "docs/measurements.md",
+}
 DOCUMENTS = ("README.md", *dict.fromkeys(ELSEWHERE.values()))
 Row = Mapping[str, Any]
 
