@@ -25,27 +25,28 @@
 
 Proof (associative): proved over the reals, for all sizes (normal form).
 Proof (identity element): proved over the reals, for all sizes (normal form).
+In floats the identity element makes NaN of u, w: it is selected here, never combined in.
 Plan: pointwise. pointwise: 3 scalars an element, 3 carried; lanes are independent, one pass over time; few lanes and a long sequence are split into segments.
 
 Written by psmc; regenerate with: psmc compile softmax_average.psm
 The runtime holds what this spec needs of it. Needs torch, and triton for tensors on a GPU; nothing else.
 
-   71  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
-  123  kernels: a pointwise scan
- 1221  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
- 1345  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1476  One token at a time by the step kernel: what its shapes fix is worked out once
- 1604  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1984  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2263  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2420  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2649  The border, continued: states, flags and packing
- 2771  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2847  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2910  One checked call in PyTorch: lift, the scan of the plan, readout
- 3033  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3298  The public face of a compiled aggregator: a parallel call, a step, states
- 3499  the spec's border
+   72  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  124  kernels: a pointwise scan
+ 1222  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
+ 1346  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 1477  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1605  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1985  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2264  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2421  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2650  The border, continued: states, flags and packing
+ 2772  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2848  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2911  One checked call in PyTorch: lift, the scan of the plan, readout
+ 3034  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3299  The public face of a compiled aggregator: a parallel call, a step, states
+ 3500  the spec's border
 """
 
 from __future__ import annotations

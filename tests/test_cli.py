@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from psmc import __version__
+from psmc import __version__, pipeline
 from psmc.cli import app
 from psmc.frontend.pretty import format_source
 from psmc.frontend.psm import read
@@ -143,6 +143,7 @@ def test_check_json(psmc) -> None:
         "counterexample",
         "residual",
         "repair",
+        "float_breaks",
         "seconds",
     ]
     assert list(gla) == list(leaky) == keys
@@ -153,6 +154,17 @@ def test_check_json(psmc) -> None:
     assert {k: set(v) for k, v in point["elements"].items()} == {x: {"s", "d"} for x in "abc"}
     assert leaky["repair"] == "d = l.d * r.d" and gla["repair"] is None
     assert (elman["claim"], elman["associativity"], elman["identity"]) == ("no", None, None)
+
+
+def test_what_floats_break_is_said(psmc) -> None:
+    """Where it holds, and only there: in a line of the table, in JSON, on top of the module."""
+    average = EXAMPLES / "softmax_average.psm"
+    (found, gla) = json.loads(psmc("check", average, GLA, "--json").out)["results"]
+    assert found["float_breaks"] == ["u", "w"] and gla["float_breaks"] == []
+    assert "makes NaN of softmax_average (u, w)." in psmc("check", average, GLA).out
+    assert "NaN" not in psmc("check", GLA).out
+    said = "In floats the identity element makes NaN of u, w"
+    assert said in pipeline.read(average)[0].text and "In floats" not in pipeline.read(GLA)[0].text
 
 
 def test_check_json_names_the_files_that_do_not_parse(psmc, tmp_path: Path) -> None:

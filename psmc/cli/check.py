@@ -63,6 +63,8 @@ def command(files: tuple[str, ...], as_json: bool, budget: float, second: bool, 
             if row.opinion is not None and row.opinion.word == "undecided":
                 console.say(f"{row.cells()[1]}: z3 does not decide: {row.opinion.reason}")
         console.say(_summary(rows))
+        for line in _floats(rows):
+            console.say(line)
     if failed:
         console.complain("")
         console.report(*failed)
@@ -111,8 +113,14 @@ class Row:
             "counterexample": _counterexample(law) or _counterexample(identity),
             "residual": "; ".join(residuals) or None,
             "repair": self._repair(),
+            "float_breaks": list(self.float_breaks),
             "seconds": round(self.seconds, 3),
         } | ({"second_opinion": _opinion_data(self.opinion)} if self.asked else {})
+
+    @property
+    def float_breaks(self) -> tuple[str, ...]:
+        """Components of which floats make NaN where the identity element is combined in, though the law holds."""
+        return self.found.proof.float_breaks if self.found is not None and self.verdicts else ()
 
     def _repair(self) -> str | None:
         """The statement to write instead, where a claim is refuted and a repair proves."""
@@ -248,6 +256,13 @@ def _error(file: str, diagnostic: Diagnostic) -> dict[str, Any]:
     span = diagnostic.span
     line, column = span.source.position(span.start) if span else (None, None)
     return {"file": file, "code": diagnostic.code, "message": diagnostic.message, "line": line, "column": column}
+
+
+def _floats(rows: list[Row]) -> list[str]:
+    """One line on identity elements that hold over the reals and not in floats; none if there are none."""
+    found = [f"{row.cells()[1]} ({', '.join(row.float_breaks)})" for row in rows if row.float_breaks]
+    said = f"In floats the identity element makes NaN of {'; '.join(found)}. No compiled code combines it in."
+    return [said] if found else []
 
 
 def _summary(rows: list[Row]) -> str:

@@ -165,6 +165,9 @@ def _proof_lines(agg: Aggregator, proof: Proof) -> list[str]:
     for field, law in _LAWS:
         verdict: Verdict | None = getattr(proof, field)
         lines.append(f"Proof ({law}): {_say(verdict, agg.claim)}.")
+    if proof.float_breaks:
+        names = ", ".join(proof.float_breaks)
+        lines.append(f"In floats the identity element makes NaN of {names}: it is selected here, never combined in.")
     return lines
 
 
