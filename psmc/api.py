@@ -59,9 +59,11 @@ def load(
 
 def _text(path: str | Path) -> str | None:
     """The file's text, None where reading it is the frontend's to report."""
+    from psmc.source import read_bytes
+
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return read_bytes(Path(path)).decode("utf-8")
+    except (OSError, ValueError):
         return None
 
 

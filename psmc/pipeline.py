@@ -126,7 +126,7 @@ def _used(path: str, span: Span) -> File:
             "PSM291", f"'use' takes a .psm file in this directory or below it, not \"{path}\".", span,
             helps=('write use "lib.psm", relative to this file.',),
         )  # fmt: skip
-    return psm.parse(psm.read(Path(span.source.name).parent / path))
+    return psm.parse(psm.read(Path(span.source.name).parent / path, span))
 
 
 def extern_rule(file: File) -> Callable[..., Any] | None:

@@ -34,7 +34,7 @@ def recall(text: str, name: str | None) -> tuple[str, Path] | None:
             return None
         chosen = next(iter(known)) if name is None else name
         path = files.directory() / known[chosen]
-        return (chosen, path) if path.is_file() else None
+        return (chosen, path) if files.intact(path) else None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None  # no index, or not one of ours: compile
 

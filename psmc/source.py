@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 # Refused before the lexer sees them: no spec of the literature comes near either bound.
 MAX_SOURCE_BYTES = 1_000_000
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content, and at most one byte more of it than is allowed. A pipe or a device is refused: reading one may
+    wait for ever, or never end. Raises OSError; ValueError for a name with a NUL in it."""
+
+    def opener(name: str, flags: int) -> int:
+        found = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody writes to would not open
+        mode = os.fstat(found).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            os.close(found)
+            raise OSError(errno.EINVAL, "is a pipe or a device, not a file", name)
+        return found
+
+    with open(path, "rb", opener=opener) as handle:
+        return handle.read(MAX_SOURCE_BYTES + 1)
 
 
 @dataclass(frozen=True)

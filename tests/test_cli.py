@@ -76,6 +76,7 @@ def test_each_help_has_an_example(psmc, name: str) -> None:
         (["check"], "FILE"),
         (["check", "x.psm", "--jsn"], "--json"),
         (["check", "x.psm", "--budget", "-1"], "--budget"),
+        (["compile", "x.psm", "--budget", "nan"], "'nan' is no number of seconds"),
         (["test", GLA, "--dtype", "fp8"], "fp64, fp32, bf16, fp16"),
         (["test", GLA, "-T", "many"], "1,64,1000"),
         (["test", GLA, "--dim", "Q=3"], "the open dims are K, V"),
@@ -269,11 +270,35 @@ def test_hostile_input(psmc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, co
     assert not path.is_file() or path.read_bytes() == content
 
 
-def test_a_file_that_may_not_be_read(psmc, tmp_path: Path) -> None:
-    loop = tmp_path / "loop.psm"
+@pytest.mark.parametrize("command", ["check", "compile", "explain", "test", "fmt"])
+def test_what_is_no_file(psmc, tmp_path: Path, command: str) -> None:
+    """Links that lead nowhere, pipes that nobody writes to, names that no file can have."""
+    loop, nowhere, pipe = (tmp_path / f"{name}.psm" for name in ("loop", "nowhere", "pipe"))
     loop.symlink_to(loop)
-    ran = psmc("check", loop)
-    assert ran.code == 1 and "PSM102" in ran.err
+    nowhere.symlink_to("moved.psm")
+    os.mkfifo(pipe)
+    said = {
+        loop: "too many levels of symbolic links", nowhere: "is a link to moved.psm, where there is no file",
+        pipe: "is a pipe or a device, not a file", tmp_path / ("a" * 300 + ".psm"): "name too long|no such file",
+        Path("/dev/zero"): "is a pipe or a device, not a file",
+    }  # fmt: skip
+    for path, why in said.items():
+        ran = psmc(command, path)
+        assert ran.code == 1 and re.search(rf"error\[PSM102\].*({why})", ran.err), ran.err
+
+
+def test_a_used_file_that_cannot_be_read(psmc, tmp_path: Path) -> None:
+    """The message shows where it is asked for."""
+    (tmp_path / "lib.psm").write_bytes(b"const c = 1 # \xe9\n")
+    (tmp_path / "main.psm").write_text('use "lib.psm"\n' + GLA.read_text())
+    ran = psmc("check", tmp_path / "main.psm")
+    assert ran.code == 1 and "main.psm:1:1: error[PSM102]" in ran.err and "is not UTF-8 text" in ran.err
+
+
+def test_a_file_without_aggregators(psmc, tmp_path: Path) -> None:
+    (tmp_path / "lib.psm").write_text("const c = 1\n")
+    ran = psmc("check", tmp_path / "lib.psm")
+    assert (ran.code, ran.out) == (0, "There is no aggregator here: nothing to check.\n")
 
 
 def test_close_names_are_offered(psmc, tmp_path: Path) -> None:

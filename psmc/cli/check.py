@@ -31,7 +31,7 @@ _SECOND = "second opinion"
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON.")
 @click.option(
-    "--budget", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True, metavar="SECONDS",
+    "--budget", type=inputs.Seconds(0, min_open=True), default=20.0, show_default=True, metavar="SECONDS",
     help="Time for the proof of one aggregator; what is open then is 'unknown'.",
 )  # fmt: skip
 @click.option("--second-opinion", "second", is_flag=True, help="Ask z3 too, at small sizes: it must not contradict.")
@@ -58,7 +58,8 @@ def command(files: tuple[str, ...], as_json: bool, budget: float, second: bool, 
         _say_json(rows)
     else:
         headings = (*_HEADINGS, _SECOND) if second else _HEADINGS
-        console.table(headings, [row.cells()[: len(headings)] for row in rows], right=("seconds",))
+        if rows:
+            console.table(headings, [row.cells()[: len(headings)] for row in rows], right=("seconds",))
         for row in rows:
             if row.opinion is not None and row.opinion.word == "undecided":
                 console.say(f"{row.cells()[1]}: z3 does not decide: {row.opinion.reason}")
@@ -273,4 +274,4 @@ def _summary(rows: list[Row]) -> str:
     held = len(rows) - fixed
     parts = [f"{held} {'claim holds' if held == 1 else 'claims hold'}"] if held else []
     parts += [f"{fixed} with a fixed order"] if fixed else []
-    return ", ".join(parts) + "."
+    return (", ".join(parts) or "There is no aggregator here: nothing to check") + "."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ _SHOWN = 20  # lines of a diff
 @click.option("--name", metavar="AGG", help="Only this aggregator of each file.")
 @click.option("--check", "compare", is_flag=True, help="Write nothing; exit 1 if what is there differs.")
 @click.option(
-    "--budget", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True, metavar="SECONDS",
+    "--budget", type=inputs.Seconds(0, min_open=True), default=20.0, show_default=True, metavar="SECONDS",
     help="Time for the proof of one aggregator.",
 )  # fmt: skip
 def command(files: tuple[str, ...], output: str | None, name: str | None, compare: bool, budget: float) -> int:
@@ -72,14 +73,14 @@ def _chosen(file: str, name: str | None, budget: float) -> tuple[Compilation, ..
 def _places(output: str | None, names: list[str]) -> list[Path]:
     """Where each module goes."""
     target = Path(output or ".")
-    if target.suffix == ".py" and not target.is_dir():
+    if target.suffix == ".py" and not os.path.isdir(target):
         if len(names) > 1:
             fail(
                 "PSM290", f"{target} is one file, but there are {len(names)} aggregators.",
                 helps=(f"pass a directory, or --name with one of {', '.join(names)}.",),
             )  # fmt: skip
         return [target]
-    if target.exists() and not target.is_dir():
+    if os.path.exists(target) and not os.path.isdir(target):
         fail("PSM294", f"{target} is neither a directory nor a .py file", helps=("pass -o DIR or -o FILE.py.",))
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,7 +34,7 @@ def command(file: str, as_json: bool, name: str | None) -> int:
     """
     from psmc import pipeline
 
-    if re.fullmatch(r"PSM\d{3}", file, re.I) and not Path(file).exists():
+    if re.fullmatch(r"PSM\d{3}", file, re.I) and not os.path.exists(file):
         return _code(file.upper())
 
     path = inputs.one_file(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,7 +23,7 @@ def load(text: str) -> Callable[..., Any]:
     if not colon or not file.endswith(".py") or not name.isidentifier():
         raise click.UsageError(f"--extern {text}: write FILE.py:NAME, such as blocks.py:join.")
     path = Path(file)
-    if not path.is_file():
+    if not os.path.isfile(path):
         inputs.fail_missing(path)
     module = _run(path)
     found = getattr(module, name, None)

@@ -1,12 +1,15 @@
-"""Files named on the command line."""
+"""Files named on the command line. Questions are asked of os.path, which says no of a name that no file can have."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
+
+import click
 
 from psmc.cli import console
 from psmc.diagnostics import PsmcError, fail
@@ -14,12 +17,20 @@ from psmc.diagnostics import PsmcError, fail
 SUFFIX = ".psm"
 
 
+class Seconds(click.FloatRange):
+    """A number of seconds. 'nan' is one to Python, and no clock ever reaches it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is no number of seconds.", param, ctx) if found != found else found
+
+
 def specs(names: Iterable[str]) -> list[Path]:
     """The files that are meant: a directory stands for its *.psm, in order of name. Raises PsmcError PSM102."""
     out: list[Path] = []
     for name in names:
         path = Path(name)
-        if not path.is_dir():
+        if not os.path.isdir(path):
             out.append(path)
             continue
         inside = sorted(p for p in path.glob(f"*{SUFFIX}") if p.is_file())
@@ -32,12 +43,12 @@ def specs(names: Iterable[str]) -> list[Path]:
 
 def existing(path: Path) -> Path:
     """The path itself. Raises PsmcError PSM102, with the names that come close, where there is no such file."""
-    if path.suffix == ".py" and path.is_file():
+    if path.suffix == ".py" and os.path.isfile(path):
         fail(
             "PSM102", f"{path} is a Python file; psmc reads {SUFFIX} files",
             helps=("a class under @psmc.aggregator is proved and compiled when Python imports it.",),
         )  # fmt: skip
-    return path if path.exists() else fail_missing(path)
+    return path if os.path.lexists(path) else fail_missing(path)
 
 
 def fail_missing(path: Path) -> NoReturn:
@@ -51,7 +62,7 @@ def similar(path: Path) -> list[str]:
     """Files of the same kind (specs, if it has none) in the same directory with a name like this one's."""
     suffix = path.suffix or SUFFIX
     try:
-        stems = sorted(p.stem for p in path.parent.iterdir() if p.suffix == suffix)
+        stems = sorted(p.stem for p in path.parent.iterdir() if p.suffix == suffix and p.name != path.name)
     except OSError:
         return []
     return [str(path.parent / (stem + suffix)) for stem in get_close_matches(path.stem, stems, 2)]
@@ -60,7 +71,7 @@ def similar(path: Path) -> list[str]:
 def one_file(name: str) -> Path:
     """A file, not a directory."""
     path = existing(Path(name))
-    if path.is_dir():
+    if os.path.isdir(path):
         fail("PSM102", f"{path} is a directory", helps=(f"name one {SUFFIX} file in it.",))
     return path
 
@@ -70,7 +81,7 @@ def write(path: Path, text: str) -> None:
     from psmc.runtime.cache import write_atomic
 
     try:
-        write_atomic(path.resolve(), text)
+        write_atomic(Path(os.path.realpath(path)), text)
     except OSError as error:
         why = (error.strerror or "cannot be written").lower()
         fail("PSM294", f"{path}: {why}", helps=("choose another place.",))
@@ -80,4 +91,4 @@ def say_json(data: Any) -> None:
     console.say(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-__all__ = ["PsmcError", "existing", "fail_missing", "one_file", "say_json", "similar", "specs", "write"]
+__all__ = ["PsmcError", "Seconds", "existing", "fail_missing", "one_file", "say_json", "similar", "specs", "write"]

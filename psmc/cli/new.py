@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -113,7 +114,7 @@ def command(name: str, kind: Kind, force: bool) -> int:
     # Every kind takes the same names: those of the language.
     text = _TEMPLATES["recurrence" if kind == "recurrence" else "combine"].format(name=stem, file=path.name)
     resolve(parse(SourceFile(str(path.with_suffix(inputs.SUFFIX)), text)))
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:
         fail("PSM295", f"{path} exists already.", helps=("choose another name, or pass --force to overwrite it.",))
     cls = "".join(part[:1].upper() + part[1:] for part in stem.split("_")) or stem
     inputs.write(path, _TEMPLATES[kind].format(name=stem, file=path.name, cls=cls))

@@ -18,33 +18,35 @@ from psmc.frontend import surface
 from psmc.frontend.build import Builder
 from psmc.frontend.syntax import explain
 from psmc.frontend.tokens import Scanner, Tokens, check_size
-from psmc.source import MAX_SOURCE_BYTES, SourceFile
+from psmc.source import MAX_SOURCE_BYTES, SourceFile, Span, read_bytes
 
 
-def read(path: str | Path) -> SourceFile:
-    """The text of a file. Raises PSM102 if it is missing or not UTF-8 text, PSM501 if it is too large."""
+def read(path: str | Path, span: Span | None = None) -> SourceFile:
+    """The text of a file. Raises PSM102 if it is missing or not UTF-8 text, PSM501 if it is too large; at `span`, where
+    another file asks for it."""
     name = Path(path)
     try:
-        with name.open("rb") as handle:
-            data = handle.read(MAX_SOURCE_BYTES + 1)
-            size = len(data) if len(data) <= MAX_SOURCE_BYTES else max(len(data), name.stat().st_size)
+        data = read_bytes(name)
+        size = len(data) if len(data) <= MAX_SOURCE_BYTES else max(len(data), name.stat().st_size)
     except FileNotFoundError:
-        fail("PSM102", f"{name}: there is no such file", helps=("check the path",))
-    except OSError as error:
-        why = (error.strerror or "it cannot be read").lower()
-        fail("PSM102", f"{name}: {why}", helps=("give the path of a .psm file",))
+        if name.is_symlink():
+            message = f"{name} is a link to {name.readlink()}, where there is no file"
+            fail("PSM102", message, span, helps=("mend the link",))
+        fail("PSM102", f"{name}: there is no such file", span, helps=("check the path",))
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else str(error)) or "it cannot be read"
+        fail("PSM102", f"{str(name)!r:.200}: {why.lower()}", span, helps=("give the path of a .psm file",))
     if size > MAX_SOURCE_BYTES:
         fail(
-            "PSM501",
-            f"{name} has {size:,} bytes; psmc reads at most {MAX_SOURCE_BYTES:,}",
+            "PSM501", f"{name} has {size:,} bytes; psmc reads at most {MAX_SOURCE_BYTES:,}", span,
             helps=("a spec is some 10 to 20 lines: is this the right file?",),
-        )
+        )  # fmt: skip
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         message = f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} on line {line}"
-        fail("PSM102", message, helps=("save it as UTF-8",))
+        fail("PSM102", message, span, helps=("save it as UTF-8",))
     return SourceFile(str(name), text)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -13,9 +12,8 @@ from psmc.runtime import cache
 
 def load_module(name: str, text: str) -> ModuleType:
     """The module of a generated text, from the cache directory; one module a text and process."""
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    key = f"psmc_generated_{name}_{digest}"
-    return sys.modules[key] if key in sys.modules else load_file(cache.stored(name, digest, text), key)
+    key = f"psmc_generated_{name}_{cache.digest(text)}"
+    return sys.modules[key] if key in sys.modules else load_file(cache.stored(name, text), key)
 
 
 def load_file(path: Path, key: str) -> ModuleType:
