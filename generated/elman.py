@@ -31,13 +31,13 @@ The runtime holds what this spec needs of it. Needs torch; nothing else.
    88  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
   406  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
   568  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
-  797  The border, continued: states, flags and packing
-  919  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
-  995  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1058  One checked call in PyTorch: lift, the scan of the plan, readout
- 1181  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 1446  The public face of a compiled aggregator: a parallel call, a step, states
- 1647  the spec's border
+  798  The border, continued: states, flags and packing
+  920  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+  996  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1059  One checked call in PyTorch: lift, the scan of the plan, readout
+ 1182  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 1447  The public face of a compiled aggregator: a parallel call, a step, states
+ 1648  the spec's border
 """
 
 from __future__ import annotations
@@ -628,7 +628,8 @@ class Call:
 
     @property
     def n(self) -> Fields:
-        return Fields(self.sizes)
+        """The sizes of the dims; and, under a name that no dim can have, how precise the inputs are."""
+        return Fields({**self.sizes, "__dtype__": self.dtype})
 
     def of_kind(self, kind: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The torch dtype of an element kind; real ones are `dtype`, by default the state's."""
@@ -1648,7 +1649,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='elman',
-    digest='a00ccf449f809a2f',
+    digest='b0748a0ad15724d7',
     inputs=(Slot('x', ('H',)),),
     params=(Slot('W', ('H', 'H')),),
     components=(Slot('h', ('H',)),),

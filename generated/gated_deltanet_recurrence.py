@@ -27,17 +27,17 @@ The runtime holds what this spec needs of it. Needs torch; nothing else.
   107  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
   386  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
   543  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
-  772  The border, continued: states, flags and packing
-  894  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
-  970  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1033  One checked call in PyTorch: lift, the scan of the plan, readout
- 1169  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 1232  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 1475  Matrix states a chunk of tokens at a time, as batched matrix products
- 1656  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 1954  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2219  The public face of a compiled aggregator: a parallel call, a step, states
- 2420  the spec's border
+  773  The border, continued: states, flags and packing
+  895  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+  971  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1034  One checked call in PyTorch: lift, the scan of the plan, readout
+ 1170  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 1233  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 1476  Matrix states a chunk of tokens at a time, as batched matrix products
+ 1657  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 1955  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 2220  The public face of a compiled aggregator: a parallel call, a step, states
+ 2421  the spec's border
 """
 
 from __future__ import annotations
@@ -603,7 +603,8 @@ class Call:
 
     @property
     def n(self) -> Fields:
-        return Fields(self.sizes)
+        """The sizes of the dims; and, under a name that no dim can have, how precise the inputs are."""
+        return Fields({**self.sizes, "__dtype__": self.dtype})
 
     def of_kind(self, kind: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The torch dtype of an element kind; real ones are `dtype`, by default the state's."""
@@ -2421,7 +2422,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gated_deltanet_recurrence',
-    digest='50d4a0791e9987f8',
+    digest='6de1d73209563d8d',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('beta', within=(0.0, 1.0, '[]')), Slot('g', within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('A', ('K', 'K')), Slot('S', ('K', 'V')),),

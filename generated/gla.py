@@ -33,20 +33,20 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
   947  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
  1226  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
  1383  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1612  The border, continued: states, flags and packing
- 1734  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 1810  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1873  One checked call in PyTorch: lift, the scan of the plan, readout
- 2032  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2095  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2338  Matrix states a chunk of tokens at a time, as batched matrix products
- 2519  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 2634  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 2814  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 3196  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 3529  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3794  The public face of a compiled aggregator: a parallel call, a step, states
- 4006  the spec's border
+ 1613  The border, continued: states, flags and packing
+ 1735  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 1811  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1874  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2033  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2096  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2339  Matrix states a chunk of tokens at a time, as batched matrix products
+ 2520  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 2635  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 2815  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 3197  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 3530  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3795  The public face of a compiled aggregator: a parallel call, a step, states
+ 4007  the spec's border
 """
 
 from __future__ import annotations
@@ -1443,7 +1443,8 @@ class Call:
 
     @property
     def n(self) -> Fields:
-        return Fields(self.sizes)
+        """The sizes of the dims; and, under a name that no dim can have, how precise the inputs are."""
+        return Fields({**self.sizes, "__dtype__": self.dtype})
 
     def of_kind(self, kind: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The torch dtype of an element kind; real ones are `dtype`, by default the state's."""
@@ -4007,7 +4008,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='c8a9a5c56ba1d9ca',
+    digest='5684b6f9568c17ab',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

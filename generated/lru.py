@@ -37,13 +37,13 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
  1770  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
  2049  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
  2206  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2435  The border, continued: states, flags and packing
- 2557  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2633  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2696  One checked call in PyTorch: lift, the scan of the plan, readout
- 2819  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3084  The public face of a compiled aggregator: a parallel call, a step, states
- 3285  the spec's border
+ 2436  The border, continued: states, flags and packing
+ 2558  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2634  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2697  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2820  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3085  The public face of a compiled aggregator: a parallel call, a step, states
+ 3286  the spec's border
 """
 
 from __future__ import annotations
@@ -2266,7 +2266,8 @@ class Call:
 
     @property
     def n(self) -> Fields:
-        return Fields(self.sizes)
+        """The sizes of the dims; and, under a name that no dim can have, how precise the inputs are."""
+        return Fields({**self.sizes, "__dtype__": self.dtype})
 
     def of_kind(self, kind: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The torch dtype of an element kind; real ones are `dtype`, by default the state's."""
@@ -3286,7 +3287,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='lru',
-    digest='c93deb125ff63f9a',
+    digest='b3bd2becac87332f',
     inputs=(Slot('u', (), 'complex'),),
     params=(Slot('nu'), Slot('theta'), Slot('gamma'),),
     components=(Slot('a', (), 'complex'), Slot('h', (), 'complex'),),

@@ -33,13 +33,13 @@ The runtime holds what this spec needs of it. Needs torch; nothing else.
    95  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
   374  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
   531  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
-  760  The border, continued: states, flags and packing
-  882  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
-  958  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1021  One checked call in PyTorch: lift, the scan of the plan, readout
- 1144  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 1409  The public face of a compiled aggregator: a parallel call, a step, states
- 1610  the spec's border
+  761  The border, continued: states, flags and packing
+  883  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+  959  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1022  One checked call in PyTorch: lift, the scan of the plan, readout
+ 1145  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 1410  The public face of a compiled aggregator: a parallel call, a step, states
+ 1611  the spec's border
 """
 
 from __future__ import annotations
@@ -591,7 +591,8 @@ class Call:
 
     @property
     def n(self) -> Fields:
-        return Fields(self.sizes)
+        """The sizes of the dims; and, under a name that no dim can have, how precise the inputs are."""
+        return Fields({**self.sizes, "__dtype__": self.dtype})
 
     def of_kind(self, kind: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The torch dtype of an element kind; real ones are `dtype`, by default the state's."""
@@ -1611,7 +1612,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='mamba',
-    digest='ec9fbcc9be75c1d8',
+    digest='771e3029d46780eb',
     inputs=(Slot('x', ('D',)), Slot('dt', ('D',), within=(0.0, None, '()')), Slot('B', ('N',)), Slot('C', ('N',)),),
     params=(Slot('A', ('D', 'N'), within=(None, 0.0, '()')),),
     components=(Slot('a', ('D', 'N')), Slot('h', ('D', 'N')),),

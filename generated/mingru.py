@@ -36,13 +36,13 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
  1541  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
  1820  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
  1977  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2206  The border, continued: states, flags and packing
- 2328  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2404  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2467  One checked call in PyTorch: lift, the scan of the plan, readout
- 2590  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2855  The public face of a compiled aggregator: a parallel call, a step, states
- 3056  the spec's border
+ 2207  The border, continued: states, flags and packing
+ 2329  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2405  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2468  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2591  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 2856  The public face of a compiled aggregator: a parallel call, a step, states
+ 3057  the spec's border
 """
 
 from __future__ import annotations
@@ -2037,7 +2037,8 @@ class Call:
 
     @property
     def n(self) -> Fields:
-        return Fields(self.sizes)
+        """The sizes of the dims; and, under a name that no dim can have, how precise the inputs are."""
+        return Fields({**self.sizes, "__dtype__": self.dtype})
 
     def of_kind(self, kind: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The torch dtype of an element kind; real ones are `dtype`, by default the state's."""
@@ -3057,7 +3058,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='mingru',
-    digest='278f478b1f9a41cb',
+    digest='3a887a7a22f5cfeb',
     inputs=(Slot('z'), Slot('x'),),
     params=(),
     components=(Slot('a'), Slot('h'),),

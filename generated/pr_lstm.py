@@ -43,13 +43,13 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
  2120  counters -----------------------------------------------------------------------------------
  2170  Many trees: the tree plan over sequences with masks, restarts and packing
  2286  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2515  The border, continued: states, flags and packing
- 2654  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2730  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2793  One checked call in PyTorch: lift, the scan of the plan, readout
- 2966  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3233  The public face of a compiled aggregator: a parallel call, a step, states
- 3459  the spec's border
+ 2516  The border, continued: states, flags and packing
+ 2655  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2731  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2794  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2967  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3234  The public face of a compiled aggregator: a parallel call, a step, states
+ 3460  the spec's border
 """
 
 from __future__ import annotations
@@ -2346,7 +2346,8 @@ class Call:
 
     @property
     def n(self) -> Fields:
-        return Fields(self.sizes)
+        """The sizes of the dims; and, under a name that no dim can have, how precise the inputs are."""
+        return Fields({**self.sizes, "__dtype__": self.dtype})
 
     def of_kind(self, kind: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The torch dtype of an element kind; real ones are `dtype`, by default the state's."""
@@ -3460,7 +3461,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='pr_lstm',
-    digest='346eb987414910fb',
+    digest='d609f4644dba8874',
     inputs=(Slot('x'),),
     params=(Slot('left', ('G',)), Slot('right', ('G',)), Slot('bias', ('G',)),),
     components=(Slot('c'), Slot('h'),),

@@ -40,13 +40,13 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
  1985  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
  2264  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
  2421  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2650  The border, continued: states, flags and packing
- 2772  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2848  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2911  One checked call in PyTorch: lift, the scan of the plan, readout
- 3034  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3299  The public face of a compiled aggregator: a parallel call, a step, states
- 3500  the spec's border
+ 2651  The border, continued: states, flags and packing
+ 2773  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2849  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2912  One checked call in PyTorch: lift, the scan of the plan, readout
+ 3035  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3300  The public face of a compiled aggregator: a parallel call, a step, states
+ 3501  the spec's border
 """
 
 from __future__ import annotations
@@ -2481,7 +2481,8 @@ class Call:
 
     @property
     def n(self) -> Fields:
-        return Fields(self.sizes)
+        """The sizes of the dims; and, under a name that no dim can have, how precise the inputs are."""
+        return Fields({**self.sizes, "__dtype__": self.dtype})
 
     def of_kind(self, kind: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The torch dtype of an element kind; real ones are `dtype`, by default the state's."""
@@ -3501,7 +3502,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='softmax_average',
-    digest='764bf754ccf03662',
+    digest='2c22396ac3968e6a',
     inputs=(Slot('score'), Slot('value'),),
     params=(),
     components=(Slot('m'), Slot('u'), Slot('w'),),

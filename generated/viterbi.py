@@ -32,13 +32,13 @@ The runtime holds what this spec needs of it. Needs torch; nothing else.
    93  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
   372  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
   529  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
-  758  The border, continued: states, flags and packing
-  880  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
-  956  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1019  One checked call in PyTorch: lift, the scan of the plan, readout
- 1142  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 1407  The public face of a compiled aggregator: a parallel call, a step, states
- 1608  the spec's border
+  759  The border, continued: states, flags and packing
+  881  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+  957  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1020  One checked call in PyTorch: lift, the scan of the plan, readout
+ 1143  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 1408  The public face of a compiled aggregator: a parallel call, a step, states
+ 1609  the spec's border
 """
 
 from __future__ import annotations
@@ -589,7 +589,8 @@ class Call:
 
     @property
     def n(self) -> Fields:
-        return Fields(self.sizes)
+        """The sizes of the dims; and, under a name that no dim can have, how precise the inputs are."""
+        return Fields({**self.sizes, "__dtype__": self.dtype})
 
     def of_kind(self, kind: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The torch dtype of an element kind; real ones are `dtype`, by default the state's."""
@@ -1609,7 +1610,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='viterbi',
-    digest='1ac8447257bf4517',
+    digest='8d6abc4f0f05e4b7',
     inputs=(Slot('emission', ('N',)),),
     params=(Slot('transition', ('N', 'N')),),
     components=(Slot('M', ('N', 'N')),),

@@ -23,7 +23,7 @@ aggregator tapped {
   output y = s + prev.s
   associative: yes
 }"""
-EXAMPLE = ["cumsum", "viterbi", "gla", "elman", "pr_lstm", "transformer_psm"]
+EXAMPLE = ["cumsum", "viterbi", "gla", "elman", "pr_lstm", "transformer_psm", "attention_combine"]
 
 
 @pytest.fixture(scope="module")

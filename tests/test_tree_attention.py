@@ -123,7 +123,7 @@ def test_the_example_is_torchs_attention(length: int) -> None:
 def test_the_example_is_recognised(tmp_path: Path) -> None:
     (found,) = read(EXAMPLE)
     assert found.text.count("attended = _attention(") == 2, "in combine and in advance"
-    assert "torch.exp" not in found.text.split("# --- ")[1] and "fused call" in found.plan.why[-1]
+    assert "torch.exp" not in found.text.split("# --- ")[1] and "fused kernels" in found.plan.why[-1]
     check(EXAMPLE.read_text(), tmp_path, N=3, D=4)
 
 

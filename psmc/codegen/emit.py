@@ -8,6 +8,7 @@ import hashlib
 import re
 
 from psmc.algebra.verdict import Proof, Proved, Refuted, Unknown, Verdict
+from psmc.codegen.attention_code import ATTENTION_KIT, print_attention
 from psmc.codegen.chunk_code import print_layers
 from psmc.codegen.chunk_factors import print_fused
 from psmc.codegen.chunk_kernels import print_chunk_kernels
@@ -40,6 +41,7 @@ def emit(
     live = live or tuple(c.name for c in agg.state)  # also where no output reads the state
     extern = isinstance(agg.combine, Extern)
     kernels = _kernels(agg, structure, plan)
+    attended = print_attention(agg, fused=not kernels)
     matrices = plan.name == "chunked" and bool(kernels)
     files = KIT
     if plan.name == "chunked":
@@ -63,6 +65,8 @@ def emit(
             *(["matrices=ChunkKernels(CHUNK_KERNELS)", "stepped=step_layers"] if matrices else []),
         ]
     )
+    if attended:
+        kernels = f"{attended}\n\n{kernels or 'KERNELS = None'}"
     written = "\n".join((functions, kernels, layers, f"dict({rules})"))
     roots = {"Aggregator", "Spec", "Slot", "Values", *names_read(ast.parse(written))}
     pasted = paste(files, frozenset(roots), _never(agg, plan, names, layers, matrices))
@@ -77,7 +81,7 @@ def emit(
         spec=_docstring(spec_text),
         summary=[*_proof_lines(declared, proof), f"Plan: {plan.name}. " + "; ".join(plan.why) + "."],
         command=f"psmc compile {file}",
-        imports=imports(paste((*files, *([] if matrices or not kernels else _launching(plan)))), used, ["math"]),
+        imports=imports(paste((*files, *_launching(plan, kernels, matrices))), used, ["math"]),
         public=public,
         mathematics=functions.strip() + "\n",
         kernels=kernels.strip(),
@@ -137,8 +141,12 @@ def _require_free(declared: Aggregator, pasted: Pasted, code: str) -> None:
         )  # fmt: skip
 
 
-def _launching(plan: Plan) -> tuple[str, ...]:
+def _launching(plan: Plan, kernels: str, matrices: bool) -> tuple[str, ...]:
     """What the kernels' own text pastes."""
+    if not kernels or matrices:
+        return ()
+    if "AttentionKernels" in kernels:
+        return ATTENTION_KIT
     return ("kit_lanes", "kit_tree_kernels") if isinstance(plan, TreePlan) else POINTWISE_KIT
 
 

@@ -12,15 +12,17 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from psmc.codegen.attention_code import print_attention
 from psmc.codegen.linearise import Axes, Step, fresh, linearise
 from psmc.codegen.torch_expr import ExprPrinter, lagged, slot
 from psmc.codegen.torch_ops import ATOM, HELPERS, SUM
 from psmc.codegen.torch_value import Like, Printed
 from psmc.derive.names import declared_names, fresh_name
-from psmc.ir import Aggregator, Assign, Block, Expr, Kind, Ref
+from psmc.ir import Aggregator, Assign, Block, Expr, IndexValue, Kind, Op, Ref
+from psmc.ir.canonical import ONE
 from psmc.ir.query import level_dims, restrict, taps
 from psmc.ir.rewrite import inline, map_values, refs, transform
-from psmc.structure.attention import attentions
+from psmc.structure.attention import Attention, attentions
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LINE = 100  # characters of a right-hand side
@@ -103,7 +105,7 @@ def function_sources(agg: Aggregator, live: tuple[str, ...]) -> list[Source]:
 
 def print_functions(agg: Aggregator, live: tuple[str, ...]) -> str:
     """The same as text, after the helpers that they call. It needs `import math` and `import torch`."""
-    return join(function_sources(agg, live))
+    return "\n\n".join(filter(None, (join(function_sources(agg, live)), print_attention(agg, fused=False))))
 
 
 def join(sources: Sequence[Source]) -> str:
@@ -120,16 +122,25 @@ def print_rule(agg: Aggregator, block: Block, signature: Signature) -> Source:
     taken = declared_names(agg)
     given: dict[Expr, Ref] = {}
     operands: list[Assign] = []
+    sources: list[Source] = []
     calls = []
+    whole_rule = attentions(inline(agg.combine)) if isinstance(agg.combine, Block) else ()
     for part in found:
+        at = next(n for n, a in enumerate(whole_rule) if part.places[0] in a.places)
         name = fresh_name("attended", taken)
-        given[part.node] = Ref("input", name, part.indices)
+        given |= {node: Ref("input", name, indices) for node, indices in part.places}
+        query, scale = _scaled(part, signature)
         groups = []
-        for base, group in (("query", (part.query,)), ("keys", part.keys), ("values", part.values)):
+        for base, group in (("query", (query,)), ("keys", part.keys), ("values", part.values)):
             named = [replace(a, name=fresh_name(base, taken)) for a in group]
             operands += named
             groups.append(", ".join(f'a["{a.name}"]' for a in named))
-        calls.append(f"    {name} = _attention({groups[0]}, [{groups[1]}], [{groups[2]}])")
+        passed = f"ATTENTION_{at}, n, {groups[0]}, [{groups[1]}], [{groups[2]}]{scale}"
+        if any(m is not None for m in part.masks):
+            masks = replace(signature, name=f"{signature.name}_seen_{at}")
+            sources.append(print_block(agg, Block(results=_masks(part)), masks))
+            passed += f", masks=lambda: {masks.name}({masks.parameters})"
+        calls.append(f"    {name} = _attention({passed})")
     parts = replace(signature, name=f"{signature.name}_operands")
     first = print_block(agg, Block(results=tuple(operands)), parts)
     whole = map_values(inline(block), lambda e: transform(e, given.get))
@@ -138,7 +149,30 @@ def print_rule(agg: Aggregator, block: Block, signature: Signature) -> Source:
     for ref in given.values():  # what a combine reads of no namespace
         body = re.sub(rf"\bx\.{ref.name}\b", ref.name, body)
     lines = [head, f"    a = {parts.name}({parts.parameters})", *calls, body]
-    return Source(f"{first.text}\n\n" + "\n".join(lines), first.helpers | text.helpers | {"_attention"})
+    sources = [first, *sources, Source("\n".join(lines), text.helpers | {"_attention"})]
+    return Source("\n\n".join(s.text for s in sources), frozenset().union(*(s.helpers for s in sources)))
+
+
+def _scaled(part: Attention, signature: Signature) -> tuple[Assign, str]:
+    """The query, and the argument that is its factor of numbers alone, if there is one."""
+    if part.scale is ONE:
+        return part.query, ""
+    like = _like(Block(results=(part.query,)), signature)
+    shown = ExprPrinter(like, {}, lambda _: None, set()).show(part.scale, ())
+    if shown.axes is not None:
+        return replace(part.query, value=Op("mul", (part.query.value, part.scale))), ""
+    return part.query, f", scale={shown.text}"
+
+
+def _masks(part: Attention) -> tuple[Assign, ...]:
+    """Of each set, true everywhere if it has none."""
+    found = []
+    for at, (mask, keys) in enumerate(zip(part.masks, part.keys, strict=True)):
+        token = keys.indices[-2]
+        everywhere = Op("eq", (IndexValue(token), IndexValue(token)))
+        value = everywhere if mask is None else mask.value
+        found.append(Assign(f"set_{at}", (part.query.indices[-2], token), value))
+    return tuple(found)
 
 
 def print_block(agg: Aggregator, block: Block, signature: Signature) -> Source:

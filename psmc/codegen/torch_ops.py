@@ -113,13 +113,18 @@ CONSTANT_REDUCTIONS: dict[str, Row] = {
 
 HELPERS: dict[str, str] = {
     "_attention": '''\
-def _attention(query, keys, values):
-    """softmax(query keysᵀ) values over several sets of tokens at once, [..., tokens, width] each: one call of torch,
-    which keeps no scores where it has a kernel."""
+def _attention(kernels, n, query, keys, values, scale=1.0, masks=None):
+    """softmax(scale query keysᵀ) values over several sets of tokens at once, [..., tokens, width] each, where masks()
+    holds, [tokens, tokens] for each set: by kernels where there are some for these operands, else one call of torch."""
+    if kernels is not None and kernels.takes([query, *keys, *values]):
+        return kernels(query, keys, values, scale, n.__dict__.get("__dtype__"))
     lead = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, *keys, *values)))
     sides = [torch.cat([x.expand(*lead, *x.shape[-2:]) for x in part], -2) for part in ((query,), keys, values)]
     q, k, v = (x.reshape(-1, 1, *x.shape[-2:]) for x in sides)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+    seen = None if masks is None else torch.cat([*masks().values()], -1)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=float(scale))
+    if seen is not None:
+        out = torch.where(seen.any(-1, keepdim=True), out, math.nan)  # 0 / 0, as the rule says
     return out.reshape(*lead, *out.shape[-2:])
 ''',
     "_exp_sum": '''\

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from psmc.derive.unroll import Unrolled, unroll
 from psmc.ir import Aggregator, Block
-from psmc.ir.rewrite import inline, refs, walk
+from psmc.ir.rewrite import refs, walk
+from psmc.plan import attention
 from psmc.plan.base import Plan
-from psmc.structure.attention import attentions
 
 _MAX_SCALARS = 8  # of an element: a thread holds the nodes of all levels of its block
 _MAX_PARAMS = 64  # scalars of params: each has a sum in registers
@@ -88,6 +88,5 @@ def plan(agg: Aggregator) -> TreePlan:
 
 def in_torch(agg: Aggregator, general: Plan, reason: str) -> Plan:
     """The tree in PyTorch, and why the kernels do not run it."""
-    found = attentions(inline(agg.combine)) if isinstance(agg.combine, Block) else ()
-    note = ("softmax attention over all tokens of both sides: one fused call",) if found else ()
-    return replace(general, why=(*general.why, *note), refused=(("tree kernels", reason),))
+    lines, refused = attention.notes(agg)
+    return replace(general, why=(*general.why, *lines), refused=(("tree kernels", reason), *refused))
