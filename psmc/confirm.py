@@ -1,4 +1,7 @@
-"""Counterexamples, evaluated once more in fp64 before they are printed: by the oracle, without torch in plain floats.
+"""What another method says of a verdict before it is printed.
+
+Proofs go through the checker of certificates. Counterexamples are evaluated once more in fp64: by the oracle, without
+torch in plain floats.
 
 Exact evaluation has refuted a law at some elements. Here both sides are computed at the same elements in doubles. They
 may agree with that; they may not see the difference (overflow, rounding, NaN), which is said in a note; or they may be
@@ -16,6 +19,7 @@ from fractions import Fraction
 from typing import Any, Literal, TypeAlias
 
 from psmc.algebra import floats
+from psmc.algebra.cross_check import contradictions
 from psmc.algebra.exact import Position
 from psmc.algebra.floats import Float, Floats
 from psmc.algebra.numbers import Complex
@@ -57,12 +61,22 @@ def confirm(agg: Aggregator, found: Counterexample) -> Confirmation:
 
 
 def confirmed(agg: Aggregator, proof: Proof) -> tuple[Proof, Mapping[str, str]]:
-    """The proof without refutations that floats contradict, and what there is to say of the others, by law."""
+    """The proof without refutations that floats contradict and proofs that the checker of certificates does, and what
+    there is to say of the other refutations, by law."""
     if not isinstance(agg.combine, Block):
         return proof, {}
     notes: dict[str, str] = {}
     first, second = (_law(agg, v, notes) for v in (proof.associativity, proof.identity))
+    wrong = {law: _disproved(said) for law, said in contradictions(agg, proof).items()}
+    first, second = wrong.get("associativity", first), wrong.get("identity", second)
     return replace(proof, associativity=first, identity=second), notes
+
+
+def _disproved(said: str) -> Unknown:
+    return Unknown(
+        f"PSM901 (a bug of psmc, please report it): the prover calls it proved, and the checker finds that {said}",
+        "the prover and the checker of certificates contradict each other",
+    )
 
 
 def _law(agg: Aggregator, verdict: Verdict | None, notes: dict[str, str]) -> Verdict | None:

@@ -94,6 +94,25 @@ ASSOCIATIVE = {
     "products": "dim N state x[N] = 1, p = 1 combine (l, r) { x[i] = l.x[i] * r.x[i]; p = l.p * r.p * prod[i] exp(l.x[i] * 0) }",
     "root_of_squares": "state s in [0, inf) = 0 combine (l, r) { s = sqrt(l.s * l.s + r.s * r.s) }",
     "geometric": "state s in (0, inf) = 1 combine (l, r) { s = exp(log(l.s) + log(r.s)) }",
+    "geometric_with_zero": "state s in [0, inf) = 1 combine (l, r) { s = exp(log(l.s) + log(r.s)) }",
+    "complex_sizes": """state z : complex = 1, w : complex = 0, s = 0, n = 1 combine (l, r) {
+        z = l.z * r.z; w = l.w + r.w; s = abs(r.z) * abs(exp(r.w)) * l.s + r.s
+        n = l.n * r.n * abs(r.z)^2 / (real(r.z)^2 + imag(r.z)^2) * abs(complex(3, 4)) / 5 }""",
+    "latest_nonzero_complex": "state z : complex = 0 combine (l, r) { z = where(r.z == 0, l.z, r.z) }",
+    "guarded_by_a_complex_zero": """state z : complex = 1, s = 0, n = 0 combine (l, r) {
+        z = l.z * r.z; s = where(r.z == 0, r.s, l.s * abs(r.z) + r.s)
+        n = l.n + r.n + where(l.z * r.z == 0, 1, 0) - where(conj(l.z) == 0 or r.z == 0, 1, 0) }""",
+    "exclusive_or": "state s : int in [0, 1] = 0 combine (l, r) { s = abs(l.s - r.s) }",
+    "clock": "state s : int in [0, 2] = 0 combine (l, r) { s = l.s + r.s; s = where(s > 2, s - 3, s) }",
+    "phase": "state s in [0, 1) = 0 combine (l, r) { s = where(l.s + r.s < 1, l.s + r.s, l.s + r.s - 1) }",
+    "seven_stays": "state s = 0 combine (l, r) { s = where(l.s + r.s == 7, 7, l.s + r.s) }",
+    "by_position": """dim R = 2 state s[R] = 0 combine (l, r) {
+        s[i] = where(i == 0, l.s[i] + r.s[i], where(i == 1, r.s[i] + l.s[i], 7)) }""",
+    "within_the_dim": "dim K state s[K] = 0 combine (l, r) { s[i] = where(i < K, l.s[i] + r.s[i], 7) }",
+    "one_position": "dim R = 1 state s[R] = 0 combine (l, r) { s[i] = l.s[i] + r.s[i] + 1 - eye(i, 0) }",
+    "never_below_zero": """dim K state A[K, K] in [0, 1] = eye, r[K] = 0, t[K] in [0, 1] = 0 combine (l, r) {
+        A[i, j] = max[m] l.A[m, j] * r.A[i, m]; t[i] = max(l.t[i], r.t[i])
+        r[i] = l.r[i] + r.r[i] + max(max[m] (-(l.t[m] * r.A[i, m])), r.t[i]) - r.t[i] }""",
 }
 CLAMP = """state a = 0, lo = -inf, hi = inf combine (l, r) {
     a = l.a + r.a; lo = min(max(l.lo + r.a, r.lo), r.hi); hi = min(max(l.hi + r.a, r.lo), r.hi) }"""
@@ -123,6 +142,21 @@ NOT_ASSOCIATIVE = {
     "tanh_sum": ("state s = 0 combine (l, r) { s = tanh(l.s + r.s) }", "s"),
     "conjugate_product": ("state z : complex = 1 combine (l, r) { z = conj(l.z) * r.z }", "z"),
     "wrong_gather": ("dim N state p[N] : int = iota combine (l, r) { p[i] = l.p[l.p[r.p[i]]] }", "p"),
+    "gather_out_of_range": (
+        """dim N state s = 0, p : int = 0, q[N] = 0 combine (l, r) {
+        p = l.p + r.p; q[i] = l.q[i] + r.q[i]; s = l.s + r.s + 1 - sum[i] (eye(i, l.p) + 0 * l.q[i]) }""",
+        "s",
+    ),
+    "largest_out_of_range": (
+        """dim N state s = 0, p : int = 0, q[N] = 0 combine (l, r) {
+        p = l.p + r.p; q[i] = l.q[i] + r.q[i]; s = l.s + r.s + 1 - max[i] (eye(i, l.p) + 0 * l.q[i]) }""",
+        "s",
+    ),
+    "modulus_that_loses": ("state s : int in [0, 2] = 0 combine (l, r) { s = where(l.s + r.s > 2, 0, l.s + r.s) }", "s"),
+    "complex_ties": (
+        "state z : complex = 0 combine (l, r) { z = where(r.z == 0, l.z, r.z + l.z * where(l.z == 1, 1, 0)) }", "z"),
+    "the_imaginary_unit_stays": (
+        "state z : complex = 0 combine (l, r) { z = where(r.z == complex(0, 1), r.z, l.z + r.z) }", "z"),
     "square_then_add": ("state s = 0 combine (l, r) { s = l.s * l.s + r.s }", "s"),
     "root_of_a_sum": ("state s in [0, inf) = 0 combine (l, r) { s = sqrt(l.s + r.s) }", "s"),
     "flag_ignored": (

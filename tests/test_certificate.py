@@ -27,6 +27,7 @@ from prover_specs import spec as rule_of
 from psmc import checker, pipeline
 from psmc.algebra import certificate, certificate_rule
 from psmc.algebra.exact import TABLE
+from psmc.algebra.intervals import closure
 from psmc.algebra.numbers import Complex, differ, parts
 from psmc.algebra.prover import prove
 from psmc.algebra.ring import UndefinedError
@@ -353,6 +354,31 @@ def test_text_that_is_no_certificate(psmc, tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     ran = psmc("verify", path)
     assert ran.code == 1 and ran.err.strip() and "Traceback" not in ran.err + ran.out
+
+
+# Once rejected: equal numbers that are not rational, and what is -inf at one point alone.
+EDGES = {
+    "a maximum of equal roots": "dim D state s = 0, t[D] = 0 combine (l, r) { s = max(l.s / sqrt(D), l.s / sqrt(D)) + r.s; "
+    "t[i] = l.t[i] + r.t[i] }",
+    "log 0": "state s in [0, inf) = 1 combine (l, r) { s = exp(log(l.s) + log(r.s)) }",
+    "a condition on log 0": "state s in [0, inf) = 1 combine (l, r) { s = where(log(l.s) > -inf, l.s * r.s, 0) }",
+}
+
+
+@pytest.mark.parametrize("text", EDGES.values(), ids=EDGES)
+def test_edges(text: str) -> None:
+    agg = spec(text)
+    rows = checker.check(certificate.certificate_of(agg, prove(agg)), 60)
+    assert [row["accepted"] for row in rows] == [True, True], rows
+
+
+def test_taps_are_drawn_as_zero_too() -> None:
+    agg = spec("input x in (2, 3] state s in [2, 3] = 2 lift { s = x{-1} } combine (l, r) { s = max(l.s, r.s) }")
+    assert closure(agg).open == {"s": "lift"}
+    made = certificate.entry(agg, prove(agg))
+    assert made["lift"] is None, "an interval that is not closed is of no use"
+    agg = spec("input x in (2, 3] state s in [0, 3] = 0 lift { s = x{-1} } combine (l, r) { s = max(l.s, r.s) }")
+    assert certificate.entry(agg, prove(agg))["inputs"]["x{-1}"]["interval"] == "[0, 3]"
 
 
 # --- the checker itself ---------------------------------------------------------------------------

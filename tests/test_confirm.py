@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from prover_specs import NOT_ASSOCIATIVE, spec
 
 from psmc import confirm as module
-from psmc.algebra import floats
+from psmc.algebra import floats, intervals
+from psmc.algebra import interval_math as im
 from psmc.algebra.prover import prove
-from psmc.algebra.verdict import Counterexample, Proof, Refuted, Unknown
+from psmc.algebra.verdict import Counterexample, Proof, Proved, Refuted, Unknown
 from psmc.confirm import confirm, confirmed
 from psmc.ir import OPS, Aggregator, Assign, Block, Op, Ref
 from psmc.pipeline import read_text
@@ -166,3 +167,32 @@ def test_a_law_without_values_there() -> None:
     agg = spec("state s = 0 combine (l, r) { s = l.s + r.s }")
     nothing = replace(claimed(3, 4), elements=tuple((n, (("s", None),)) for n in "abc"))
     assert confirm(agg, nothing).word == "unseen"
+
+
+# --- proofs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("body", "laws"), [
+    ("state s = 0 combine (l, r) { s = l.s + r.s + l.s * l.s * r.s }", {"associativity"}),
+    ("state s = 1 combine (l, r) { s = l.s + r.s }", {"identity"}),
+    ("state s in [0, inf) = 0 combine (l, r) { s = abs(l.s - r.s) }", {"associativity", "identity"}),
+    ("state s = 0 combine (l, r) { s = l.s + r.s }", set()),
+    ("dim N = 1000 state s[N] = 0 combine (l, r) { s[i] = l.s[i] * max[j] r.s[j] }", set()),  # too large to look at
+    ("state s = 0, t = 1 combine (l, r) { s = sqrt(-1 - l.s^2); t = l.t * r.t }", set()),  # without values
+])  # fmt: skip
+def test_the_checker_is_asked_about_proofs(body: str, laws: set[str]) -> None:
+    said = confirmed(spec(body), Proof(Proved("by mistake"), Proved("by mistake")))[0]
+    for law in ("associativity", "identity"):
+        verdict = getattr(said, law)
+        assert isinstance(verdict, Unknown if law in laws else Proved), verdict
+        assert law not in laws or ("PSM901" in verdict.residual and "the checker finds that" in verdict.residual)
+
+
+def test_a_wrong_interval_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if interval arithmetic had the powers wrong: the checker draws values of its own."""
+    monkeypatch.setitem(intervals.TABLE, "pow", lambda *_: im.NON_NEGATIVE)
+    (found,) = read_text("aggregator a { input x state s in [0, inf) = 0 lift { s = x^3 } "
+                         "combine (l, r) { s = abs(l.s + r.s) } associative: yes }")  # fmt: skip
+    assert isinstance(prove(found.agg).associativity, Proved)
+    assert found.diagnostic is not None and found.diagnostic.code == "PSM901"
+    assert "the interval of 's' is not closed: lift misses [0, inf)" in found.diagnostic.notes[1]

@@ -243,6 +243,13 @@ def test_not_liftable(case):
     assert "test.psm:3:" in text and "'order: left'" in text
 
 
+def test_a_tap_is_never_positive():
+    """It reads 0 before the first token, whatever the interval of its input."""
+    with pytest.raises(PsmcError) as error:
+        lifted(spec("aggregator s { input x in (0, inf), b\n state s = 0\n recurrence { s = max(x{-1} * s, b) }\n associative: yes }"))
+    assert "so 'x{-1}' is 0 there" in render(error.value.diagnostics[0])
+
+
 def test_whole_numbers_have_no_infinite_identity():
     body = "aggregator s {{ input x : int in [0, 5]\n state c : int{} = 0\n recurrence {{ c = {} }}\n associative: yes }}"
     for rule in ("max(c, x)", "clamp(c + x, 0, 3)"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -276,3 +277,50 @@ def test_an_identity_that_is_not_kept_by_itself() -> None:
     assert isinstance(proof.associativity, Proved) and isinstance(proof.identity, Refuted)
     found = proof.identity.counterexample
     assert (found.component, found.left, found.right) == ("u", 0, Fraction(1, 2))
+
+
+# Rules that have no value in a whole region, however the denominator is written.
+HOLES = {
+    "relu": "relu(r.t) / relu(r.t)",
+    "nested": "log(1 + relu(r.t)) / log(1 + relu(r.t))",
+    "a case": "where(r.t > 2, 1, 0) / where(r.t > 2, 1, 0)",
+    "a product": "(relu(r.t) * r.t) / (relu(r.t) * r.t)",
+}
+
+
+@pytest.mark.parametrize("one", HOLES.values(), ids=HOLES)
+def test_no_identity_where_a_denominator_rests_at_zero(one: str) -> None:
+    agg = spec(f"state s = 0, t = 3 combine (l, r) {{ s = l.s * {one} + r.s; t = l.t * r.t / 3 }}")
+    proof = prove(agg)
+    assert isinstance(proof.identity, Refuted) and proof.identity.counterexample.left is None
+    assert isinstance(proof.associativity, Unknown) and proof.associativity.undefined, "and nothing is claimed there"
+
+
+@pytest.mark.parametrize("nothing", ["0 * sqrt(r.t)", "log(r.t) - log(r.t)", "0 * log(relu(r.t) - 1)"])
+def test_no_identity_where_a_root_or_log_has_no_value(nothing: str) -> None:
+    """Also where it cancels."""
+    agg = spec(f"state s = 0, t = 1 combine (l, r) {{ s = l.s + r.s + {nothing}; t = l.t * r.t }}")
+    identity = prove(agg).identity
+    assert isinstance(identity, Refuted) and identity.counterexample.left is None
+
+
+def test_a_denominator_that_rests_nowhere_at_zero() -> None:
+    agg = spec("state s = 0, t = 1 combine (l, r) { s = l.s * max(r.t, r.s) / max(r.t, r.s) + r.s; t = l.t * r.t }")
+    assert isinstance(prove(agg).associativity, Proved)
+
+
+def test_exp_of_log_is_zero_at_zero() -> None:
+    """[exp(log x) > 0] is 0 at x = 0: no unit may be taken out there."""
+    proof = prove(spec("state s in [0, inf) = 1 combine (l, r) { s = where(exp(log(l.s)) > 0, l.s * r.s, 3) }"))
+    assert isinstance(proof.associativity, Refuted) and isinstance(proof.identity, Refuted)
+
+
+HUGE = ["(2 * r.s)^-100000000", "(2 * r.s)^100000000", "(((r.s * 2^60)^60)^60)^3", "2^-9999999 * r.s"]
+
+
+@pytest.mark.parametrize("term", HUGE)
+def test_huge_exponents_are_undecided_in_time(term: str) -> None:
+    begun = time.monotonic()
+    proof = prove(spec(f"state s = 0 combine (l, r) {{ s = l.s + {term} }}"), 10.0)
+    assert isinstance(proof.associativity, Unknown) and "too large" in proof.associativity.reason
+    assert time.monotonic() - begun < 15

@@ -42,6 +42,8 @@ FORMS += [
     "abs({a}) - abs({b})",
     "tanh({a} * {b})",
     "log(1 + exp({a} + {b}))",
+    "where({a} < 1, {a}, where({b} > {a}, {b} - {a}, 0))",
+    "where(not ({a} <= {b}) and {a} + {b} < 2, {a} + {b}, {b})",
 ]
 LEAVES = ["l.s", "r.s", "l.t", "r.t", "1", "0.5"]
 LIFTS = ["x", "x * x", "exp(x)", "sigmoid(x)", "tanh(x)", "1", "-softplus(x)", "1 / (1 + x * x)"]
@@ -174,3 +176,55 @@ def test_no_image(text: str) -> None:
     ref = Ref("state", "a.s", ())
     interval = agg.state[0].interval or Interval()
     assert parametrised(ref, {"a.s": interval})[0] is ref
+
+
+# Values at the edge of what a lift gives. Each rule is a monoid inside the interval, and none on all that is lifted.
+REACHED = {
+    "large odd powers keep the sign": "input x state s in [0, inf) = 0 lift { s = x^65 }",
+    "of negative exponent too": "input x state s in [0, inf) = 0 lift { s = x^-67 }",
+    "a tap reads 0 before the first token": "input x in (0, inf) state s in (0, inf) = 1 lift { s = x{-1} }",
+    "exp(log 0) is 0": "input x in [0, inf) state s in (0, inf) = 1 lift { s = exp(log(x)) }",
+    "also by way of a let": "input x in [0, inf) state s in (0, inf) = 1 lift { let u = log(x); s = exp(u) }",
+    "of the aggregator": "input x in [0, inf) let u = log(x) state s in (0, inf) = 1 lift { s = exp(2 * u) }",
+}
+
+
+@pytest.mark.parametrize("text", REACHED.values(), ids=REACHED)
+def test_edges_that_a_lift_reaches(text: str) -> None:
+    rule = "abs(l.s + r.s)" if "= 0" in text else "where(l.s > 0, l.s * r.s, 5)"
+    agg = spec(f"{text} combine (l, r) {{ s = {rule} }}")
+    assert closure(agg).open == {"s": "lift"}
+    assert isinstance(prove(agg).associativity, Refuted)
+
+
+@pytest.mark.parametrize("k", [64, 65, 66, 1001, -64, -65, -66])
+@pytest.mark.parametrize("text", ["(-inf, inf)", "[0, inf)", "(0, 2]", "(-inf, 0)", "[-2, 0]", "[-1, 1]", "[1, 1]"])
+def test_large_powers(k: int, text: str) -> None:
+    (component,) = spec(f"state s in {text} = 0 combine (l, r) {{ s = l.s + r.s }}").state
+    found = im.power(component.interval or im.ANY, k)
+    for x in map(Fraction, ("-3", "-2", "-1", "-1/2", "0", "1/3", "1", "2", "5")):
+        if im.holds(component.interval or im.ANY, x) and (x or k > 0):
+            assert im.holds(found, x**k), (x, found)
+
+
+# Conditions of `where` that hold in its branches: (lift of x in (-inf, inf), the interval, whether lift lands in it)
+BRANCHES = [
+    ("where(x > 0, x, 1)", "(0, inf)", True),
+    ("where(x >= 0, x, 1)", "(0, inf)", False),
+    ("where(0 < x and x < 1, x, 0)", "[0, 1)", True),
+    ("where(0 < x or x < 1, x, 0)", "[0, 1)", False),
+    ("where(not (x < 0 or x > 1), x, 0)", "[0, 1]", True),
+    ("where(not (x < 0 and x > 1), x, 0)", "[0, 1]", False),
+    ("where(x <= y, 0, x)", "[0, inf)", False),
+    ("where(x <= abs(y), 0, x)", "(0, inf)", False),
+    ("where(x <= abs(y), 0, x)", "[0, inf)", True),
+    ("where(n > 2, 2, n)", "(-inf, 2]", True),
+    ("where(2 * n < 5, n, 2)", "(-inf, 2]", False),
+    ("where(log(abs(x)) < 5, exp(log(abs(x))), 1)", "(0, inf)", False),
+]
+
+
+@pytest.mark.parametrize(("lift", "interval", "lands"), BRANCHES)
+def test_conditions_hold_in_their_branches(lift: str, interval: str, lands: bool) -> None:
+    agg = spec(f"input x, y, n : int state s in {interval} = 1 lift {{ s = {lift} }} combine (l, r) {{ s = max(l.s, r.s) }}")
+    assert ("s" in closure(agg).closed) == lands

@@ -38,6 +38,8 @@ def eye(ring: Ring, args: tuple[Any, ...], p: Fraction) -> Poly:
         return UNIT
     if isinstance(row, int) and isinstance(col, int):
         return ZERO
+    if any(isinstance(s, Index) and ring.facts.sizes.get(s.dim) == 1 for s in (row, col)):
+        return UNIT
     row, col = sorted((row, col), key=_eye_rank)
     atom = Atom("eye", (row, col))
     return ZERO if atom in ring.facts.distinct else lone(atom)

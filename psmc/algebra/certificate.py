@@ -9,12 +9,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal, localcontext
 from typing import Any
 
 from psmc import checker
 from psmc.algebra import certificate_rule as rule
 from psmc.algebra.certificate_conditions import conditions
+from psmc.algebra.interval_math import point, union
 from psmc.algebra.intervals import closure
 from psmc.algebra.numbers import Complex
 from psmc.algebra.numbers import parts as complex_parts
@@ -90,7 +92,7 @@ def rule_of(agg: Aggregator, used: frozenset[str] = frozenset()) -> dict[str, An
     return {
         "dims": {d.name: d.size for d in agg.dims},
         "inputs": {
-            name: _tensor(t, True, True)
+            name: _tensor(_tapped(t) if lag else t, True, True)
             for t, lag in inputs
             for name in rule.parts(t.name + (f"{{-{lag}}}" if lag else ""), t.kind)
         },
@@ -106,6 +108,11 @@ def _lags(agg: Aggregator, name: str) -> list[int]:
 
     values = [a.value for a in (*agg.leaf.lets, *agg.leaf.results)]
     return sorted({0, *(r.lag for r in refs(*values) if r.space == "input" and r.name == name)})
+
+
+def _tapped(t: Tensor) -> Tensor:
+    """An input some tokens earlier: 0 before the first."""
+    return t if t.interval is None else replace(t, interval=union(t.interval, point(0)))
 
 
 def _tensor(t: Tensor | Component, closed: bool, used: bool) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 
+from psmc.algebra.conjugation import conjugate
 from psmc.algebra.knowledge import is_positive
 from psmc.algebra.lattice import bit_of, linear_max, split_on, with_bit
-from psmc.algebra.powers import content
+from psmc.algebra.powers import content, leading_sign
 from psmc.algebra.ring import REBUILD, Ring, lone, monomial, mul
 from psmc.algebra.terms import ONE, UNIT, ZERO, Atom, Mono, Poly
 
@@ -94,8 +95,28 @@ def is_zero(ring: Ring, poly: Poly) -> Poly:
         return UNIT if poly.constant == 0 else ZERO
     if poly.real:
         return mul(ring, UNIT - is_above(ring, poly), UNIT - is_above(ring, -poly))
-    _, rest = content(ring, poly, "positive")
-    return Poly({Mono(((Atom("zero", (rest,)), Fraction(1)),)): Fraction(1)})
+    if all(a.tag == "i" for m, _ in poly for a, _ in m.factors):
+        return ZERO  # a number, with an imaginary part
+    bit = bit_of(poly)
+    if bit is not None:
+        on, off = (is_zero(ring, with_bit(ring, poly, bit, value)) for value in (UNIT, ZERO))
+        return mul(ring, lone(bit), on) + mul(ring, UNIT - lone(bit), off)
+    (_, units), rest = content(ring, poly)
+    factors = [lone(atom) for atom, p in units if p > 0 and atom.tag != "exp"]
+    if factors and rest.constant is None:
+        factors.append(rest)
+    if len(factors) > 1 or (factors and rest.constant is not None):
+        return _any_of(ring, [is_zero(ring, f) for f in factors]) if factors != [poly] else _zero(ring, poly)
+    return _zero(ring, rest)
+
+
+def _zero(ring: Ring, poly: Poly) -> Poly:
+    """Of a complex Poly: of its negative and of its conjugate, the same."""
+    other = conjugate(ring, poly)
+    if not other:  # 0 by what is known in this case
+        return UNIT
+    atom = Atom("zero", (min((form.scaled(leading_sign(form)) for form in (poly, other)), key=lambda f: f.key),))
+    return ZERO if atom in ring.facts.distinct else lone(atom)
 
 
 REBUILD["pos"] = lambda ring, args, p: is_above(ring, args[0])

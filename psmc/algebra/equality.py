@@ -5,13 +5,15 @@ Denominators are cleared; maxima and comparisons are split into all consistent c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import gcd
+from math import ceil, gcd
 
 from psmc.algebra import powers
 from psmc.algebra import ring as rg
+from psmc.algebra.bounds import atom_bounds
+from psmc.algebra.conjugation import conjugate
 from psmc.algebra.extended import Infinite, Value
 from psmc.algebra.facts import Facts
 from psmc.algebra.knowledge import facts_as_constraints, is_positive
@@ -19,13 +21,14 @@ from psmc.algebra.linear import feasible
 from psmc.algebra.normal import Normaliser, integral
 from psmc.algebra.powers import guard_of
 from psmc.algebra.ring import Ring, SplitError, UndefinedError
-from psmc.algebra.terms import ONE, Atom, Mono, OutOfBudgetError, Poly, total
+from psmc.algebra.terms import ONE, Atom, Mono, OutOfBudgetError, Poly, atoms_in, number, total
 from psmc.ir import Expr, Index
 from psmc.ir.rewrite import rename
 
 MAX_CASES = 4000
 MAX_DEPTH = 40
 _MAX_CLEARINGS = 24
+_MAX_WHOLE = 8  # values of a whole number
 _REPORT = 16
 
 
@@ -81,8 +84,11 @@ class _Search:
             residual, zero = vanishes(ring, residual)
             if zero:
                 return True
-            guard = next_guard(ring, residual, left.free | right.free)
+            free = left.free | right.free
+            guard = next_guard(ring, residual, free) or _whole_guard(ring, residual, free)
             if guard is None:
+                if all(is_positive(ring, residual.scaled(sign), strict=False) for sign in (Fraction(1), Fraction(-1))):
+                    return True  # between 0 and 0, by the case's assumptions
                 return self._fail(ring, residual, "the two sides have different normal forms")
         except SplitError as split:
             if split.guard is None:
@@ -103,6 +109,8 @@ class _Search:
         return False
 
     def _split(self, left: Expr, right: Expr, ring: Ring, guard: Atom | Poly, depth: int) -> bool:
+        if isinstance(guard, Atom) and guard.tag == "zero":
+            return self._split_zero(left, right, ring, guard, depth)
         if isinstance(guard, Atom):
             row, col = guard.args
             if isinstance(row, Poly) or isinstance(col, Poly) or not guard.free <= left.free | right.free:
@@ -111,7 +119,8 @@ class _Search:
             same = {old: new}
             if not self.run(rename(left, same), rename(right, same), ring, depth + 1):
                 return False
-            return self.run(left, right, ring.under(ring.facts.apart(guard)), depth + 1)
+            facts = ring.facts.apart(guard)
+            return _nowhere(facts, guard) or self.run(left, right, ring.under(facts), depth + 1)
         if not guard.free <= left.free | right.free:
             return self._fail(ring, None, "a condition under a reduction could not be split on")
         for poly, strict in (_tightened(guard, True), _tightened(-guard, False)):
@@ -125,6 +134,30 @@ class _Search:
             if not self.run(left, right, branch, depth + 1):
                 return False
         return True
+
+
+    def _split_zero(self, left: Expr, right: Expr, ring: Ring, zero: Atom, depth: int) -> bool:
+        """A complex quantity is 0, or it is not."""
+        found = _element(zero.args[0], ring.facts.values)
+        if found is None or not zero.free <= left.free | right.free:
+            return self._fail(ring, None, "a condition on a complex quantity could not be split on")
+        atom, rest = found
+        name, kind, conjugated, *subs = atom.args
+        other = Atom("elem", (name, kind, 1 - conjugated, *subs), False)
+        both = {atom: rest, other: conjugate(ring, rest)} if kind == "complex" else {atom: rest}
+        branch = ring.under(replace(ring.facts, values={**ring.facts.values, **both}))
+        return self.run(left, right, branch, depth + 1) and self.run(
+            left, right, ring.under(ring.facts.apart(zero)), depth + 1
+        )
+
+
+def _nowhere(facts: Facts, eye: Atom) -> bool:
+    """Whether an index of the eye is apart from all positions of its dim."""
+    apart = {frozenset(e.args) for e in facts.distinct}
+    return any(
+        all(frozenset((i, k)) in apart for k in range(facts.sizes.get(i.dim, 0))) and i.dim in facts.sizes
+        for i in eye.args if isinstance(i, Index)
+    )  # fmt: skip
 
 
 def _factors_of_sign(ring: Ring, poly: Poly) -> list[Poly]:
@@ -173,42 +206,36 @@ def _solved(ring: Ring) -> dict[Atom, Poly]:
     """Elements that the case's assumptions fix: both P ≥ 0 and P ≤ 0 hold, and P is linear in a lone element."""
     values = dict(ring.facts.values)
     for case in ring.facts.cases:
-        if case.strict or not is_positive(ring, -case.poly, strict=False):
-            continue
-        for mono, coef in case.poly:
-            if len(mono.factors) != 1 or mono.bound or mono.factors[0][1] != 1 or mono.factors[0][0].tag != "elem":
-                continue
-            atom = mono.factors[0][0]
-            rest = Poly({m: c for m, c in case.poly if m is not mono}).scaled(-1 / coef)
-            if atom not in values and not mentions(rest, lambda a, atom=atom: a == atom or a in values):  # type: ignore[misc]
-                values[atom] = rest
-                break
+        if not case.strict and is_positive(ring, -case.poly, strict=False):
+            found = _element(case.poly, values)
+            if found is not None:
+                values = {a: _with(ring, v, *found) for a, v in values.items()} | dict((found,))
     return values
 
 
-def mentions(poly: Poly, test: Callable[[Atom], bool]) -> bool:
-    return any(test(a) for a in atoms(poly))
+def _element(poly: Poly, values: Mapping[Atom, Poly]) -> tuple[Atom, Poly] | None:
+    """An element that is not fixed yet, and what it is where the Poly is 0."""
+    for mono, coef in poly:
+        if len(mono.factors) != 1 or mono.bound or mono.factors[0][1] != 1 or mono.factors[0][0].tag != "elem":
+            continue
+        atom = mono.factors[0][0]
+        rest = Poly({m: c for m, c in poly if m is not mono}).scaled(-1 / coef)
+        if atom not in values and not any(a == atom or a in values for a in atoms_in(rest)):
+            return atom, rest
+    return None
 
 
-def atoms(poly: Poly) -> list[Atom]:
-    """All atoms of a Poly, inner ones first, in a deterministic order."""
-    seen: dict[Atom, None] = {}
-
-    def visit(x: object) -> None:
-        if isinstance(x, Poly):
-            for mono, _ in x:
-                for atom, _ in mono.factors:
-                    if atom not in seen:
-                        visit(atom.args)
-                        seen[atom] = None
-        elif isinstance(x, tuple):
-            for y in x:
-                visit(y)
-        elif hasattr(x, "lits"):
-            visit(x.lits)
-
-    visit(poly)
-    return list(seen)
+def _with(ring: Ring, poly: Poly, atom: Atom, value: Poly) -> Poly:
+    """The Poly with a value for an element where it is a factor of its own."""
+    out = []
+    for mono, coef in poly:
+        powers_ = dict(mono.factors)
+        p = powers_.pop(atom, Fraction(0))
+        if mono.bound or p.denominator != 1 or p < 1:
+            out.append(Poly({mono: coef}))
+        else:
+            out.append(rg.mul(ring, rg.monomial(ring, coef, powers_.items()), rg.int_power(ring, value, int(p))))
+    return total(out)
 
 
 def vanishes(ring: Ring, poly: Poly) -> tuple[Poly, bool]:
@@ -253,20 +280,32 @@ def _cleared(ring: Ring, poly: Poly) -> Poly:
     return poly
 
 
+def _whole_guard(ring: Ring, poly: Poly, free: frozenset[Index]) -> Poly | None:
+    """x - lo for a whole number x between few bounds: its values are looked at one after the other."""
+    for atom in atoms_in(poly):
+        if atom.tag == "elem" and atom.args[1] == "int" and atom.free <= free:
+            known = atom_bounds(ring, atom)
+            if known.lo is not None and known.hi is not None and 0 < known.hi - known.lo <= _MAX_WHOLE:
+                return rg.lone(atom) - number(ceil(known.lo))
+    return None
+
+
 def next_guard(ring: Ring, poly: Poly, free: frozenset[Index]) -> Atom | Poly | None:
     """The simplest thing to split on: an eye, comparison or maximum over free indices only."""
     found: list[tuple[tuple[int, int, str], Atom | Poly]] = []
-    for atom in atoms(poly):
-        if atom.tag not in ("eye", "pos", "max"):
+    for atom in atoms_in(poly):
+        if atom.tag not in ("eye", "pos", "max", "zero"):
             continue
         guard = guard_of(atom)
         if guard is None or not guard.free <= free:
             continue
-        if isinstance(guard, Atom):
+        if isinstance(guard, Atom) and guard.tag == "zero":
+            found.append(((0, 0, guard.key), guard))
+        elif isinstance(guard, Atom):
             if not any(isinstance(a, Poly) for a in guard.args):
                 return guard
         elif not is_positive(ring, guard) and not is_positive(ring, -guard, strict=False):
-            nested = sum(a.tag in ("pos", "max") for a in atoms(guard))
+            nested = sum(a.tag in ("pos", "max") for a in atoms_in(guard))
             found.append(((nested, sum(len(m.factors) for m, _ in guard), guard.key), guard))
     return min(found)[1] if found else None
 

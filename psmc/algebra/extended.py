@@ -56,7 +56,7 @@ def splitting(x: Poly) -> SplitError | None:
     """A reason to split: some 0/1 quantity of x decides."""
     for mono, _ in x:
         for atom, _ in mono.factors:
-            if atom.tag in ("eye", "pos"):
+            if atom.tag in ("eye", "pos", "zero"):
                 return SplitError(powers.guard_of(atom))
     return None
 

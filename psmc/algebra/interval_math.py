@@ -160,6 +160,9 @@ def absolute(x: Interval) -> Interval:
     return Interval(Fraction(0), top.hi, False, top.hi_open)
 
 
+_LARGE = 64  # exponents past which the ends of a power are not computed
+
+
 def power(x: Interval, k: int) -> Interval:
     """x^k for an integer k."""
     if k < 0:
@@ -168,9 +171,20 @@ def power(x: Interval, k: int) -> Interval:
         return point(1)
     if k % 2 == 0:
         x = absolute(x)
+    if k > _LARGE:
+        return _sign_of(x)
     lo = None if x.lo is None else x.lo**k
     hi = None if x.hi is None else x.hi**k
     return Interval(lo, hi, x.lo_open, x.hi_open)
+
+
+def _sign_of(x: Interval) -> Interval:
+    """What the sign alone says of an odd power, or of any power of what is not negative."""
+    if positive(x) or positive(neg(x)):
+        return POSITIVE if positive(x) else neg(POSITIVE)
+    if non_negative(x) or non_negative(neg(x)):
+        return NON_NEGATIVE if non_negative(x) else neg(NON_NEGATIVE)
+    return ANY
 
 
 def greatest(x: Interval, y: Interval) -> Interval:

@@ -7,9 +7,10 @@ fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil, floor
 
 from psmc.algebra import interval_math as im
 from psmc.ir import (
@@ -26,10 +27,10 @@ from psmc.ir import (
     Reduce,
     Ref,
 )
-from psmc.ir.rewrite import children
+from psmc.ir.rewrite import children, inline
 
 Env = Mapping[tuple[str, str], Interval]  # (space, name) -> interval; ints and reals only
-_HALF = Fraction(1, 2)
+_DEPTH = 4  # conditions within conditions that are made use of
 
 
 def bounds(expr: Expr, env: Env) -> Interval:
@@ -38,9 +39,12 @@ def bounds(expr: Expr, env: Env) -> Interval:
 
 
 class _Bounds:
-    def __init__(self, env: Env) -> None:
-        self.env = env
-        self._done: dict[Expr, Interval] = {}
+    """`known` holds what the conditions around say of whole expressions."""
+
+    def __init__(self, env: Env, known: Mapping[Expr, Interval] | None = None, depth: int = 0) -> None:
+        self.env, self.depth = env, depth
+        self._done: dict[Expr, Interval] = dict(known or {})
+        self._known = dict(self._done)
         self._infinite: dict[Expr, bool] = {}
 
     def __call__(self, expr: Expr) -> Interval:
@@ -59,10 +63,14 @@ class _Bounds:
                 return Interval(Fraction(1), None, False, True)
             case Eye():
                 return im.UNIT_RANGE
-            case Ref(space=space, name=name):
-                return self.env.get((space, name), im.ANY) if expr.kind in ("int", "real") else im.ANY
+            case Ref(space=space, name=name, lag=lag):
+                found = self.env.get((space, name), im.ANY) if expr.kind in ("int", "real") else im.ANY
+                return im.union(found, im.point(0)) if lag else found  # a tap before the first token reads 0
             case Reduce(op=op, body=body):
                 return _REDUCE[op](self(body))
+            case Op(op="where", args=(test, x, y)) if expr.kind != "complex" and self.depth < _DEPTH:
+                found = im.union(self._where(test, True)(x), self._where(test, False)(y))
+                return im.closed(found) if any(map(self._may_be_infinite, (x, y))) else found
             case Op(op=op, args=args):
                 if op == "mul" and args[0] is args[1]:
                     return im.power(self(args[0]), 2)
@@ -72,6 +80,27 @@ class _Bounds:
                 # exp(-inf) = 0 and its like: at infinity an open limit is reached
                 return im.closed(found) if any(map(self._may_be_infinite, args)) else found
         raise AssertionError(expr)
+
+    def _where(self, test: Expr, holds: bool) -> _Bounds:
+        """The same where the condition holds, or where it does not."""
+        found: dict[Expr, Interval] = {}
+        for e, half in self._told(test, holds):
+            found[e] = im.intersect(found.get(e, self(e)), _of_whole(half) if e.kind == "int" else half)
+        return _Bounds(self.env, {**self._known, **found}, self.depth + 1) if found else self
+
+    def _told(self, test: Expr, holds: bool) -> Iterator[tuple[Expr, Interval]]:
+        match test:
+            case Op(op="not", args=(a,)):
+                yield from self._told(a, not holds)
+            case Op(op="and" | "or" as op, args=args) if (op == "and") == holds:
+                for a in args:
+                    yield from self._told(a, holds)
+            case Op(op="lt" | "le" | "gt" | "ge" as op, args=(x, y)):
+                less, more = (x, y) if (op in ("lt", "le")) == holds else (y, x)
+                strict = (op in ("lt", "gt")) == holds
+                below, above = self(more), self(less)
+                yield less, Interval(None, below.hi, True, strict or below.hi_open)
+                yield more, Interval(above.lo, None, strict or above.lo_open, True)
 
     def _may_be_infinite(self, expr: Expr) -> bool:
         found = self._infinite.get(expr)
@@ -85,6 +114,13 @@ class _Bounds:
             )
             self._infinite[expr] = found
         return found
+
+
+def _of_whole(x: Interval) -> Interval:
+    """With the whole numbers inside as ends."""
+    lo = None if x.lo is None else floor(x.lo) + 1 if x.lo_open else ceil(x.lo)
+    hi = None if x.hi is None else ceil(x.hi) - 1 if x.hi_open else floor(x.hi)
+    return Interval(None if lo is None else Fraction(lo), None if hi is None else Fraction(hi), lo is None, hi is None)
 
 
 def _sum(x: Interval) -> Interval:
@@ -107,9 +143,9 @@ _REDUCE: dict[str, Callable[[Interval], Interval]] = {"sum": _sum, "max": lambda
 
 def _pow(x: Interval, y: Interval) -> Interval:
     if y.lo is not None and y.lo == y.hi:
-        if y.lo.denominator == 1 and abs(y.lo) <= 64:
+        if y.lo.denominator == 1:
             return im.power(x, int(y.lo))
-        return im.NON_NEGATIVE
+        return im.POSITIVE if im.positive(x) else im.NON_NEGATIVE
     if im.positive(x):
         return im.exp(im.mul(im.log(x), y))
     return im.ANY
@@ -224,7 +260,5 @@ def closure(agg: Aggregator) -> Closure:
 
 
 def _block_bounds(block: Block, env: Env) -> dict[str, Interval]:
-    known = dict(env)
-    for let in block.lets:
-        known["let", let.name] = bounds(let.value, known)
-    return {r.name: bounds(r.value, known) for r in block.results}
+    """Of the results. Without lets: whether a value may be infinite shows only where its definition does."""
+    return {r.name: bounds(r.value, env) for r in inline(block).results}

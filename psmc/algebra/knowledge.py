@@ -9,7 +9,7 @@ from psmc.algebra import interval_math as im
 from psmc.algebra.bounds import bounds
 from psmc.algebra.linear import Constraint, feasible
 from psmc.algebra.ring import Ring
-from psmc.algebra.terms import ONE, Mono, Poly
+from psmc.algebra.terms import ONE, Atom, Mono, Poly
 
 
 def is_positive(ring: Ring, poly: Poly, *, strict: bool = True) -> bool:
@@ -53,7 +53,20 @@ def facts_as_constraints(ring: Ring, polys: Iterable[Poly]) -> list[Constraint]:
             cases.append(Constraint({mono.key: Fraction(1)}, -known.lo, known.lo_open))
         if known.hi is not None:
             cases.append(Constraint({mono.key: Fraction(-1)}, known.hi, known.hi_open))
-    return cases + [c for m in monos for c in _products(ring, m, monos)]
+    return cases + [c for m in monos for c in (*_products(ring, m, monos), *_below_size(ring, m))]
+
+
+def _below_size(ring: Ring, mono: Mono) -> Iterator[Constraint]:
+    """i ≤ K - 1 for an index i over K."""
+    if mono.bound or len(mono.factors) != 1 or mono.factors[0][0].tag != "index" or mono.factors[0][1] != 1:
+        return
+    dim = mono.factors[0][0].args[0].dim
+    size = ring.facts.sizes.get(dim)
+    if size is not None:
+        yield Constraint({mono.key: Fraction(-1)}, Fraction(size - 1), False)
+    else:
+        whole = Mono(((Atom("dim", (dim,)), Fraction(1)),))
+        yield Constraint({mono.key: Fraction(-1), whole.key: Fraction(1)}, Fraction(-1), False)
 
 
 def _products(ring: Ring, mono: Mono, monos: Sequence[Mono]) -> Iterator[Constraint]:

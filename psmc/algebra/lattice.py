@@ -109,7 +109,7 @@ def _off_eye(ring: Ring, lits: tuple[Poly, ...], bound: tuple[Index, ...]) -> Me
     """max[m] f(eye(m, j), m): only m = j counts where the rest is the same for all m and never greater."""
     for eye in [a for lit in lits[:1] for m, _ in lit for a, _ in m.factors if a.tag == "eye"]:
         for index, other in (eye.args, eye.args[::-1]):
-            if len(lits) != 1 or index not in bound or (isinstance(other, Poly) and index in other.free):
+            if len(lits) != 1 or index not in bound or isinstance(other, Poly):  # a gather may be no position
                 continue
             off = with_bit(ring, lits[0], eye, ZERO)
             on = rename(ring, lits[0], {index: other})
@@ -180,13 +180,12 @@ def _unique(ring: Ring, terms: Iterable[Term]) -> list[Term]:
 
 
 def _absorb(ring: Ring, terms: list[Term]) -> list[Term]:
-    """Drop a term that another one is never below: every lit of the other is ≥ some lit of it."""
+    """Drop a term that another one is never below: every lit of the other is ≥ some lit of it, whatever both bind."""
 
     def below(t: Term, other: Term) -> bool:
         ring.tick()
-        return not t.bound and not other.bound and all(
-            any(u == v or _never_below(ring, v, u) for u in t.lits) for v in other.lits
-        )  # fmt: skip
+        same = t.bound == other.bound
+        return all(any((same and u == v) or _never_below(ring, v, u) for u in t.lits) for v in other.lits)
 
     kept: list[Term] = []
     for k, term in enumerate(terms):

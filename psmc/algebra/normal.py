@@ -256,9 +256,24 @@ def _abs(ring: Ring, x: Value) -> Value:
         return INF
     if x.real:
         return ex.greatest(ring, x, -x)
+    if not x:
+        return ZERO
+    (coef, factors), rest = powers.content(ring, x)  # |z w| = |z| |w|
+    sizes = [_size(ring, rg.lone(atom), p) for atom, p in factors]
+    if rest != UNIT and rest != -UNIT:
+        sizes.append(_size(ring, rest, Fraction(1)))
+    return rg.product(ring, (number(coef), *sizes))
+
+
+def _size(ring: Ring, x: Poly, p: Fraction) -> Poly:
+    """|x|^p of something complex or real."""
+    if x.real:
+        return powers.power(ring, finite(ex.greatest(ring, x, -x)), p, non_negative=True)
     square = rg.mul(ring, x, conjugate(ring, x))
+    if square.constant is not None or powers.exponent_of(square) is not None:
+        return powers.power(ring, square, p * _HALF, non_negative=True)
     # |z|² ≥ 0 although no interval says so.
-    return rg.monomial(ring, Fraction(1), [(Atom("base", (square,), False), _HALF)])
+    return rg.monomial(ring, Fraction(1), [(Atom("base", (square,), False), p * _HALF)])
 
 
 def _sign(ring: Ring, x: Value) -> Value:

@@ -21,9 +21,12 @@ from psmc.algebra.ring import (
     monomial,
     mul,
     opened,
+    product,
     times,
 )
-from psmc.algebra.terms import UNIT, ZERO, Atom, Poly, number, total
+from psmc.algebra.terms import UNIT, ZERO, Atom, OutOfBudgetError, Poly, atoms_in, number, total
+
+_MAX_BITS = 10_000  # of a coefficient
 
 
 def power(ring: Ring, poly: Poly, k: Fraction, *, non_negative: bool = False) -> Poly:
@@ -37,10 +40,12 @@ def power(ring: Ring, poly: Poly, k: Fraction, *, non_negative: bool = False) ->
     unit, rest = content(ring, poly, of="any" if k.denominator == 1 else "non-negative")
     if k < 0:
         for atom, _ in unit[1]:
+            if _rests_at_zero(atom):
+                _refuse_plateaus(ring, lone(atom))
             _note_denominator(ring, lone(atom))
     out = _unit_power(ring, unit, k)
     if k.denominator == 1 and rest.constant is not None:
-        return out.scaled(rest.constant ** int(k))
+        return out.scaled(_number_power(rest.constant, int(k)))
     if rest.constant == 1:
         return out
     if k < 0:
@@ -50,7 +55,7 @@ def power(ring: Ring, poly: Poly, k: Fraction, *, non_negative: bool = False) ->
         _note_radicand(ring, rest)
         return mul(ring, out, lone(Atom("pow", (rest, number(k)))))
     if k.denominator == 1:
-        sign = _leading_sign(rest)
+        sign = leading_sign(rest)
         rest, out = rest.scaled(sign), out.scaled(sign if int(k) % 2 else Fraction(1))
     return mul(ring, out, monomial(ring, Fraction(1), [(Atom("base", (rest,), rest.real), k)]))
 
@@ -69,17 +74,28 @@ def _note_radicand(ring: Ring, poly: Poly) -> None:
 
 def _refuse_plateaus(ring: Ring, poly: Poly) -> None:
     """A denominator must not vanish on a whole region, as max(x, 0) and [x > 0] do: split until it cannot."""
-    for mono, _ in poly:
-        for atom, _ in mono.factors:
-            if atom.tag in ("max", *IDEMPOTENT):
-                sign = bounds(ring, poly)
-                if not im.positive(sign) and not im.positive(im.neg(sign)):
-                    raise SplitError(guard_of(atom))
+    sign = bounds(ring, poly)
+    if im.positive(sign) or im.positive(im.neg(sign)):
+        return
+    for atom in atoms_in(poly):
+        if atom.tag in _FLAT:
+            raise SplitError(guard_of(atom))
+
+
+_FLAT = ("max", *IDEMPOTENT)  # constant on regions
+
+
+def _rests_at_zero(atom: Atom) -> bool:
+    """Whether a factor may be 0 on a whole region. The greatest of x and y is so only where one of them is."""
+    if atom.tag == "max":
+        lits = [lit for term in atom.args[0] for lit in term.lits]
+        return any(not lit or any(a.tag in _FLAT for a in atoms_in(lit)) for lit in lits)
+    return any(a.tag in _FLAT for a in atoms_in(lone(atom)))
 
 
 def guard_of(atom: Atom) -> Atom | Poly | None:
-    """What to split on to get rid of an atom: an eye, a Poly to compare with 0, or None."""
-    if atom.tag == "eye":
+    """What to split on to get rid of an atom: an eye, a complex zero, a Poly to compare with 0, or None."""
+    if atom.tag in ("eye", "zero"):
         return atom
     if atom.tag == "pos":
         return atom.args[0]  # type: ignore[no-any-return]
@@ -89,7 +105,7 @@ def guard_of(atom: Atom) -> Atom | Poly | None:
     return None
 
 
-def _leading_sign(poly: Poly) -> Fraction:
+def leading_sign(poly: Poly) -> Fraction:
     """Sign of the first coefficient; by their majority where that is clear, so that it does not hang on index names."""
     balance = sum(1 if c > 0 else -1 for _, c in poly)
     first = next(iter(poly))[1]
@@ -103,10 +119,16 @@ def _unit_power(ring: Ring, unit: Unit, k: Fraction) -> Poly:
     coef, factors = unit
     scaled = [(a, p * k) for a, p in factors]
     if k.denominator == 1:
-        return monomial(ring, coef ** int(k), scaled)
+        return monomial(ring, _number_power(coef, int(k)), scaled)
     for n, sign in ((coef.numerator, 1), (coef.denominator, -1)):
         scaled += [(Atom("prime", (p,)), e * sign * k) for p, e in _primes(n)]
     return monomial(ring, Fraction(1), scaled)
+
+
+def _number_power(x: Fraction, k: int) -> Fraction:
+    if (max(abs(x.numerator), x.denominator).bit_length() - 1) * abs(k) > _MAX_BITS:
+        raise OutOfBudgetError("a number grew too large")
+    return x**k
 
 
 def _primes(n: int) -> list[tuple[int, int]]:
@@ -161,6 +183,8 @@ def content(ring: Ring, poly: Poly, of: Sign = "any") -> tuple[Unit, Poly]:
     common = least_coefficients(exponents)
     if common and not is_real(ring, common) and all(is_real(ring, e) for e in exponents):
         common = Poly({m: c for m, c in common if m.real})  # part of (e^ix + e^-ix)/2 would not be real
+    if of == "positive":  # exp(log x) is 0 at x = 0
+        common = Poly({m: c for m, c in common if "plog" not in m.key})
     factors = [(a, p) for a, p in least.items() if p]
     if common and (of == "any" or is_real(ring, common)):
         factors.append((Atom("exp", (common,), is_real(ring, common)), Fraction(1)))
@@ -201,7 +225,19 @@ def least_coefficients(polys: Iterable[Poly]) -> Poly:
 
 
 def exp(ring: Ring, poly: Poly) -> Poly:
-    return monomial(ring, Fraction(1), [(Atom("exp", (poly,)), Fraction(1))]) if poly else UNIT
+    """exp(c log Q + rest) is Q^c exp(rest) also where Q may be 0, if c > 0 and no other term may be infinite."""
+    if not poly:
+        return UNIT
+    logs = {m: c for m, c in poly if "plog" in m.key}
+    alone = [(m.factors[0][0], c) for m, c in logs.items() if not m.bound and m.factors[0][1] == len(m.factors) == 1]
+    if logs and len(alone) == len(logs) and all(a.tag == "plog" and c > 0 and _at_least_0(ring, a) for a, c in alone):
+        rest = exp(ring, Poly({m: c for m, c in poly if m not in logs}))
+        return product(ring, (rest, *(power(ring, a.args[0], c, non_negative=True) for a, c in alone)))
+    return monomial(ring, Fraction(1), [(Atom("exp", (poly,)), Fraction(1))])
+
+
+def _at_least_0(ring: Ring, log_: Atom) -> bool:
+    return im.non_negative(bounds(ring, log_.args[0]))
 
 
 def log(ring: Ring, poly: Poly) -> Poly:
@@ -210,6 +246,8 @@ def log(ring: Ring, poly: Poly) -> Poly:
         raise UndefinedError("log of a number that is not positive")
     if not is_real(ring, poly):
         return lone(Atom("clog", (poly,), False))
+    if (exponent := exponent_of(poly)) is not None and is_real(ring, exponent):  # also where it is -inf
+        return exponent
     (coef, factors), rest = content(ring, poly, "positive")
     out = []
     for n, sign in ((coef.numerator, 1), (coef.denominator, -1)):
@@ -227,6 +265,15 @@ def log(ring: Ring, poly: Poly) -> Poly:
             _note_radicand(ring, rest)
         out.append(lone(Atom("log" if known else "plog", (rest,))))
     return total(out)
+
+
+def exponent_of(poly: Poly) -> Poly | None:
+    """x of exp(x)."""
+    single = poly.single
+    if single is None or single[1] != 1 or single[0].bound or len(single[0].factors) != 1:
+        return None
+    ((atom, p),) = single[0].factors
+    return atom.args[0].scaled(p) if atom.tag == "exp" else None
 
 
 REBUILD |= {

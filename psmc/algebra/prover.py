@@ -47,7 +47,9 @@ _WAYS = (
     _Way(0.4, images=True), _Way(0.5, eager=True, images=True),
     _Way(0.5, unroll=True), _Way(1.0, eager=True, unroll=True),
 )  # fmt: skip
+_GLANCE, _GLANCE_SHARE = 2.0, 0.1  # seconds, and share of the work, for a proof of what evaluation has refuted
 _MAX_CONDITIONS = 6
+_WHERE = "where both sides have values"
 _RECURSION = 20_000
 Sides = Mapping[str, tuple[Expr, Expr]]
 
@@ -137,14 +139,15 @@ class _Attempt:
     def _law(self, law: Law, operands: str, sides: Sides, deadline: float) -> Verdict:
         found = self.refuter.search(law, _QUICK, deadline)
         if found is not None:
-            # The normal forms must see it too.
+            # The normal forms must see it too: a glance at what they would have said.
             left, right = sides[found.component]
-            outcome = self._decide(operands, left, right, deadline, set())
+            glance = min(deadline, time.monotonic() + _GLANCE)
+            outcome = self._decide(operands, left, right, glance, set(), ways=1, share=_GLANCE_SHARE)
             equal = isinstance(outcome, Outcome) and outcome.equal
             return _contradiction(found) if equal else Refuted(found)
         verdict = self._compare(law, operands, sides, deadline)
-        if isinstance(verdict, Unknown) and law != "associativity":
-            # Perhaps because one side has no value in a whole region: e∘x = x is then false there.
+        if law != "associativity" and (isinstance(verdict, Unknown) or _is_conditional(verdict)):
+            # Perhaps one side has no value in a whole region: e∘x = x is then false there.
             found = self.refuter.without_value(law, _QUICK, deadline)
             if found is not None:
                 return Refuted(found)
@@ -178,23 +181,28 @@ class _Attempt:
 
     def _decide(
         self, operands: str, left: Expr, right: Expr, deadline: float, used: set[str],
-        report: Callable[[int], None] | None = None,
+        report: Callable[[int], None] | None = None, *, ways: int = len(_WAYS), share: float = 1.0,
     ) -> Outcome | Unknown:  # fmt: skip
-        """One way after another, until one proves it. Of what does not, the first outcome is kept."""
+        """One way after another, until one proves it. Of what does not, the first outcome is kept. No more than `ways`
+        that apply are tried, with a `share` of the work."""
         best: Outcome | Unknown | None = None
         known = self._intervals(operands)
         disguised = takes_logs(left) or takes_logs(right)
         for way in sorted(_WAYS, key=lambda w: disguised and not w.images):
             if (way.unroll and not self.sizes) or (way.images and not any(applies(s, known) for s in (left, right))):
                 continue
+            if not ways:
+                break
+            ways -= 1
             sides, intervals, replaced = (left, right), known, frozenset[str]()
             if way.images:
                 (x, new, one), (y, more, two) = (parametrised(s, known) for s in sides)
                 sides, intervals, replaced = (x, y), known | new | more, one | two
             facts = Facts(intervals, self.sizes, way.unroll, used=set())
             limit = time.monotonic() + way.share * max(0.0, deadline - time.monotonic())
+            work = int(way.share * share * MAX_WORK)
             try:
-                outcome = decide(*sides, Ring(facts, limit, eager=way.eager, work=int(way.share * MAX_WORK)), report)
+                outcome = decide(*sides, Ring(facts, limit, eager=way.eager, work=work), report)
             except (OutOfBudgetError, RecursionError) as error:
                 best = best or Unknown("", f"gave up: {error}")
                 continue
@@ -259,13 +267,17 @@ def _contradiction(found: Counterexample) -> Unknown:
     )
 
 
+def _is_conditional(verdict: Proved) -> bool:
+    return any(_WHERE in line for line in verdict.certificate)
+
+
 def _condition_lines(law: str, conditions: list[str]) -> list[str]:
     """Where a side may have no value, shortest first."""
     found = sorted(dict.fromkeys(conditions), key=lambda c: (len(c), c))
     if not found:
         return []
     more = f", and {len(found) - _MAX_CONDITIONS} more" if len(found) > _MAX_CONDITIONS else ""
-    return [f"{law}: where both sides have values; not where {' or '.join(found[:_MAX_CONDITIONS])}{more}"]
+    return [f"{law}: {_WHERE}; not where {' or '.join(found[:_MAX_CONDITIONS])}{more}"]
 
 
 def _line(law: str, name: str, outcome: Outcome) -> str:

@@ -177,16 +177,21 @@ class Refuter:
         return None
 
     def _moved(self, point: Point, seed: int) -> Point:
-        """A point near by: real entries a little aside, within their intervals."""
+        """A point near by: real and complex entries a little aside, within their intervals."""
         rng = random.Random(seed)
         legal = {t.name: t.interval for t in self.agg.params} | dict(self.sampler.intervals)
-        real = {t.name for t in declared(self.agg) if t.kind == "real"}
+        kinds = {t.name: t.kind for t in declared(self.agg)}
+
+        def step() -> Fraction:
+            return Fraction(rng.randint(-99, 99), 10_007)
 
         def aside(name: str, value: Number | None) -> Number | None:
-            moved = value + Fraction(rng.randint(-99, 99), 10_007) if isinstance(value, Fraction) else value
-            interval = legal.get(name)
-            inside = interval is None or (isinstance(moved, Fraction) and im.holds(interval, moved))
-            return moved if name in real and inside else value
+            if kinds[name] == "complex" and value is not None:
+                return nu.add(value, nu.Complex(step(), step()))
+            if kinds[name] != "real" or not isinstance(value, Fraction):
+                return value
+            moved, interval = value + step(), legal.get(name)
+            return moved if interval is None or im.holds(interval, moved) else value
 
         def element(arrays: Element) -> Element:
             return {n: {p: aside(n, v) for p, v in array.items()} for n, array in arrays.items()}

@@ -167,12 +167,15 @@ def _exclusive(plain: Mapping[Atom, Fraction]) -> bool:
 
 
 def _contract_eye(ring: Ring, coef: Fraction, plain: dict[Atom, Fraction], bound: list[Index]) -> Poly | None:
-    """Use one eye(r, c): replace a bound side everywhere, or write the free sides alike. None: nothing to do."""
+    """Use one eye(r, c): replace a bound side everywhere, or write the free sides alike. None: nothing to do.
+
+    Not by a gather: the sum over i of eye(i, p) is 0 where p is no position.
+    """
     for eye in [a for a in plain if a.tag == "eye"]:
         row, col = eye.args
         rest = [(a, p) for a, p in plain.items() if a is not eye]
         for old, new in ((row, col), (col, row)):
-            if isinstance(old, Index) and old in bound and not (isinstance(new, Poly) and old in new.free):
+            if isinstance(old, Index) and old in bound and not isinstance(new, Poly):
                 left = [b for b in bound if b != old]
                 return close(ring, rename_factors(ring, coef, rest, {old: new}), left)
         old, new = (col, row) if isinstance(col, Index) else (row, col)

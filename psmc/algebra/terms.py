@@ -164,7 +164,10 @@ class Poly(Node):
         self._seal()
 
     def text(self, names: Names) -> str:
-        body = "+".join(sorted(f"{show(m, names)}~{c}" for m, c in self.terms.items()))
+        try:
+            body = "+".join(sorted(f"{show(m, names)}~{c}" for m, c in self.terms.items()))
+        except ValueError:  # Python prints no more than 4300 digits
+            raise OutOfBudgetError("a number grew too large") from None
         return f"[{_digest(body) if len(body) > _LONG else body}]"
 
     def __bool__(self) -> bool:
@@ -238,3 +241,24 @@ class Term(Node):
     def text(self, names: Names) -> str:
         inner = _binders(self.bound, self.height, names)
         return f"M[{','.join(b.dim for b in self.bound)}]{show(self.lits, inner)}"
+
+
+def atoms_in(poly: Poly) -> list[Atom]:
+    """All atoms of a Poly, inner ones first, in a deterministic order."""
+    seen: dict[Atom, None] = {}
+
+    def visit(x: object) -> None:
+        if isinstance(x, Poly):
+            for mono, _ in x:
+                for atom, _ in mono.factors:
+                    if atom not in seen:
+                        visit(atom.args)
+                        seen[atom] = None
+        elif isinstance(x, tuple):
+            for y in x:
+                visit(y)
+        elif isinstance(x, Term):
+            visit(x.lits)
+
+    visit(poly)
+    return list(seen)

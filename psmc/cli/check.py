@@ -262,8 +262,10 @@ def _error(file: str, diagnostic: Diagnostic) -> dict[str, Any]:
 def _floats(rows: list[Row]) -> list[str]:
     """One line on identity elements that hold over the reals and not in floats; none if there are none."""
     found = [f"{row.cells()[1]} ({', '.join(row.float_breaks)})" for row in rows if row.float_breaks]
-    said = f"In floats the identity element makes NaN of {'; '.join(found)}. No compiled code combines it in."
-    return [said] if found else []
+    if not found:
+        return []
+    nan = f"in floats the identity element would make NaN of {'; '.join(found)}"
+    return [f"Note: {nan}; compiled code never combines with it."]
 
 
 def _summary(rows: list[Row]) -> str:

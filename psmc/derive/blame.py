@@ -57,6 +57,9 @@ def not_affine(agg: Aggregator, updates: Sequence[Assign], failures: Sequence[Fa
 
 
 def _advice(error: NotAffineError) -> tuple[str, ...]:
+    node = error.factor if isinstance(error, NotPositiveError) else error.node
+    if isinstance(error, NotPositiveError | MayVanishError) and (tap := _tap(node)) is not None:
+        return (f"a tap reads 0 before the first token, so '{tap}' is 0 there: pass what it stands for as an input.",)
     if isinstance(error, NotPositiveError):
         return (f"say that {_short(error.factor)} is positive, with an interval: {_declared(error.factor)}.",)
     if isinstance(error, MayVanishError):
@@ -65,6 +68,10 @@ def _advice(error: NotAffineError) -> tuple[str, ...]:
     op = error.node.op if isinstance(error.node, Op) else ""
     advice = error.advice or _ADVICE.get(op)
     return (advice,) if advice else ()
+
+
+def _tap(node: Expr) -> str | None:
+    return next((show(r) for r in refs(node) if r.lag), None)
 
 
 def _declared(node: Expr) -> str:
