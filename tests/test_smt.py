@@ -146,6 +146,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_contradiction_is_a_bug(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psmc.pipeline.prove", lambda agg, budget, **_: PROVED)
     file = str(ROOT / "examples" / "wrong" / "leaky.psm")
+    assert app.run(["check", file]) == 1 and "the checker finds that" in capsys.readouterr().err
+    monkeypatch.setattr("psmc.confirm.contradictions", lambda agg, proof: {})
     assert app.run(["check", file]) == 0, "a prover that errs, asked alone"
     capsys.readouterr()
     assert app.run(["check", "--second-opinion", "--json", file]) == 1
