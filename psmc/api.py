@@ -5,7 +5,9 @@ The compiler is imported when something has to be compiled: a spec that was comp
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,15 +36,17 @@ def load(
     budget  seconds for the proof
 
     The result is called on tensors, and has .proof, .structure, .plan, .source and .reference (the sequential oracle).
-    Raises PsmcError if the spec is wrong or its claim does not hold.
+    Tuned files that PSMC_TUNED names are baked into the module. Raises PsmcError if the spec is wrong or its claim does
+    not hold.
     """
 
     def compilation() -> Compilation:
         from psmc.pipeline import pick, read
 
-        return pick(read(path, budget), name, str(path))
+        return _with_tiles(pick(read(path, budget), name, str(path)))
 
     text = _text(path)
+    text = None if text is None else text + _tuned_texts()
     known = remembered.recall(text, name) if text is not None and extern is None else None
     if known is not None:
         from psmc.runtime.load import load_file
@@ -52,7 +56,7 @@ def load(
         return _described(getattr(module, public), module, compilation)
     compiled = compilation()
     found = realise(compiled, extern)
-    if text is not None and extern is None and _alone(text):
+    if text is not None and extern is None and _alone(text) and not compiled.stale:
         remembered.remember(text, {compiled.agg.name: Path(found.module.__file__).name})
     return found
 
@@ -65,6 +69,26 @@ def _text(path: str | Path) -> str | None:
         return read_bytes(Path(path)).decode("utf-8")
     except (OSError, ValueError):
         return None
+
+
+def _tuned_files() -> list[str]:
+    return [file for file in os.environ.get("PSMC_TUNED", "").split(os.pathsep) if file]
+
+
+def _tuned_texts() -> str:
+    """What else decides how a module reads, for its key among those that are remembered."""
+    return "".join(f"\n# {_text(file)}" for file in _tuned_files())
+
+
+def _with_tiles(compilation: Compilation) -> Compilation:
+    """The compilation, with the tiles of the files that PSMC_TUNED names; warns of files that are out of date."""
+    if files := _tuned_files():
+        from psmc.plan.tuned import read_files
+
+        compilation.tuned = read_files(files)
+        for diagnostic in compilation.stale:
+            warnings.warn(str(PsmcError(diagnostic)), stacklevel=4)
+    return compilation
 
 
 def _alone(text: str) -> bool:
@@ -180,7 +204,7 @@ def aggregator(
             name=name,
         )
         (compilation,) = compilations(file, file.source.name)
-        return realise(compilation, extern_rule(file))
+        return realise(_with_tiles(compilation), extern_rule(file))
 
     return decorate if cls is None else decorate(cls)
 

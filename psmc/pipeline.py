@@ -24,6 +24,7 @@ from psmc.source import SourceFile, Span
 
 if TYPE_CHECKING:
     from psmc.plan.base import Plan
+    from psmc.plan.tuned import Tuned
     from psmc.structure.report import Structure
 
 
@@ -35,6 +36,7 @@ class Compilation:
     file: str
     budget: float = 20.0
     progress: Callable[[Progress], None] | None = None  # of the proof
+    tuned: tuple[Tuned, ...] = ()  # files of tiles, of which one may be for this module
 
     @cached_property
     def agg(self) -> Aggregator:
@@ -78,12 +80,35 @@ class Compilation:
 
     @cached_property
     def text(self) -> str:
-        """The generated module. Raises PsmcError if the claim does not hold."""
+        """The generated module. Raises PsmcError if the claim does not hold, or a tuned file does not fit."""
+        own = [t for t in self.tuned if t.aggregator == self.declared.name]
+        chosen = next((t for t in own if t.digest == self.digest), None) if own else None
+        return self.shipped if chosen is None else self._emitted(chosen)
+
+    @cached_property
+    def shipped(self) -> str:
+        """The module with the tiles of its plan."""
+        return self._emitted(None)
+
+    @property
+    def digest(self) -> str:
+        """Of the module as it is shipped: what a tuned file is for."""
+        from psmc.codegen.emit import digest_of
+
+        return digest_of(self.shipped)
+
+    @property
+    def stale(self) -> tuple[Diagnostic, ...]:
+        """A warning for each tuned file that was made for an earlier module of this aggregator."""
+        own = [t for t in self.tuned if t.aggregator == self.declared.name]
+        return tuple(t.stale(self.digest) for t in own if t.digest != self.digest)
+
+    def _emitted(self, tuned: Tuned | None) -> str:
         from psmc.codegen.emit import emit
 
         if self.diagnostic is not None:
             raise PsmcError(self.diagnostic)
-        return emit(self.agg, self.declared, self.proof, self.structure, self.plan, self.file)
+        return emit(self.agg, self.declared, self.proof, self.structure, self.plan, self.file, tuned)
 
 
 def compilations(file: File, name: str, budget: float = 20.0) -> tuple[Compilation, ...]:

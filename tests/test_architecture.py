@@ -25,7 +25,7 @@ LAYERS = {
     "structure": 3, "derive": 3,
     "plan": 4, "codegen": 4,
     "runtime": 5,
-    "pipeline": 6, "confirm": 6, "remembered": 6, "api": 6, "duality": 6, "cli": 6, "lang": 6, "nn": 6,
+    "pipeline": 6, "confirm": 6, "remembered": 6, "api": 6, "duality": 6, "tuning": 6, "cli": 6, "lang": 6, "nn": 6,
     "__init__": 6, "__main__": 6,
 }  # fmt: skip
 # Third-party package -> where it may be imported.
@@ -34,8 +34,8 @@ PLACES = {
     "sympy": {"algebra", "derive", "structure"},
     "z3": {"algebra", "derive", "structure"},
     "jinja2": {"codegen"},
-    "torch": {"reference", "runtime", "duality", "nn"},
-    "triton": {"reference", "runtime", "duality", "nn"},
+    "torch": {"reference", "runtime", "duality", "tuning", "nn"},
+    "triton": {"reference", "runtime", "duality", "tuning", "nn"},
     "click": {"cli"},
     "rich": {"cli"},
     "numpy": {"reference", "runtime", "nn"},

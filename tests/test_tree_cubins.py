@@ -63,5 +63,5 @@ def test_stays_in_registers(spec: str, kernel: str, dtype: str, tmp_path: Path, 
     text = (EXAMPLES / f"{spec}.psm").read_text() if spec.isidentifier() else spec
     _, kernels = module(compiled(text))
     table = kernels.table
-    registers, spilled = usage(getattr(table, f"{kernel}_kernel"), table.width, dtype, True, tmp_path)
+    registers, spilled = usage(getattr(table, f"{kernel}_kernel"), table.tiles["forward"][4][0], dtype, True, tmp_path)
     assert registers > 0 and spilled <= SPILL, (registers, spilled)

@@ -19,7 +19,7 @@ from psmc import __version__
 from psmc.cli import console
 from psmc.diagnostics import Diagnostic, PsmcError
 
-COMMANDS = ("check", "compile", "explain", "test", "verify", "fmt", "new")
+COMMANDS = ("check", "compile", "explain", "test", "tune", "verify", "fmt", "new")
 OK, FAILED, USAGE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
 
 

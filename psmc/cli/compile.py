@@ -14,6 +14,7 @@ from psmc.diagnostics import Diagnostic, PsmcError, fail
 
 if TYPE_CHECKING:
     from psmc.pipeline import Compilation
+    from psmc.plan.tuned import Tuned
 
 _SHOWN = 20  # lines of a diff
 
@@ -21,23 +22,32 @@ _SHOWN = 20  # lines of a diff
 @click.command(
     epilog="\b\nExamples:\n  psmc compile gla.psm                     # writes gla.py here\n"
     "  psmc compile gla.psm -o model/kernels    # into a directory\n"
-    "  psmc compile gla.psm -o model --check    # does model/gla.py still say what gla.psm says?",
+    "  psmc compile gla.psm -o model --check    # does model/gla.py still say what gla.psm says?\n"
+    "  psmc compile gla.psm --tuned tuned.json   # with the tiles that psmc tune found",
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("-o", "--output", metavar="OUT", help="A directory, or a .py file for a single aggregator.  [default: .]")
 @click.option("--name", metavar="AGG", help="Only this aggregator of each file.")
+@click.option("--tuned", multiple=True, metavar="FILE", help="Tiles from psmc tune, for the device it ran on.")
 @click.option("--check", "compare", is_flag=True, help="Write nothing; exit 1 if what is there differs.")
 @click.option(
     "--budget", type=inputs.Seconds(0, min_open=True), default=20.0, show_default=True, metavar="SECONDS",
     help="Time for the proof of one aggregator.",
 )  # fmt: skip
-def command(files: tuple[str, ...], output: str | None, name: str | None, compare: bool, budget: float) -> int:
+def command(
+    files: tuple[str, ...], output: str | None, name: str | None, tuned: tuple[str, ...], compare: bool, budget: float
+) -> int:  # fmt: skip
     """Write the Python module of each aggregator.
 
     A module holds the mathematics, the kernels and the runtime; it imports torch and nothing of psmc, and may be
     copied anywhere. Nothing is written if any claim does not hold. The same spec always gives the same text.
     """
+    from psmc.plan.tuned import read_files
+
     chosen = [each for file in files for each in _chosen(file, name, budget)]
+    tiles = read_files(tuned)
+    for each in chosen:
+        each.tuned = tiles
     places = _places(output, [c.declared.name for c in chosen])
     texts: list[str] = []
     wrong: list[Diagnostic] = []
@@ -50,6 +60,7 @@ def command(files: tuple[str, ...], output: str | None, name: str | None, compar
                 wrong += error.diagnostics
     if wrong:
         raise PsmcError(*wrong)
+    console.report(*(d for each in chosen for d in each.stale), *_of_none(tiles, {c.declared.name for c in chosen}))
     modules = list(zip(places, texts, strict=True))
     if compare:
         return _compare(modules)
@@ -68,6 +79,17 @@ def _chosen(file: str, name: str | None, budget: float) -> tuple[Compilation, ..
         helps = ("a library is compiled into what uses it.",)
         fail("PSM290", f"{path}: there is no aggregator in this file.", helps=helps)
     return (pipeline.pick(found, name, str(path)),) if name else found
+
+
+def _of_none(tiles: tuple[Tuned, ...], names: set[str]) -> list[Diagnostic]:
+    """Warnings for files that are for none of these aggregators."""
+    return [
+        Diagnostic(
+            "PSM623", f"{t.file} is for '{t.aggregator}', which is not compiled here: it is ignored.",
+            severity="warning",
+        )
+        for t in tiles if t.aggregator not in names
+    ]  # fmt: skip
 
 
 def _places(output: str | None, names: list[str]) -> list[Path]:

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 from psmc.codegen.chunk_factors import SIZE, Fused, Raw, fuse, reads_seen, scalar, transposed
 from psmc.codegen.render import render
+from psmc.codegen.tiles_code import tiles_class, tiles_text
 from psmc.codegen.triton_expr import Key, LaneFunction, helper_texts, key_of, print_function
 from psmc.ir import Aggregator, Assign, Block, Expr
 from psmc.ir.rewrite import refs
 from psmc.plan.chunked_kernels import ChunkTiles, tiles
+from psmc.plan.tuned import Tuned
 from psmc.structure.report import Affine, Structure
 
 _LOG2E = "1.4426950408889634"
@@ -20,17 +22,17 @@ _KERNELS = ("forward", "states", "join", "gradients", "step")
 _SAYS = {"q": "What reads the state", "b": "What enters the state over the key", "log": "Log of the decay, finite"}
 
 
-def print_chunk_kernels(agg: Aggregator, structure: Structure) -> str:
+def print_chunk_kernels(agg: Aggregator, structure: Structure, tuned: Tuned | None = None) -> str:
     """Module text that defines CHUNK_KERNELS, the table of `runtime.kit_chunk_kernels`, and KERNELS; '' if no layer is
     one for these kernels."""
     found = [x.affine for x in structure.layers if x.affine is not None and x.cls == "affine" and by_kernel(x.affine)]
     if not found:
         return ""
     wide = any(a.decay.kind in ("K", "V") for a in found)
-    return kernel_text(tiles(wide), fuse(agg, structure)) + "\n\nKERNELS = None\n"
+    return kernel_text(tiles(wide), fuse(agg, structure), tuned) + "\n\nKERNELS = None\n"
 
 
-def kernel_text(sizes: ChunkTiles, fused: Fused | None = None) -> str:
+def kernel_text(sizes: ChunkTiles, fused: Fused | None = None, tuned: Tuned | None = None) -> str:
     """Without `fused`: q, b and the log of a decay over the key lie in memory, and the output is y."""
     f = _view(fused or _PLAIN)
     files = [name for name in _FILES if (name != "prepare" or f.log) and (name != "normed" or f.norm)]
@@ -41,9 +43,9 @@ def kernel_text(sizes: ChunkTiles, fused: Fused | None = None) -> str:
         f"CHUNK_KERNELS = SimpleNamespace(\n{rows}"
         "    interpreted=triton is not None and not isinstance(chunk_forward_kernel, triton.JITFunction),\n"
         f"    params={f.params!r},\n    grads={f.stored!r},\n    operands={f.operands!r},\n    norm={f.norm!r},\n"
-        f"    width={f.handed},\n    seen={f.seen!r},\n    tiles={sizes.literal()},\n)\n"
+        f"    width={f.handed},\n    seen={f.seen!r},\n    tiles={tiles_text(sizes.data, tuned, sizes.literal())},\n)\n"
     )
-    return "\n\n".join(_tidy(part) for part in parts) + "\n\n" + table
+    return "\n\n".join([*(_tidy(part) for part in parts), *tiles_class(tuned), table])
 
 
 def by_kernel(affine: Affine) -> bool:

@@ -26,6 +26,7 @@ from psmc.ir.text import show
 from psmc.plan.base import Plan
 from psmc.plan.pointwise import PointwisePlan
 from psmc.plan.tree import TreePlan
+from psmc.plan.tuned import Tuned
 from psmc.structure.report import Structure
 
 _CONTENTS = "(sections)"
@@ -33,14 +34,15 @@ _LAWS = (("associativity", "associative"), ("identity", "identity element"))
 
 
 def emit(
-    agg: Aggregator, declared: Aggregator, proof: Proof, structure: Structure | None, plan: Plan, file: str
-) -> str:
+    agg: Aggregator, declared: Aggregator, proof: Proof, structure: Structure | None, plan: Plan, file: str,
+    tuned: Tuned | None = None,
+) -> str:  # fmt: skip
     """The module's text. `declared` is the spec as written, `agg` what runs (a lifted recurrence); `file` is what the
-    regenerate command names. The same inputs give the same text, in any process."""
+    regenerate command names; `tuned`: tiles for its kernels. The same inputs give the same text, in any process."""
     live = structure.live if structure is not None and plan.fold == "scan" else ()
     live = live or tuple(c.name for c in agg.state)  # also where no output reads the state
     extern = isinstance(agg.combine, Extern)
-    kernels = _kernels(agg, structure, plan)
+    kernels = _kernels(agg, structure, plan, tuned)
     attended = print_attention(agg, fused=not kernels)
     matrices = plan.name == "chunked" and bool(kernels)
     files = KIT
@@ -79,9 +81,10 @@ def emit(
         "module.py.j2",
         title=declared.name + (f": {' '.join(declared.doc.split())}" if declared.doc else ""),
         spec=_docstring(spec_text),
-        summary=[*_proof_lines(declared, proof), f"Plan: {plan.name}. " + "; ".join(plan.why) + "."],
-        command=f"psmc compile {file}",
-        imports=imports(paste((*files, *_launching(plan, kernels, matrices))), used, ["math"]),
+        summary=[*_proof_lines(declared, proof), f"Plan: {plan.name}. " + "; ".join(plan.why) + ".",
+                 *([_docstring(f"Tiles: tuned on {tuned.device}, triton {tuned.triton}.")] if tuned else [])],
+        command=_docstring(f"psmc compile {file}" + (f" --tuned {tuned.file}" if tuned else "")),
+        imports=imports(paste((*files, *_launching(plan, kernels, matrices, tuned))), used, ["math"]),
         public=public,
         mathematics=functions.strip() + "\n",
         kernels=kernels.strip(),
@@ -93,6 +96,12 @@ def emit(
         extern=extern,
     )
     return _with_contents("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+
+
+def digest_of(text: str) -> str:
+    """The digest that a module's border names."""
+    found: list[str] = re.findall(r"^    digest='(\w+)',$", text, re.M)
+    return found[-1]
 
 
 def _with_contents(text: str) -> str:
@@ -141,22 +150,23 @@ def _require_free(declared: Aggregator, pasted: Pasted, code: str) -> None:
         )  # fmt: skip
 
 
-def _launching(plan: Plan, kernels: str, matrices: bool) -> tuple[str, ...]:
+def _launching(plan: Plan, kernels: str, matrices: bool, tuned: Tuned | None) -> tuple[str, ...]:
     """What the kernels' own text pastes."""
+    more = () if tuned is None else ("kit_tuned",)
     if not kernels or matrices:
-        return ()
+        return more
     if "AttentionKernels" in kernels:
-        return ATTENTION_KIT
-    return ("kit_lanes", "kit_tree_kernels") if isinstance(plan, TreePlan) else POINTWISE_KIT
+        return (*ATTENTION_KIT, *more)
+    return (*(("kit_lanes", "kit_tree_kernels") if isinstance(plan, TreePlan) else POINTWISE_KIT), *more)
 
 
-def _kernels(agg: Aggregator, structure: Structure | None, plan: Plan) -> str:
+def _kernels(agg: Aggregator, structure: Structure | None, plan: Plan, tuned: Tuned | None) -> str:
     if isinstance(plan, TreePlan):
-        return print_tree_kernels(agg, plan)
+        return print_tree_kernels(agg, plan, tuned)
     if structure is not None and isinstance(plan, PointwisePlan):
-        return print_kernels(agg, structure, plan)
+        return print_kernels(agg, structure, plan, tuned)
     if structure is not None and plan.name == "chunked":
-        return print_chunk_kernels(agg, structure)
+        return print_chunk_kernels(agg, structure, tuned)
     return ""
 
 

@@ -14,13 +14,17 @@ from psmc.codegen.pointwise_lane import Backward, Lane, lane
 from psmc.codegen.pointwise_scan import component, flagged, listed, previous, renamed, stage_context, with_above
 from psmc.codegen.pointwise_table import Arg, Tensors, table
 from psmc.codegen.render import render
+from psmc.codegen.tiles_code import tiles_class
 from psmc.codegen.triton_expr import Key, helper_texts
 from psmc.ir import Aggregator
 from psmc.plan.pointwise import PointwisePlan
+from psmc.plan.tuned import Tuned
 from psmc.structure.report import Structure
 
 
-def print_kernels(agg: Aggregator, structure: Structure, plan: PointwisePlan) -> str:
+def print_kernels(
+    agg: Aggregator, structure: Structure, plan: PointwisePlan, tuned: Tuned | None = None
+) -> str:
     """Module text that defines KERNELS. `agg` is licensed; the same arguments give the same text."""
     one = lane(agg, structure.live)
     tensors = Tensors(agg, structure, one)
@@ -29,7 +33,8 @@ def print_kernels(agg: Aggregator, structure: Structure, plan: PointwisePlan) ->
     texts.append(render("pointwise_segments.py.j2", **_segments(one, tensors)))
     texts.append(render("pointwise_backward.py.j2", **_backward(one, tensors)))
     texts.append(render("pointwise_step.py.j2", **_step(one, tensors)))
-    texts += [paste(POINTWISE_KIT, frozenset({"PointwiseKernels"})).body, table(plan, tensors)]
+    texts += [paste(POINTWISE_KIT, frozenset({"PointwiseKernels"})).body, *tiles_class(tuned)]
+    texts.append(table(plan, tensors, tuned))
     return "\n\n".join(_tidy(t) for t in texts) + "\n"
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 
 from psmc.codegen.pointwise_fields import Field, Pointers, lane_fields, token_fields
 from psmc.codegen.pointwise_lane import Lane
+from psmc.codegen.tiles_code import tiles_text
 from psmc.codegen.triton_expr import Key, LaneFunction
 from psmc.ir import Aggregator, Kind, Ref
 from psmc.ir.query import taps
-from psmc.plan.pointwise import PointwisePlan, Tile
+from psmc.plan.pointwise import PointwisePlan
+from psmc.plan.tiles import Row
+from psmc.plan.tuned import Tuned
 from psmc.structure.report import Structure
 
 
@@ -127,7 +130,7 @@ def reading(function: LaneFunction) -> set[Key]:
     return set(function.arguments)
 
 
-def table(plan: PointwisePlan, tensors: Tensors) -> str:
+def table(plan: PointwisePlan, tensors: Tensors, tuned: Tuned | None = None) -> str:
     """The KERNELS object."""
     one = tensors.one
     back = one.back
@@ -161,7 +164,7 @@ def table(plan: PointwisePlan, tensors: Tensors) -> str:
         ("smooth_scalars", repr(len(smooth))),
         ("reused", repr(tuple(r for r in tensors.reused() if r[0] in {t.place for t in tensors.states}))),
         ("counts", repr(one.counts)),
-        ("tiles", _tiles(plan, tensors)),
+        ("tiles", tiles_text(tuple(_tiles(plan, tensors)), tuned)),
     ]
     body = "".join(f"        {key}={value},\n" for key, value in rows)
     return f"KERNELS = PointwiseKernels(\n    SimpleNamespace(\n{body}    )\n)"
@@ -171,11 +174,8 @@ def _rows(values: Iterable[object]) -> str:
     return "(" + "".join(f"{v!r}, " for v in values).rstrip() + ")"
 
 
-def _tiles(plan: PointwisePlan, tensors: Tensors) -> str:
-    def one(tiles: tuple[tuple[int, Tile], ...], streams: int) -> str:
-        found = ((size, tile.with_streams(size, streams)) for size, tile in tiles)
-        each = (f"{size}: ({t.rows}, {t.chunks}, {t.lanes}, {t.warps}, {t.stages}, {t.vector})" for size, t in found)
-        return "{" + ", ".join(each) + "}"
-
-    forward, backward = tensors.streams()
-    return f'{{"forward": {one(plan.forward, forward)}, "backward": {one(plan.backward, backward)}}}'
+def _tiles(plan: PointwisePlan, tensors: Tensors) -> Iterator[Row]:
+    ways = zip(("forward", "backward"), (plan.forward, plan.backward), tensors.streams(), strict=True)
+    for way, tiles, streams in ways:
+        for size, tile in tiles:
+            yield Row(way, size, 0, astuple(tile.with_streams(size, streams)))

@@ -9,12 +9,15 @@ from types import SimpleNamespace
 
 from psmc.codegen.paste import paste
 from psmc.codegen.render import render
+from psmc.codegen.tiles_code import tiles_class, tiles_text
 from psmc.codegen.tree_lane import TreeLane, tree_lane
 from psmc.codegen.triton_expr import Key, LaneFunction, helper_texts, number
 from psmc.derive.unroll import Unrolled
 from psmc.ir import Aggregator, Kind
 from psmc.ir.query import taps
+from psmc.plan.tiles import Row
 from psmc.plan.tree import TreePlan, rule
+from psmc.plan.tuned import Tuned
 
 _WIDTH = 120
 
@@ -74,7 +77,7 @@ class _Slots:
         return [t for t in self.inputs if used & set(t.keys)], used
 
 
-def print_tree_kernels(agg: Aggregator, plan: TreePlan) -> str:
+def print_tree_kernels(agg: Aggregator, plan: TreePlan, tuned: Tuned | None = None) -> str:
     """Module text that defines KERNELS, a `runtime.kit_tree_kernels.TreeKernels`."""
     found = rule(agg)
     assert isinstance(found, Unrolled)
@@ -89,7 +92,9 @@ def print_tree_kernels(agg: Aggregator, plan: TreePlan) -> str:
     texts.append(render("tree_forward.py.j2", **shared, **forward))
     texts.append(render("tree_backward.py.j2", **shared, **backward))
     pasted = paste(("kit_lanes", "kit_tree_kernels"), frozenset({"TreeKernels"}))
-    texts += [pasted.body, _table(agg, plan, found, slots, {**read, **table})]
+    tiles = [Row(way, 4, 0, (plan.lanes,)) for way in ("forward", "backward")]
+    read = {**read, **table, "size": 2**plan.levels, "tiles": tiles_text(tiles, tuned)}
+    texts += [pasted.body, *tiles_class(tuned), _table(agg, found, slots, read)]
     return "\n\n".join(_tidy(t) for t in texts) + "\n"
 
 
@@ -276,7 +281,7 @@ def _rows(pairs: Iterable[tuple[int, int]]) -> str:
     return "(" + "\n            ".join(lines) + ")"
 
 
-def _table(agg: Aggregator, plan: TreePlan, found: Unrolled, slots: _Slots, read: Mapping[str, object]) -> str:
+def _table(agg: Aggregator, found: Unrolled, slots: _Slots, read: Mapping[str, object]) -> str:
     """The KERNELS object."""
     sizes = {d.name: d.size for d in agg.dims}
 
@@ -299,8 +304,6 @@ def _table(agg: Aggregator, plan: TreePlan, found: Unrolled, slots: _Slots, read
         ("params", rows(slots.params)),
         ("outputs", rows(slots.outputs)),
         *read.items(),
-        ("size", 2**plan.levels),
-        ("width", plan.lanes),
     ]
     body = "".join(f"        {key}={value},\n" for key, value in lines)
     return f"KERNELS = TreeKernels(\n    SimpleNamespace(\n{body}    )\n)"

@@ -177,6 +177,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM607": ("tokens without a product", "Only an associative rule has a product of tokens."),
     "PSM608": ("value that was ruled out", "Values are checked, as agg.checks or PSMC_CHECK=1 asks for."),
     "PSM609": ("more tokens than levels", "at(c).S counts levels over a dim of L: up to 2^L - 1 tokens of a sequence."),
+    "PSM620": ("no device to tune on", "psmc tune times kernels: it needs a GPU, torch and triton, or --interpret."),
+    "PSM621": ("nothing to tune", "Plans that run in PyTorch have no kernels, so no tiles to choose."),
+    "PSM622": ("malformed tuned file", "What psmc tune writes; each tile has the numbers of its plan."),
+    "PSM623": (
+        "tuned file for another module",
+        "A tuned file is for one module: after a change of the spec or of the compiler, tiles are tuned again.",
+    ),
+    "PSM624": ("no tile that is right", "Every tile of a kernel is checked before it is timed; here all of them fail."),
     "PSM651": ("attention that cannot be built", "A width divides into heads; positions are 'rotary' or 'learned'."),
     "PSM652": (
         "prefix-scannable model that cannot be built",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -53,30 +53,37 @@ class Batch:
         self.draw = draw
         self.initial = {} if self.tree else self._warm(draw)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, wanted: Sequence[Path] | None = None) -> Iterator[Row]:
+        """A row a path; `wanted`: of these alone."""
         plain = self._reference(self.inputs, self.initial)
         base = self._errors(self._reference(self.inputs, self.initial, self.dtype), plain)
         found: dict[str, _Result] = {}
         paths: dict[Path, Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]]
-        paths = {"scan": self._scan, "steps": self._steps, "segments": self._segments}
+        paths = {"scan": self._whole, "steps": self._steps, "segments": self._segments}
         if self.agg.fold_order == "scan":
             paths["tree"] = self._balanced
         for path, run in paths.items():
+            if wanted is not None and path not in wanted:
+                continue
             found[path] = self._run(run, self.inputs, self.initial)
             row = self._row(path, found[path], plain, base)
-            if path == "steps":
+            if path == "steps" and "scan" in found:
                 apart = distances(found["scan"].outputs, found["steps"].outputs, plain.outputs, True)
                 row = replace(row, reassociation=max(apart.values(), default=0.0))
             yield replace(row, causal=self._causal()) if path == "scan" else row
-        if self.length > 1:
-            yield self._flagged()
-            yield self._packed()
+        for more, flags in (("flags", self._flagged), ("packed", self._packed)):
+            if self.length > 1 and (wanted is None or more in wanted):
+                yield flags()
 
     # --- ways to run: (inputs, params, initial state) -> (outputs, final state) -------------------
 
     def _scan(self, x: Tensors, p: Tensors, s: Tensors, **flags: Any) -> tuple[Tensors, Tensors]:
         out, state = self.agg(**x, **self._narrow(p), initial_state=s or None, return_state=True, **flags)
         return self._named(out), state
+
+    def _whole(self, x: Tensors, p: Tensors, s: Tensors) -> tuple[Tensors, Tensors]:
+        """A tree's state is made in PyTorch, and compared nowhere: without it, its kernels run."""
+        return (self._named(self.agg(**x, **self._narrow(p))), {}) if self.tree else self._scan(x, p, s)
 
     def _steps(self, x: Tensors, p: Tensors, s: Tensors) -> tuple[Tensors, Tensors]:
         state: Tensors | None = s or None
@@ -127,8 +134,8 @@ class Batch:
     def _causal(self) -> bool:
         cut = (self.length + 1) // 2
         changed = {k: torch.cat([v[:, :cut], self.others[k][:, cut:]], 1) for k, v in self.inputs.items()}
-        before, _ = self._scan(self.inputs, self.params, self.initial)
-        after, _ = self._scan(changed, self.params, self.initial)
+        before, _ = self._whole(self.inputs, self.params, self.initial)
+        after, _ = self._whole(changed, self.params, self.initial)
         return all(same_bits(before[k][:, :cut], after[k][:, :cut]) for k in before)
 
     # --- running and comparing --------------------------------------------------------------------

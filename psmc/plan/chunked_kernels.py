@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from psmc.plan.tiles import Row
+
 KERNELS = ("forward", "states", "gradients", "prepare")
 _KEYS = (64, 128, 256)  # a row holds up to this key block
 
@@ -28,6 +30,10 @@ class ChunkTiles:
     """rows: (kernel, bytes of an operand, largest key block, tile)."""
 
     rows: tuple[tuple[str, int, int, ChunkTile], ...]
+
+    @property
+    def data(self) -> tuple[Row, ...]:
+        return tuple(Row(kernel, size, key, tile.numbers) for kernel, size, key, tile in self.rows)
 
     def literal(self) -> str:
         """As a Python dict: kernel -> bytes -> ((largest key block, numbers), ...)."""

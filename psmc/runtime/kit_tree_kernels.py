@@ -132,7 +132,8 @@ class TreeCall:
         flags: Sequence[bool] = (),
     ) -> None:  # fmt: skip
         n, count = self.sizes[stage], self.lanes.count
-        width = min(self.table.width, _power_of_two(count))
+        (largest,) = self.table.tiles["backward" if "backward" in name else "forward"][4]
+        width = min(largest, _power_of_two(count))
         blocks = n // self.table.size if "roots" in name else self.blocks(stage)
         kernel = getattr(self.table, f"{name}_kernel")
         kernel[(self.batch * blocks * -(-count // width),)](
