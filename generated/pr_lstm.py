@@ -36,20 +36,20 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
   108  kernels: the Blelloch tree of a rule that is not associative
  1080  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
  1195  Calls of the tree kernels: stages of blocks and their buffers; launches up the stages, then down again
- 1452  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1731  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1888  The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token
- 2045  one tree ----------------------------------------------------------------------------------
- 2120  counters -----------------------------------------------------------------------------------
- 2170  Many trees: the tree plan over sequences with masks, restarts and packing
- 2286  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2516  The border, continued: states, flags and packing
- 2655  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2731  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2794  One checked call in PyTorch: lift, the scan of the plan, readout
- 2967  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3234  The public face of a compiled aggregator: a parallel call, a step, states
- 3460  the spec's border
+ 1453  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1732  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1889  The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token
+ 2046  one tree ----------------------------------------------------------------------------------
+ 2121  counters -----------------------------------------------------------------------------------
+ 2171  Many trees: the tree plan over sequences with masks, restarts and packing
+ 2287  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2517  The border, continued: states, flags and packing
+ 2656  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2732  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2795  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2968  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3235  The public face of a compiled aggregator: a parallel call, a step, states
+ 3461  the spec's border
 """
 
 from __future__ import annotations
@@ -1314,7 +1314,8 @@ class TreeCall:
         flags: Sequence[bool] = (),
     ) -> None:  # fmt: skip
         n, count = self.sizes[stage], self.lanes.count
-        width = min(self.table.width, _power_of_two(count))
+        (largest,) = self.table.tiles["backward" if "backward" in name else "forward"][4]
+        width = min(largest, _power_of_two(count))
         blocks = n // self.table.size if "roots" in name else self.blocks(stage)
         kernel = getattr(self.table, f"{name}_kernel")
         kernel[(self.batch * blocks * -(-count // width),)](
@@ -1445,7 +1446,7 @@ KERNELS = TreeKernels(
         param_shares=((0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4),
             (2, 0), (2, 1), (2, 2), (2, 3), (2, 4),),
         size=8,
-        width=128,
+        tiles={"forward": {4: (128,)}, "backward": {4: (128,)}},
     )
 )
 
@@ -3461,7 +3462,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='pr_lstm',
-    digest='d609f4644dba8874',
+    digest='2db78428983be68e',
     inputs=(Slot('x'),),
     params=(Slot('left', ('G',)), Slot('right', ('G',)), Slot('bias', ('G',)),),
     components=(Slot('c'), Slot('h'),),

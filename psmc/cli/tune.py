@@ -75,7 +75,7 @@ def command(
     if quick and dtype == "bf16":
         raise click.UsageError("Triton's interpreter has no bf16: pass --dtype fp32.")
     asked = _shapes(shapes, found, quick)
-    module = cache.stored(found.agg.name, found.digest, text)
+    module = cache.stored(found.agg.name, text)
     target = Target(str(path), found.declared.name, str(module), dtype or ("fp32" if quick else "bf16"),
                     "cpu" if quick else "cuda", asked, quick)  # fmt: skip
     search = Search(target, found.plan.name, seconds, jobs or min(8, os.cpu_count() or 1))
