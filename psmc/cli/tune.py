@@ -107,9 +107,10 @@ def _require_kernels(found: Compilation) -> None:
     if not any(f"{name}(" in found.shipped for name in ("TreeKernels", "PointwiseKernels", "ChunkKernels")):
         reasons = tuple(f"{plan}: {why}." for plan, why in found.plan.refused)
         fail(
-            "PSM621", f"'{found.declared.name}' has nothing to tune: plan {found.plan.name} runs in PyTorch.",
+            "PSM621",
+            f"'{found.declared.name}' has nothing to tune: plan {found.plan.name} has no kernels with tiles here.",
             found.declared.where("name"), notes=reasons,
-            helps=("only Triton kernels have tiles; psmc explain says which plan a spec has, and why.",),
+            helps=("Triton kernels have tiles, PyTorch has none; psmc explain says which plan a spec has, and why.",),
         )  # fmt: skip
 
 

@@ -178,7 +178,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM608": ("value that was ruled out", "Values are checked, as agg.checks or PSMC_CHECK=1 asks for."),
     "PSM609": ("more tokens than levels", "at(c).S counts levels over a dim of L: up to 2^L - 1 tokens of a sequence."),
     "PSM620": ("no device to tune on", "psmc tune times kernels: it needs a GPU, torch and triton, or --interpret."),
-    "PSM621": ("nothing to tune", "Plans that run in PyTorch have no kernels, so no tiles to choose."),
+    "PSM621": ("nothing to tune", "What runs in PyTorch has no kernels, so no tiles to choose."),
     "PSM622": ("malformed tuned file", "What psmc tune writes; each tile has the numbers of its plan."),
     "PSM623": (
         "tuned file for another module",
