@@ -35,10 +35,9 @@ def source(
     """A kernel as the host launches it on many tokens, all strides multiples of 16 bytes."""
     table = kernels(text)[0].table
     kernel = table.keys[0] if name == "keys" else getattr(table, name)
-    size = 4 if dtype == "fp32" else 2
     block = max(16, 1 << (width - 1).bit_length())
     bn, bm, warps, stages = tile or next(t for limit, t in table.tiles[name][products] if block <= limit)
-    fixed = {"E": width, "V": width, "BN": bn, "BM": bm, "BE": block, "BV": block, "EVEN": 16 // size,
+    fixed = {"E": width, "V": width, "BN": bn, "BM": bm, "BE": block, "BV": block, "EVEN": 8,
              "PREC": products, "NS": stages}  # fmt: skip
     signature, constants, aligned = {}, {}, {}
     for place, arg in enumerate(kernel.arg_names):

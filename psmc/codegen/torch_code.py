@@ -140,7 +140,8 @@ def print_rule(agg: Aggregator, block: Block, signature: Signature) -> Source:
             masks = replace(signature, name=f"{signature.name}_seen_{at}")
             sources.append(print_block(agg, Block(results=_masks(part)), masks))
             passed += f", masks=lambda: {masks.name}({masks.parameters})"
-        calls.append(f"    {name} = _attention({passed})")
+        call = f"    {name} = _attention({passed})"
+        calls.append(call if len(call) <= _LINE else f"    {name} = _attention(\n        {passed}\n    )")
     parts = replace(signature, name=f"{signature.name}_operands")
     first = print_block(agg, Block(results=tuple(operands)), parts)
     whole = map_values(inline(block), lambda e: transform(e, given.get))
@@ -148,8 +149,10 @@ def print_rule(agg: Aggregator, block: Block, signature: Signature) -> Source:
     head, body = text.text.split("\n", 1)
     for ref in given.values():  # what a combine reads of no namespace
         body = re.sub(rf"\bx\.{ref.name}\b", ref.name, body)
-    lines = [head, f"    a = {parts.name}({parts.parameters})", *calls, body]
-    sources = [first, *sources, Source("\n".join(lines), text.helpers | {"_attention"})]
+    like = _like(Block(results=tuple(operands)), signature).text
+    operated = [f"    with _as_precise(ATTENTION_{at}, n, {like}):", f"        a = {parts.name}({parts.parameters})"]
+    lines = [head, *operated, *calls, body]
+    sources = [first, *sources, Source("\n".join(lines), text.helpers | {"_as_precise", "_attention"})]
     return Source("\n\n".join(s.text for s in sources), frozenset().union(*(s.helpers for s in sources)))
 
 

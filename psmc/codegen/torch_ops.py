@@ -117,15 +117,24 @@ def _attention(kernels, n, query, keys, values, scale=1.0, masks=None):
     """softmax(scale query keysᵀ) values over several sets of tokens at once, [..., tokens, width] each, where masks()
     holds, [tokens, tokens] for each set: by kernels where there are some for these operands, else one call of torch."""
     if kernels is not None and kernels.takes([query, *keys, *values]):
-        return kernels(query, keys, values, scale, n.__dict__.get("__dtype__"))
+        return kernels(query, keys, values, scale, getattr(n, "__dtype__", None))
     lead = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, *keys, *values)))
     sides = [torch.cat([x.expand(*lead, *x.shape[-2:]) for x in part], -2) for part in ((query,), keys, values)]
-    q, k, v = (x.reshape(-1, 1, *x.shape[-2:]) for x in sides)
+    dtype = max((x.dtype for x in sides), key=lambda d: d.itemsize)
+    q, k, v = (x.reshape(-1, 1, *x.shape[-2:]).to(dtype) for x in sides)
     seen = None if masks is None else torch.cat([*masks().values()], -1)
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=float(scale))
     if seen is not None:
         out = torch.where(seen.any(-1, keepdim=True), out, math.nan)  # 0 / 0, as the rule says
     return out.reshape(*lead, *out.shape[-2:])
+''',
+    "_as_precise": '''\
+def _as_precise(kernels, n, x):
+    """Where kernels run, matrix products in the operands are as precise as a call's inputs: bf16 if these are."""
+    there = x.device.type == "cuda" or (kernels is not None and kernels.interpreted)
+    if there and getattr(n, "__dtype__", None) == torch.bfloat16:
+        return torch.autocast(x.device.type, torch.bfloat16)
+    return torch.autocast("cpu", enabled=False)
 ''',
     "_exp_sum": '''\
 def _exp_sum(first, *rest):

@@ -39,7 +39,7 @@ class AttentionKernels:
         first = tensors[0]
         if first.device.type != "cuda" and not self.interpreted:
             return False
-        return first.dtype in _PRODUCTS and all(x.dtype == first.dtype and 0 < x.shape[-1] <= _WIDEST for x in tensors)
+        return all(x.dtype in _PRODUCTS and 0 < x.shape[-1] <= _WIDEST for x in tensors)
 
     def __call__(
         self, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float = 1.0,
@@ -48,14 +48,13 @@ class AttentionKernels:
         """softmax(scale query keysᵀ) values, [*lead, N, V], of query [*lead, N, E], keys [*lead, M, E] and values
         [*lead, M, V] of each set; leading axes broadcast. Differentiable once, in all operands.
 
-        given: the dtype of a call's inputs; the products are as precise as it and the operands' both are.
+        given: the dtype of a call's inputs; products are as precise as the least precise of it and the operands. The
+        output is in the dtype that query and values promote to.
         """
         operands = [query, *(x for pair in zip(keys, values, strict=True) for x in pair)]
         lead = torch.broadcast_shapes(*(x.shape[:-2] for x in operands))
         operands = [x if x.shape[:-2] == lead else x.expand(*lead, *x.shape[-2:]) for x in operands]
-        products = _PRODUCTS[query.dtype if query.dtype != torch.float32 or given not in _PRODUCTS else given]
-        if products != "bf16" and torch.version.hip:
-            products = "ieee"
+        products = _products({given, *(x.dtype for x in operands)})
         if torch.compiler.is_compiling():
             out: Tensor = self.op(operands, scale, products)[0]
             return out
@@ -67,7 +66,7 @@ class AttentionKernels:
     def forward(self, operands: Sequence[Tensor], scale: float, products: str) -> tuple[Tensor, Tensor]:
         """The output, and log2 of the sum of each token's weights, [*lead, N] in fp32."""
         query, value = operands[0], operands[2]
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=torch.promote_types(query.dtype, value.dtype))
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
         if out.numel():
             views = _operand_views(operands)
@@ -107,7 +106,8 @@ class AttentionKernels:
         tokens, many = query.shape[-2], [x.shape[-2] for x in keys]
         numbers = (tokens, *many, *views.sizes[1:], *(n for i in at for n in views.strides[i]), scale * _LOG2_E)
         widths = query.shape[-1], value.shape[-1]
-        key = (name, numbers, widths, views.sizes, views.even, products, query.dtype, query.device)
+        dtypes = tuple([views.tensors[i].dtype for i in at])
+        key = (name, numbers, widths, views.sizes, views.even, products, dtypes, query.device)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _SHAPES_OF_CALLS:
@@ -117,9 +117,8 @@ class AttentionKernels:
             bn, bm, warps, stages = next(tile for limit, tile in rows if max(be, bv) <= limit)
             bn, bm = min(bn, _padded(tokens)), min(bm, _padded(max(many)))
             blocks = -(-many[0] // bm) if name.startswith("keys") else -(-tokens // bn)
-            even = 16 // query.element_size() if views.even else 1
             plan = self._plans[key] = kernel.launch(
-                math.prod(views.sizes) * blocks, numbers, (*widths, bn, bm, be, bv, even, products, stages),
+                math.prod(views.sizes) * blocks, numbers, (*widths, bn, bm, be, bv, views.even, products, stages),
                 query.device, num_warps=warps,
             )  # fmt: skip
         return plan
@@ -149,7 +148,10 @@ class AttentionKernels:
         backward_op = getattr(torch.ops.psmc, f"{name}_backward").default
         forward.register_fake(
             lambda operands, scale, products: (
-                operands[0].new_empty((*operands[0].shape[:-1], operands[2].shape[-1])),
+                operands[0].new_empty(
+                    (*operands[0].shape[:-1], operands[2].shape[-1]),
+                    dtype=torch.promote_types(operands[0].dtype, operands[2].dtype),
+                ),
                 operands[0].new_empty(operands[0].shape[:-1], dtype=torch.float32),
             )
         )
@@ -177,12 +179,18 @@ class _Attend(torch.autograd.Function):
 
 class _Views(NamedTuple):
     """Operands as the kernels read them: sizes X, Y, Z of the leading axes, and for each operand its strides over them
-    and over its tokens. `even`: all addresses and strides are multiples of 16 bytes."""
+    and over its tokens. `even`: all strides are multiples of it, up to 8 numbers."""
 
     tensors: list[Tensor]
     sizes: tuple[int, int, int]
     strides: list[tuple[int, int, int, int]]
-    even: bool
+    even: int
+
+
+def _products(dtypes: set[torch.dtype | None]) -> str:
+    """The precision of products of operands of these dtypes."""
+    narrow = next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)
+    return "ieee" if torch.version.hip and narrow != torch.bfloat16 else _PRODUCTS[narrow]
 
 
 def _operand_views(operands: Sequence[Tensor]) -> _Views:
@@ -196,11 +204,7 @@ def _operand_views(operands: Sequence[Tensor]) -> _Views:
     groups = [(1, [0] * len(tensors))] * (3 - len(groups)) + groups
     (x, over_x), (y, over_y), (z, over_z) = groups
     strides = [(over_x[n], over_y[n], over_z[n], _token_stride(a)) for n, a in enumerate(tensors)]
-    size = tensors[0].element_size()
-    even = all(
-        a.data_ptr() % 16 == 0 and all(n * size % 16 == 0 for n in row)
-        for a, row in zip(tensors, strides, strict=True)
-    )  # fmt: skip
+    even = math.gcd(8, *(n for row in strides for n in row))
     return _Views(tensors, (x, y, z), strides, even)
 
 
