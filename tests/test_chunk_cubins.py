@@ -41,14 +41,15 @@ def source(
     made = kernels(table(decay == 2), fused)
     function = getattr(made.table, kernel)
     bk = max(16, 1 << (key - 1).bit_length())
-    tiled = "gradients" if kernel == "normed" else "forward" if kernel == "step" else kernel
+    tiled = {"normed": "gradients", "step": "forward", "sums": "states"}.get(kernel, kernel)
     tokens, bv, bks, warps, stages = next(t for limit, t in made.table.tiles[tiled][size] if bk <= limit)
     operand = NAMES[size]
     absent = {"p_code", "p_cu", "p_chunks", "p_owner", "p_slots", "p_y"}
     absent |= set() if made.table.norm else {"p_zstart", "p_zfinal", "p_zstates", "p_zend", "p_zcostates", "p_dw", "p_z"}
     absent |= set() if made.table.width else {"p_sums"}
     absent |= set() if made.table.seen else {"p_seen"}
-    absent |= set() if decay == 2 else {"p_qs", "p_bs", "p_pairs", "p_total", "p_k2"}
+    absent |= set() if decay == 2 else {"p_qs", "p_bs", "p_pairs", "p_k2"}
+    absent |= {"p_total"} if decay == 0 else set()
     absent |= set() if decay == 1 else {"p_log", "p_dlog"}
     if fused is None:
         absent |= {"p_n", "p_dn"} | ({"p_dk2"} if decay < 2 else set())
@@ -62,7 +63,7 @@ def source(
     fixed = {
         "DECAY": decay, "SHIFT": shift, "PREC": {2: "bf16", 4: "tf32x3"}[size], "K": key, "V": value, "BT": tokens,
         "BK": min(bk, bks) if kernel in ("states", "gradients", "prepare") else bk, "BV": max(16, min(bv, 1 << (value - 1).bit_length())),
-        "NS": stages, "BACK": True, "LB": 4, "LT": tokens.bit_length() - 1,
+        "NS": stages, "BACK": True, "BG": 16, "LB": 4, "LT": tokens.bit_length() - 1,
     }  # fmt: skip
     if kernel == "step":
         fixed["BV"] = min(128, fixed["BV"] * 2)
@@ -113,7 +114,7 @@ def _arguments(made: tuple[ASTSource, dict[str, int]], target: str) -> tuple[AST
 
 
 @pytest.mark.parametrize(
-    ("kernel", "decay"), [("forward", 1), ("states", 1), ("gradients", 1), ("prepare", 2), ("states", 2), ("gradients", 2)]
+    ("kernel", "decay"), [("sums", 1), ("forward", 1), ("states", 1), ("gradients", 1), ("prepare", 2), ("states", 2), ("gradients", 2)]
 )
 def test_resources(kernel: str, decay: int) -> None:
     found = resources(kernel, 2, decay, 128, 128)
@@ -130,7 +131,7 @@ def report() -> None:
     """Everything, as a table: python tests/test_chunk_cubins.py."""
     for size, key, value in ((2, 128, 128), (2, 64, 64), (2, 256, 256), (4, 64, 64), (4, 128, 128), (2, 96, 80)):
         for decay in (0, 1, 2):
-            for kernel in ("forward", "states", "gradients", *(("prepare",) if decay == 2 else ())):
+            for kernel in (*((), ("sums",), ("prepare",))[decay], "forward", "states", "gradients"):
                 try:
                     found = resources(kernel, size, decay, key, value)
                 except Exception as error:

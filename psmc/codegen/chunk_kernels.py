@@ -17,8 +17,9 @@ from psmc.structure.report import Affine, Structure
 
 _LOG2E = "1.4426950408889634"
 _BOUND = "60.0"  # exponents within which a product of two scaled factors neither overflows nor loses digits
-_FILES = ("parts", "tokens", "lift", "decays", "prepare", "forward", "states", "inner", "gradients", "normed", "step")
-_KERNELS = ("forward", "states", "join", "gradients", "step")
+_FILES = ("parts", "tokens", "lift", "decays", "sums", "prepare", "forward", "states", "inner", "gradients", "normed",
+          "step")  # fmt: skip
+_KERNELS = ("sums", "forward", "states", "join", "gradients", "step")
 _SAYS = {"q": "What reads the state", "b": "What enters the state over the key", "log": "Log of the decay, finite"}
 
 

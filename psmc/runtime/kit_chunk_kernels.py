@@ -222,11 +222,19 @@ class ChunkKernels:
         )  # fmt: skip
 
     def _prepared(self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None) -> SimpleNamespace:
-        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K]."""
-        if a.decay != 2:
-            return SimpleNamespace(q=None, b=None, pairs=None, total=None)
+        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K].
+        For one of a number a token: in place of the totals the sums of its logs, [chunks, G, 2, BT]."""
         n = how.lanes
         device = a.c.device
+        if a.decay != 2:
+            none = SimpleNamespace(q=None, b=None, pairs=None, total=None)
+            if a.decay == 1:
+                none.total = torch.empty(n.chunks, n.lanes, 2, how.bt, dtype=torch.float32, device=device)
+                block = min(16, 1 << (n.lanes - 1).bit_length())
+                self.table.sums[(n.chunks * -(-n.lanes // block),)](
+                    *a.raw, none.total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.bt, block, num_warps=4,
+                )  # fmt: skip
+            return none
         made = SimpleNamespace(
             q=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
             b=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
