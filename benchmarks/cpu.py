@@ -42,7 +42,11 @@ def tensors(length: int, seed: int = 0) -> Tensors:
     return {
         "q": normal(KEY), "k": torch.nn.functional.normalize(normal(KEY), dim=-1), "v": normal(VALUE),
         "decay": -0.1 * uniform(KEY), "g": -0.1 * uniform(), "beta": uniform(), "dt": 0.1 * uniform() + 1e-3,
-        "A": -uniform()[0, 0] - 0.1, "skip": normal()[0, 0],
+        "A": -uniform()[0, 0] - 0.1, "skip": normal()[0, 0], "w": normal(VALUE), "value_decay": -0.1 * uniform(VALUE),
+        "rate": normal(KEY) - 3, "write": uniform(KEY), "bonus": normal(KEY)[0, 0], "gate": normal() + 3,
+        "gamma": 1 - 2.0 ** -torch.arange(5, 5 + HEADS), "h": normal(KEY), "betas": 2 * uniform(2),
+        "keys": torch.nn.functional.normalize(normal(2, KEY), dim=-1), "values": normal(2, VALUE),
+        "positive": uniform(KEY),
     }  # fmt: skip
 
 
@@ -52,7 +56,20 @@ SPECS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "gla": ({"q": "q", "k": "k", "v": "v", "g": "decay"}, {}),
     "mamba2": ({"x": "v", "dt": "dt", "B": "k", "C": "q"}, {"A": "A", "skip": "skip"}),
     "gated_deltanet": ({"q": "q", "k": "k", "v": "v", "beta": "beta", "g": "g"}, {}),
+    "retnet": ({"q": "q", "k": "k", "v": "v"}, {"gamma": "gamma"}),
+    "hgrn2": ({"q": "q", "v": "v", "g": "decay"}, {}),
+    "rwkv6": ({"r": "q", "k": "k", "v": "v", "w": "rate"}, {"u": "bonus"}),
+    "mlstm": ({"q": "q", "k": "k", "v": "v", "igate": "g", "fgate": "gate"}, {}),
+    "gated_rfa": ({"q": "write", "k": "positive", "v": "v", "gate": "gate"}, {}),
+    "two_writes": ({"q": "q", "k": "k", "v": "v", "h": "h", "w": "w", "f": "gate"}, {}),
+    "value_gate": ({"q": "q", "k": "k", "v": "v", "g": "value_decay"}, {}),
+    "grid_gate": ({"q": "q", "k": "k", "v": "v", "g": "decay", "h": "value_decay"}, {"u": "bonus"}),
+    "deltanet": ({"q": "q", "k": "k", "v": "v", "beta": "beta"}, {}),
+    "kda": ({"q": "q", "k": "k", "v": "v", "beta": "beta", "g": "decay"}, {}),
+    "rwkv7": ({"r": "q", "d": "h", "k": "k", "v": "v", "kappa": "k", "a": "write"}, {}),
+    "delta_product": ({"q": "q", "k": "keys", "v": "values", "beta": "betas"}, {}),
 }
+SCANNED = ("linear_attention", "gla", "mamba2", "gated_deltanet")  # what is also written for torch's associative_scan
 
 
 def elements(spec: str, x: Tensors) -> tuple[Callable[[Any, Any], Any], tuple[Tensor, ...]]:
@@ -93,17 +110,14 @@ def runs(spec: str, length: int) -> tuple[dict[str, Callable[[], Tensor]], list[
     agg = psmc.load(EXAMPLES / f"{spec}_recurrence.psm")
     names, params = SPECS[spec]
     x = {k: v.requires_grad_() for k, v in tensors(length).items()}
-    used = [x[n] for n in (*names.values(), *params.values())]
+    used = [x[n] for n in dict.fromkeys((*names.values(), *params.values()))]
     inputs, given = {k: x[n] for k, n in names.items()}, {k: x[n] for k, n in params.items()}
 
     def oracle() -> Tensor:
         return next(iter(agg.reference(inputs, given)[0].values()))
 
-    return {
-        "psmc": lambda: agg(**inputs, **given),
-        "oracle": oracle,
-        "associative_scan": partial(associative_scan, spec, x),
-    }, used
+    peers = {"associative_scan": partial(associative_scan, spec, x)} if spec in SCANNED else {}
+    return {"psmc": lambda: agg(**inputs, **given), "oracle": oracle, **peers}, used
 
 
 def timed(run: Callable[[], Any], clock: Callable[[], float]) -> float:

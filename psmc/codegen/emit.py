@@ -48,7 +48,8 @@ def emit(
     files = KIT
     if plan.name == "chunked":
         more = ("kit_chunk_views", "kit_chunk_layer", "kit_chunk_kernels") if matrices else ()
-        files = (*KIT[:-2], "kit_cut", "kit_decay", "kit_chunk", *more, "kit_layers", *KIT[-2:])
+        chunks = ("kit_cut", "kit_halves", "kit_decay", "kit_walk", "kit_chunk")
+        files = (*KIT[:-2], *chunks, *more, "kit_layers", *KIT[-2:])
     sources, layers = function_sources(agg, live), ""
     if plan.name == "chunked" and structure is not None:
         found, layers = print_layers(agg, structure, print_fused(agg, structure))

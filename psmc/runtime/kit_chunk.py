@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from psmc.runtime.kit_cut import Cut
-from psmc.runtime.kit_decay import Decay, Step, apply_pairs, before_token, decay_of, pair_products
+from psmc.runtime.kit_decay import apply_pairs, decay_of, pair_products, since_start
+from psmc.runtime.kit_halves import Step
 from psmc.runtime.kit_layer import RECOMPUTE_BYTES, SEGMENT_BYTES
+from psmc.runtime.kit_walk import solve, walk, walk_low_rank
 
 CHUNK = {"cpu": 32, "cuda": 64}  # tokens: what a cache likes; as few launches as that allows
 
@@ -84,14 +86,14 @@ def chunk_scan(
     recompute = kept > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
     carry = start if cut.row is None else torch.zeros_like(start[:1])
     found: list[list[Tensor]] = []
-    after: list[Tensor] = []
+    after: list[Tensor] = []  # each chunk's, of packed sequences
     for piece, again, first, row in _few_chunks(f, runs, cut, some):
         args = (piece, again, carry, start, first, row)
         rows, states, carry = checkpoint(_run, *args, use_reentrant=False) if recompute else _run(*args)
         found.append(rows)
-        after += states
-    joined = [cut.join(torch.cat(parts, 1)) for parts in zip(*found, strict=True)]
-    final = carry if cut.row is None else cut.ends(torch.cat(after), start)
+        after.append(states)
+    joined = [cut.join(parts[0] if len(parts) == 1 else torch.cat(parts, 1)) for parts in zip(*found, strict=True)]
+    final = carry if cut.row is None else cut.ends(torch.cat(after).flatten(0, 1), start)
     return joined[: len(f.q)], joined[len(f.q) :], final
 
 
@@ -103,6 +105,8 @@ def _size(length: int, cu_seqlens: Tensor | None, kind: str) -> int:
 
 def _few_chunks(f: Factors, runs: Tensor | None, cut: Cut, some: int) -> Any:
     """Some chunks at a time: (factors, resets, first, row)."""
+    if some >= cut.count:
+        return [(f, runs, cut.first, cut.row)]
     split: list[Factors] = []
     columns: list[list[Any]] = []
     f.map(lambda x, _: columns.append(list(torch.split(x, some, 1))))
@@ -117,89 +121,54 @@ def _few_chunks(f: Factors, runs: Tensor | None, cut: Cut, some: int) -> Any:
 
 def _run(
     f: Factors, reset: Tensor | None, carry: Tensor, start: Tensor, first: Tensor | None, row: Tensor | None
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Some chunks [B, n, L, ...]: (what q and p read, [B, n, L, G, V] each; the states after each chunk where sequences
     end among them; the last of them). `carry` [B, G, K, V] comes before; with `first` and `row` a sequence begins at
     some chunks, from a row of `start`."""
 
     def side(*columns: Tensor) -> Tensor:
         """[B, n, G, L, columns, width]."""
+        if len(columns) == 1:
+            return columns[0].transpose(2, 3).contiguous().unsqueeze(-2)
         return torch.stack([x.transpose(2, 3) for x in columns], -2)
 
-    key, value = (None if s is None else decay_of(Step(side(s.value).squeeze(-2), s.log)) for s in f[:2])
+    key, value = (
+        None if s is None else decay_of(Step(side(s.value).squeeze(-2), s.log), over_key)
+        for s, over_key in zip(f[:2], (True, False), strict=True)
+    )
     z, c, rank = side(*f.u, *f.b), side(*f.c), len(f.u)
     same = fresh = None
     if reset is not None:
         run = reset.to(torch.int32).cumsum(2)[:, :, None]  # [B, n, 1, L]
         same, fresh = run[..., :, None] == run[..., None, :], run == 0
     readers = {k: (side(*rows), shift) for k, rows, shift in (("w", f.w, 1), ("p", f.p, 1), ("q", f.q, 0)) if rows}
-    pairs = dict(zip(readers, pair_products(list(readers.values()), z, key, same), strict=True))
-    hats = _since(readers, key, fresh)  # [B, n, G, L, columns, K]
+    scaled = [since_start(x, key, shift) for x, shift in readers.values()]
+    pairs = dict(zip(readers, pair_products(list(readers.values()), scaled, z, key, same), strict=True))
+    hats = {k: _kept(x, fresh) for k, x in zip(readers, scaled, strict=True)}  # [B, n, G, L, columns, K]
     last = None if same is None else same[..., -1, :]
     ends = _kept(z if key is None else z * key.until[..., None, :], last)  # z with the decays up to the chunk's end
     keep = torch.ones_like(c[..., -1, 0, :1]) if key is None else key.whole
-    keep = _kept(keep, fresh if fresh is None else fresh[..., -1])
-    gives = c if value is None else c * value.until[..., None, :]
-    work = gain = c
+    keep = _kept(keep, fresh if fresh is None else fresh[..., -1])[..., None]
     if rank:
-        work, gain = _solve(hats.pop("w"), pairs.pop("w"), c, rank)
-        through = torch.diag_embed(keep.expand(*keep.shape[:-1], z.shape[-1]))
-        u, _ = torch.split(ends, [rank, ends.shape[-2] - rank], -2)
-        through = through + u.flatten(-3, -2).mT @ work.flatten(-3, -2)
-        gives = torch.cat([gain, c], -2)
+        each = pairs.pop("w").unflatten(-1, z.shape[-3:-1])
+        own, others = (x.flatten(-2) for x in torch.split(each, [rank, z.shape[-2] - rank], -1))
+        hat = hats.pop("w")
+        fed = (others @ c.flatten(-3, -2)).unflatten(-2, hat.shape[-3:-1])
+        before, after, whole = walk_low_rank(keep, ends, c, *solve(own, hat, fed), carry, start, first, row)
     else:
-        through = keep[..., :, None] if value is None else keep[..., :, None] * value.whole[..., None, :]
-    adds = ends.flatten(-3, -2).mT @ gives.flatten(-3, -2)
-    before, after, carry = _carry(through, adds, carry, start, first, row, rank > 0)
-    whole = c if not rank else torch.cat([(work.flatten(-3, -2) @ before).unflatten(-2, (-1, rank)) + gain, c], -2)
+        gives = c if value is None else c * value.until[..., None, :]
+        keep = keep if value is None else keep * value.whole[..., None, :]
+        adds = ends.flatten(-3, -2).mT @ gives.flatten(-3, -2)
+        before, after = walk(keep, adds, carry, start, first, row)
+        whole = c
     found: dict[str, Sequence[Tensor]] = {}
     for k, hat in hats.items():
-        o, shift = hat.flatten(-3, -2) @ before, readers[k][1]
-        if value is not None:
-            since = before_token(value.since) if shift else value.since
-            o = (o.unflatten(-2, hat.shape[-3:-1]) * since[..., None, :]).flatten(-3, -2)
-        o = (o + apply_pairs(pairs[k], whole, value, shift)).unflatten(-2, hat.shape[-3:-1])
-        found[k] = [x.transpose(2, 3) for x in o.unbind(-2)]
-    return [*found.get("q", ()), *found.get("p", ())], after, carry
-
-
-def _since(readers: dict[str, tuple[Tensor, int]], key: Decay | None, fresh: Tensor | None) -> dict[str, Tensor]:
-    """Vectors that read, with the decays since the chunk's start; 0 behind a reset."""
-    if key is None:
-        return {k: _kept(x, fresh) for k, (x, _) in readers.items()}
-    since = key.since, before_token(key.since) if any(shift for _, shift in readers.values()) else key.since
-    return {k: _kept(x * since[shift][..., None, :], fresh) for k, (x, shift) in readers.items()}
+        o, shift = (hat.flatten(-3, -2) @ before).unflatten(-2, hat.shape[-3:-1]), readers[k][1]
+        o = since_start(o, value, shift)
+        o = o + apply_pairs(pairs[k], whole, value, shift).unflatten(-2, hat.shape[-3:-1])
+        found[k] = [x.transpose(2, 3) for x in (o.unbind(-2) if o.shape[-2] > 1 else (o.squeeze(-2),))]
+    return [*found.get("q", ()), *found.get("p", ())], after, after[-1]
 
 
 def _kept(x: Tensor, where: Tensor | None) -> Tensor:
     return x if where is None else torch.where(where.reshape(where.shape + (1,) * (x.dim() - where.dim())), x, 0.0)
-
-
-def _solve(hat: Tensor, pairs: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Y = work S_0 + gain by forward substitution, [..., L, rank, K] and [..., L, rank, V]. Exact on correlated keys,
-    where a product of powers would lose all digits."""
-    size, columns = c.shape[-3:-1]
-    each = pairs.unflatten(-1, (size, rank + columns))
-    own, others = (x.flatten(-2) for x in torch.split(each, [rank, columns], -1))
-    right = torch.cat([hat.flatten(-3, -2), others @ c.flatten(-3, -2)], -1)
-    # I - M: the diagonal is taken as 1, and what is above is not read.
-    both = torch.linalg.solve_triangular(-own, right, upper=False, unitriangular=True).unflatten(-2, (size, rank))
-    work, gain = torch.split(both, [hat.shape[-1], c.shape[-1]], -1)
-    return work, gain
-
-
-def _carry(
-    through: Tensor, adds: Tensor, carry: Tensor, start: Tensor, first: Tensor | None, row: Tensor | None, full: bool
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The states before each chunk [B, n, G, K, V]; those after each where sequences end; the last."""
-    states: list[Tensor] = []
-    after: list[Tensor] = []
-    state = carry
-    for n, (t, a) in enumerate(zip(through.unbind(1), adds.unbind(1), strict=True)):
-        if first is not None and row is not None:
-            state = torch.where(first[n], start.index_select(0, row[n : n + 1]), state)
-        states.append(state)
-        state = t @ state + a if full else torch.addcmul(a, t, state)
-        if first is not None:
-            after.append(state)
-    return torch.stack(states, 1), after, state

@@ -1,93 +1,83 @@
-"""Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two.
+"""Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by halving.
 
-A chunk has L tokens, L a power of two. Of two tokens s < t the smallest aligned block that holds both has s in its
-earlier half and t in its later one, and the decay from s to t is that from s to the half's end times that from there to
-t. So all pairs of one level are one matrix product of factors that hold nothing but products of steps: no step need be
-positive or even nonzero, nothing overflows where steps are at most 1, and no digits cancel. Where logs of the steps are
-known, products are sums of logs, which keep the digits of decays close to 1.
+A ratio of two products since the chunk's start is exact to rounding as long as neither is far from 1. On a CPU, where
+that can be looked at, a token takes ratios if all products up to it are within bounds, and halves (`kit_halves`) if one
+is not: what is later decides nothing. One number a token of known log needs neither: sums that begin at each token are
+as many as there are pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from psmc.runtime.kit_halves import Step, apply_by_halves, before_token, by_token, pairs_by_halves, products, spans_of
 
-class Step(NamedTuple):
-    """Decays of single tokens, [..., width]; width 1 is one number for all. `log`: it holds their logs."""
-
-    value: Tensor
-    log: bool
+MILD = exp(-12.0)  # a ratio of products that are no smaller has an error of at most 12 roundings
 
 
 class Decay(NamedTuple):
-    """Products of the steps of a chunk. halves [levels, ..., L, width]: in blocks of 2^(l+1) tokens, from the later
-    half's start up to and with each of its tokens, and from behind each token of the earlier half to that half's end.
-    since, until [..., L, width]: from the chunk's start, and to its end; whole [..., width]: of all its tokens."""
+    """Products of the steps of a chunk, as `kit_halves.spans_of` gives them; halves None: logs are known, and there are
+    other ways. `inverse` is 1 / since within bounds, None where ratios of products are not taken, and `mild` [..., L]
+    the tokens up to which all products are within them; None: all tokens."""
 
-    halves: Tensor
+    step: Step
     since: Tensor
     until: Tensor
     whole: Tensor
+    halves: Tensor | None
+    inverse: Tensor | None
+    mild: Tensor | None
 
 
-def decay_of(step: Step) -> Decay:
-    """Steps [..., L, width], L a power of two."""
-    return Decay(*_Spans.apply(step.value, step.log))  # type: ignore[no-untyped-call]
+def decay_of(step: Step, key: bool) -> Decay:
+    """Steps [..., L, width], L a power of two; key: whether they are decays over the key."""
+    x = step.value
+    at_hand = x.device.type == "cpu" and type(x) is Tensor  # a fake tensor holds nothing that one could look at
+    if not step.log or not (at_hand or (key and x.shape[-1] == 1)):
+        halves, since, until, whole = spans_of(step)
+        return Decay(step, since, until, whole, halves, None, None)
+    since, until, whole, inverse = _Sums.apply(x)  # type: ignore[no-untyped-call]
+    if not at_hand:
+        return Decay(step, since, until, whole, None, None, None)
+    seen, mild = since.detach(), None
+    if seen.numel() and not (seen.min() >= MILD and seen.max() <= 1 / MILD):
+        least, most = seen.amin(-1).cummin(-1).values, seen.amax(-1).cummax(-1).values
+        mild = (least >= MILD) & (most <= 1 / MILD)
+    return Decay(step, since, until, whole, None, inverse, mild)
 
 
-def before_token(since: Tensor) -> Tensor:
-    """Products up to each token [..., L, width], without the token itself."""
-    return torch.cat([torch.ones_like(since[..., :1, :]), since[..., :-1, :]], -2)
+def since_start(x: Tensor, decay: Decay | None, shift: int) -> Tensor:
+    """Vectors that read, [..., L, a, K], with the decays since the chunk's start; shift as in `pair_products`."""
+    if decay is None:
+        return x
+    return x * (before_token(decay.since) if shift else decay.since)[..., None, :]
 
 
 def pair_products(
-    rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay | None, same: Tensor | None
+    rows: Sequence[tuple[Tensor, int]], scaled: Sequence[Tensor], z: Tensor, decay: Decay | None, same: Tensor | None
 ) -> list[Tensor]:
     """M[t a, s c] = Σ_k x[t, a, k] (decay from s to t)[k] z[s, c, k], 0 for s > t, [..., L a, L c], of each (x, shift).
 
-    x [..., L, a, K], z [..., L, c, K]; shift 1: x reads the state before its token, so that s < t and t's own step is
-    left out. same [..., L, L] bool: where a pair counts at all. Columns of one token stay together: where they cancel,
-    as those of a delta rule do, sums over s c lose no digits.
+    x [..., L, a, K], z [..., L, c, K]; scaled: each x as `since_start` gives it; shift 1: x reads the state before its
+    token, so that s < t and t's own step is left out. same [..., L, L] bool: where a pair counts at all. Columns of one
+    token stay together: where they cancel, as those of a delta rule do, sums over s c lose no digits.
     """
-    if decay is not None and decay.since.shape[-1] > 1:
-        found = _pairs(decay, z, rows)
+    if decay is not None and decay.inverse is not None:
+        found = _near_pairs(rows, scaled, z, decay)
     else:
-        plain = [x.flatten(-3, -2) @ z.flatten(-3, -2).mT for x, _ in rows]
-        found = [m * ratio for m, ratio in zip(plain, _ratios(rows, z, decay), strict=True)]
+        found = _exact_pairs(rows, z, decay and decay.step, decay and decay.halves)
     if same is None:
         return found
     spread = same[..., :, None, :, None]
     return [
-        torch.where(spread, _by_token(m, x, z), 0.0).flatten(-4, -3).flatten(-2)
+        torch.where(spread, by_token(m, x, z), 0.0).flatten(-4, -3).flatten(-2)
         for m, (x, _) in zip(found, rows, strict=True)
     ]
-
-
-def _ratios(rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay | None) -> list[Tensor]:
-    """[..., L a, L c] of each x: the decay from s to t, of one number a token."""
-    if decay is not None:
-        ones = [(torch.ones_like(decay.since)[..., None].expand(*decay.since.shape[:-1], x.shape[-2], 1), shift)
-                for x, shift in rows]  # fmt: skip
-        own = torch.ones_like(decay.since)[..., None].expand(*decay.since.shape[:-1], z.shape[-2], 1)
-        return _pairs(decay, own, ones)
-    token = torch.arange(z.shape[-3], device=z.device)
-    at = token.repeat_interleave(z.shape[-2])
-    return [(token.repeat_interleave(x.shape[-2])[:, None] - shift >= at).to(z.dtype) for x, shift in rows]
-
-
-def _pairs(decay: Decay, z: Tensor, rows: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-    shifts = tuple(shift for _, shift in rows)
-    return list(_Pairs.apply(decay.halves, z, shifts, *(x for x, _ in rows)))  # type: ignore[no-untyped-call]
-
-
-def _by_token(m: Tensor, x: Tensor, z: Tensor) -> Tensor:
-    """[..., L a, L c] as [..., L, a, L, c]."""
-    each: Tensor = m.unflatten(-1, z.shape[-3:-1]).unflatten(-3, x.shape[-3:-1])
-    return each
 
 
 def apply_pairs(m: Tensor, c: Tensor, decay: Decay | None, shift: int) -> Tensor:
@@ -97,160 +87,106 @@ def apply_pairs(m: Tensor, c: Tensor, decay: Decay | None, shift: int) -> Tensor
     """
     if decay is None:
         return m @ c.flatten(-3, -2)
-    each = m.unflatten(-1, c.shape[-3:-1]).unflatten(-3, (c.shape[-3], -1))
-    own = _own(each) @ c  # [..., L, a, V]
-    total = torch.zeros_like(own) if shift else own
-    for level, (early, late) in enumerate(_levels(decay.halves)):
-        fed = _scaled(_half(c, level, 0, -3), early)  # [..., blocks, b c, V]
-        given = (_corner(each, level) @ fed).unflatten(-2, (1 << level, -1))
-        given = given * (before_token(late) if shift else late)[..., None, :]
-        total = total + torch.stack([torch.zeros_like(given), given], -4).flatten(-5, -3)
-    return total.flatten(-3, -2)
+    if decay.inverse is None:
+        assert decay.halves is not None
+        return apply_by_halves(m, c, decay.halves, shift)
+    near = m @ (c * decay.inverse[..., None, :]).flatten(-3, -2)
+    near = since_start(near.unflatten(-2, (c.shape[-3], -1)), decay, shift).flatten(-3, -2)
+    if decay.mild is None:
+        return near
+    far = _Far(decay.mild)
+    exact = apply_by_halves(far.pick(m, 2), far.pick(c, 3), spans_of(far.step(decay))[0], shift)
+    return far.join(near, exact)
 
 
-def _levels(halves: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(earlier, later) of each level, [..., blocks, 2^l, width]."""
-    return [(_half(x, level, 0), _half(x, level, 1)) for level, x in enumerate(halves.unbind(0))]
+def _lower(x: Tensor, z: Tensor, shift: int) -> Tensor:
+    """[L a, L c] bool: where a pair counts, of x [..., L, a, K] and z [..., L, c, K]."""
+    token = torch.arange(z.shape[-3], device=z.device)
+    return (token - shift).repeat_interleave(x.shape[-2])[:, None] >= token.repeat_interleave(z.shape[-2])
 
 
-def _half(x: Tensor, level: int, late: int, axis: int = -2) -> Tensor:
-    """The earlier or the later halves of all blocks, [..., blocks, 2^level, ...], of [..., L, ...]."""
-    half: Tensor = x.unflatten(axis, (-1, 2, 1 << level)).select(axis - 1, late)
-    return half
+def _exact_pairs(
+    rows: Sequence[tuple[Tensor, int]], z: Tensor, step: Step | None, halves: Tensor | None
+) -> list[Tensor]:
+    """M by products of steps alone; halves None: they are yet to be found, if they are needed."""
+    if step is not None and step.value.shape[-1] > 1:
+        return pairs_by_halves(spans_of(step)[0] if halves is None else halves, z, rows)
+    plain = [x.flatten(-3, -2) @ z.flatten(-3, -2).mT for x, _ in rows]
+    if step is None:
+        return [torch.where(_lower(x, z, shift), m, 0.0) for m, (x, shift) in zip(plain, rows, strict=True)]
+    if halves is not None:
+        one = torch.ones_like(step.value)[..., None]  # [..., L, 1, 1]
+        ones = [(one.expand(*one.shape[:-2], x.shape[-2], 1), shift) for x, shift in rows]
+        ratios = pairs_by_halves(halves, one.expand(*one.shape[:-2], z.shape[-2], 1), ones)
+    else:
+        token = torch.arange(z.shape[-3], device=z.device)
+        after = torch.where(token[:, None] > token, step.value, 0.0).cumsum(-2).exp().tril()  # [..., L, L]
+        both = after, torch.nn.functional.pad(after[..., :-1, :], (0, 0, 1, 0))
+        ratios = [_columns(both[shift], x.shape[-2], z.shape[-2]) for x, shift in rows]
+    return [m * ratio for m, ratio in zip(plain, ratios, strict=True)]
 
 
-def _corners(each: Tensor, level: int) -> Tensor:
-    """Of [..., L, a, L, c] what joins a block's earlier tokens to its later ones, [..., blocks, 2^l, a, 2^l, c]."""
-    halves = (-1, 2, 1 << level)
-    corner: Tensor = each.unflatten(-2, halves).select(-3, 0).unflatten(-5, halves).select(-6, 1)
-    return corner.diagonal(dim1=-6, dim2=-3).movedim(-1, -5)
+def _columns(ratio: Tensor, a: int, c: int) -> Tensor:
+    """[..., L, L] as [..., L a, L c]."""
+    if a == c == 1:
+        return ratio
+    whole = ratio[..., :, None, :, None].expand(*ratio.shape[:-1], a, ratio.shape[-1], c)
+    return whole.flatten(-4, -3).flatten(-2)
 
 
-def _corner(each: Tensor, level: int) -> Tensor:
-    """The same as matrices [..., blocks, 2^l a, 2^l c]."""
-    return _corners(each, level).flatten(-4, -3).flatten(-2)
+def _near_pairs(rows: Sequence[tuple[Tensor, int]], scaled: Sequence[Tensor], z: Tensor, decay: Decay) -> list[Tensor]:
+    """M by ratios where decays are mild."""
+    assert decay.inverse is not None
+    back = (z * decay.inverse[..., None, :]).flatten(-3, -2).mT
+    found = [torch.where(_lower(x, z, shift), y.flatten(-3, -2) @ back, 0.0)
+             for (x, shift), y in zip(rows, scaled, strict=True)]  # fmt: skip
+    if decay.mild is None:
+        return found
+    far = _Far(decay.mild)
+    exact = _exact_pairs([(far.pick(x, 3), shift) for x, shift in rows], far.pick(z, 3), far.step(decay), None)
+    return [far.join(m, e) for m, e in zip(found, exact, strict=True)]
 
 
-def _own(each: Tensor) -> Tensor:
-    """Of [..., L, a, L, c] a token with itself, [..., L, a, c]."""
-    return each.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+class _Far:
+    """The chunks [..., L] some of whose tokens are not `mild`, as one axis."""
+
+    def __init__(self, mild: Tensor) -> None:
+        self.mild = mild
+        self.items = (~mild).any(-1).flatten().nonzero().squeeze(-1)
+
+    def pick(self, x: Tensor, own: int) -> Tensor:
+        """The chunks of x, which has `own` axes from the tokens on."""
+        return x.flatten(0, -own - 1).index_select(0, self.items)
+
+    def step(self, decay: Decay) -> Step:
+        return Step(self.pick(decay.step.value, 2), decay.step.log)
+
+    def join(self, near: Tensor, exact: Tensor) -> Tensor:
+        """Rows [..., L a, width] of mild tokens, and the others of `exact`."""
+        mild = self.mild.repeat_interleave(near.shape[-2] // self.mild.shape[-1], -1)[..., None]
+        exact = torch.where(self.pick(mild, 2), 0.0, exact)
+        near = torch.where(mild, near, 0.0)
+        return near.flatten(0, -3).index_add(0, self.items, exact).view_as(near)
 
 
-class _Spans(torch.autograd.Function):
-    """Steps [..., L, width] to the parts of `Decay`. By hand for the sake of memory: what autograd would keep of the
-    levels is what they give."""
-
-    @staticmethod
-    def forward(ctx: Any, step: Tensor, log: bool) -> tuple[Tensor, ...]:
-        since, whole = step.clone(memory_format=torch.contiguous_format), step
-        until = torch.zeros_like(since) if log else torch.ones_like(since)
-        halves = since.new_empty((since.shape[-2].bit_length() - 1, *since.shape))
-        for level, out in enumerate(halves.unbind(0)):
-            early, late = _half(until, level, 0), _half(since, level, 1)
-            _half(out, level, 0).copy_(early)
-            _half(out, level, 1).copy_(late)
-            first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
-            for part, more in ((late, first), (early, second)):
-                part.add_(more[..., None, :]) if log else part.mul_(more[..., None, :])
-            whole = first + second if log else first * second
-        whole = whole.squeeze(-2)
-        if log:
-            halves, since, until, whole = halves.exp_(), since.exp_(), until.exp_(), whole.exp()
-        ctx.log = log
-        ctx.save_for_backward(step, halves, since, until, whole)
-        return halves, since, until, whole
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        step, halves, since, until, whole = (x.conj() for x in ctx.saved_tensors)
-        d_halves, d_since, d_until, d_whole = grads
-        if ctx.log:
-            d_whole, d_since, d_until = d_whole * whole, d_since * since, d_until * until
-        else:
-            d_since, d_until = (x.clone(memory_format=torch.contiguous_format) for x in (d_since, d_until))
-        d_whole = d_whole.unsqueeze(-2)
-        for level in reversed(range(halves.shape[0])):
-            first = second = whole  # of the halves of each block, not of logs
-            if not ctx.log:
-                first = _half(halves[level], level, 0)[..., 0, :] * _half(step, level, 0)[..., 0, :]
-                second = _half(halves[level], level, 1)[..., -1, :]
-            given, of = [], []
-            for late, total, more in ((1, d_since, first), (0, d_until, second)):
-                part, half, d_half = (_half(x, level, late) for x in (total, halves[level], d_halves[level]))
-                if ctx.log:
-                    of.append(part.sum(-2))
-                    given.append(d_whole)
-                    part.addcmul_(d_half, half)
-                else:
-                    of.append((part.clone() * half).sum(-2))
-                    given.append(d_whole * (second if late else first))
-                    part.mul_(more[..., None, :]).add_(d_half)
-            d_whole = torch.stack([x + y for x, y in zip(given, of, strict=True)], -2).flatten(-3, -2)
-        return d_since + d_whole, None
-
-
-class _Pairs(torch.autograd.Function):
-    """M of `pair_products` for a decay over the key, of halves, z and one x for each shift. By hand: nothing scaled is
-    kept, and gradients add up in place."""
+class _Sums(torch.autograd.Function):
+    """Logs of steps [..., L, width] to since, until, whole and the inverse of since. By hand, so that the sums of
+    gradients are matrix products."""
 
     @staticmethod
-    def forward(ctx: Any, halves: Tensor, z: Tensor, shifts: tuple[int, ...], *rows: Tensor) -> tuple[Tensor, ...]:
-        ctx.shifts = shifts
-        ctx.save_for_backward(halves, z, *rows)
-        found = [z.new_zeros((*x.shape[:-1], *z.shape[-3:-1])) for x in rows]  # [..., L, a, L, c]
-        for m, x, shift in zip(found, rows, shifts, strict=True):
-            if not shift:
-                _own(m).copy_((x[..., :, None, :] * z[..., None, :, :]).sum(-1))
-        for level, (early, late) in enumerate(_levels(halves)):
-            fed = _scaled(_half(z, level, 0, -3), early if level else None)
-            for m, x, scale in zip(found, rows, _shifted(late, shifts), strict=True):
-                corner = _corners(m, level)
-                corner.copy_((_scaled(_half(x, level, 1, -3), scale) @ fed.mT).view(corner.shape))
-        return tuple(m.flatten(-4, -3).flatten(-2) for m in found)
+    def forward(ctx: Any, log: Tensor) -> tuple[Tensor, ...]:
+        since, until, whole = products(log, True, ())
+        since, until, whole = since.exp_(), until.exp_(), whole.exp()
+        inverse = since.clamp(MILD, 1 / MILD).reciprocal_()
+        ctx.save_for_backward(since, until, whole, inverse)
+        return since, until, whole, inverse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        halves, z, *rows = (x.conj() for x in ctx.saved_tensors)
-        given = [_by_token(g, x, z) for g, x in zip(grads, rows, strict=True)]
-        d_halves, d_z = torch.empty_like(halves), torch.zeros_like(z)
-        d_rows = []
-        for g, x, shift in zip(given, rows, ctx.shifts, strict=True):
-            own = _own(g)[..., None]  # [..., L, a, c, 1]
-            d_rows.append(torch.zeros_like(x) if shift else _summed(own * z[..., None, :, :], -2))
-            if not shift:
-                d_z.add_(_summed(own * x[..., :, None, :], -3))
-        for level, (early, late) in enumerate(_levels(halves)):
-            fed = _half(z, level, 0, -3)  # [..., blocks, b, c, K]
-            scaled = _scaled(fed, early if level else None)
-            d_fed: list[Tensor] = []
-            d_late: list[Tensor] = []
-            for d, g, x, scale, shift in zip(d_rows, given, rows, _shifted(late, ctx.shifts), ctx.shifts, strict=True):
-                low, reads = _corner(g, level), _half(x, level, 1, -3)
-                back = (low @ scaled).view(reads.shape)
-                _half(d, level, 1, -3).add_(back * scale[..., None, :])
-                d_scale = _summed(back * reads, -2)
-                d_late.append(torch.nn.functional.pad(d_scale[..., 1:, :], (0, 0, 0, 1)) if shift else d_scale)
-                d_fed.append(low.mT @ _scaled(reads, scale))
-            _half(d_halves[level], level, 1).copy_(_added(d_late))
-            back = _added(d_fed).view(fed.shape)
-            _half(d_halves[level], level, 0).copy_(_summed(back * fed, -2) if level else torch.zeros_like(early))
-            _half(d_z, level, 0, -3).add_(back * early[..., None, :] if level else back)
-        return d_halves, d_z, None, *d_rows
-
-
-def _summed(x: Tensor, axis: int) -> Tensor:
-    return x.squeeze(axis) if x.shape[axis] == 1 else x.sum(axis)
-
-
-def _added(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else _added([parts[0] + parts[1], *parts[2:]])
-
-
-def _shifted(late: Tensor, shifts: Sequence[int]) -> list[Tensor]:
-    without = before_token(late) if any(shifts) else late
-    return [without if shift else late for shift in shifts]
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """[..., blocks, b, c, K] times [..., blocks, b, K or 1], as [..., blocks, b c, K]."""
-    return (x if scale is None else x * scale[..., None, :]).flatten(-3, -2)
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        since, until, whole, inverse = ctx.saved_tensors
+        d_since, d_until, d_whole, d_inverse = grads
+        # Beyond its bounds no row reads the inverse, and its gradient is 0.
+        upto = torch.addcmul(d_since * since, d_inverse, inverse, value=-1)
+        ones = torch.ones(2 * (since.shape[-2],), dtype=since.dtype, device=since.device)
+        total: Tensor = ones.triu() @ upto + ones.tril(-1) @ (d_until * until) + (d_whole * whole)[..., None, :]
+        return total

@@ -14,7 +14,7 @@ from torch import Tensor
 from psmc.runtime.kit_bind import Call, Spec
 from psmc.runtime.kit_chunk import Factors, chunk_scan
 from psmc.runtime.kit_chunk_layer import fused_call
-from psmc.runtime.kit_decay import Step
+from psmc.runtime.kit_halves import Step
 from psmc.runtime.kit_layer import fill_masked, scan_tokens
 from psmc.runtime.kit_run import Rules, Tokens, as_output, as_state, prepared, start_state
 from psmc.runtime.kit_scan import Values, _flag
@@ -249,7 +249,8 @@ def _chunked(
             single = [()] * len(layer.reads)
             return _linear_parts(call, layer, single, done[0], outer), _matrix_states(call, layer, ordered, done[1])
     scales = layer.scales(call.n)
-    found = {**found, **{k: getattr(tokens, x) * scales.get(k, 1) for k, x in layer.plain.items()}}
+    plain = {k: getattr(tokens, x) for k, x in layer.plain.items()}
+    found = {**found, **{k: x * scales[k] if k in scales else x for k, x in plain.items()}}
     for k in range(layer.columns):
         if f"n{k}" in found:
             found[f"b{k}"] = found[f"b{k}"] * found[f"n{k}"].unsqueeze(-1)
