@@ -303,8 +303,8 @@ def test_shapes_alone_decide():
 def test_second_derivatives():
     """The parts that have a backward by hand can be differentiated twice."""
     generator = torch.Generator().manual_seed(0)
-    for name in ("gla", "signed"):
-        agg = example("gla") if name == "gla" else spec("signed_both")
+    for name in ("gla", "signed_both", "gated_deltanet", "rank_one_any_keys"):
+        agg = spec(name) if name in TAKEN else example(name)
         batch = make(declared(agg), Case(5, batch=1, seed=9), sizes={"K": 2, "V": 2})
         leaves = [x.clone().requires_grad_() for x in batch.inputs.values()]
         assert torch.autograd.gradgradcheck(agg, leaves, [torch.randn(1, 5, 2, generator=generator).double()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from psmc.codegen.chunk_erase import erasers
 from psmc.codegen.torch_code import Signature, Source, print_block
 from psmc.codegen.torch_expr import ExprPrinter
 from psmc.codegen.torch_value import Like
@@ -100,7 +101,10 @@ def factors(stack: tuple[Affine, ...], asked: tuple[_Query, ...]) -> list[Assign
         rows.append(_over(kind if scalar else f"{kind}_key", by_key.value, affine.outer if scalar else key))
     if by_value.value != one:
         rows.append(_over(f"{kind}_value", by_value.value, by_value.indices))
-    for letter, term in (("u", affine.transition.left), ("w", affine.transition.right), ("b", affine.injection.left)):
+    u, w, b = affine.transition.left, affine.transition.right, affine.injection.left
+    erased = erasers(affine)
+    u, w = ((), erased) if erased is not None else (u, w)
+    for letter, term in (("u", u), ("w", w), ("b", b)):
         rows += [_over(f"{letter}{c}", column.value, key) for c, column in enumerate(term)]
     for j, each in enumerate(stack):
         value = each.outer if each.value is None else (*each.outer, each.value)

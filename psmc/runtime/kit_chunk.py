@@ -11,6 +11,9 @@ With γ_t the product of the decays since the chunk's start and M_XZ[t, s] = Σ_
 where hats hold the decays from or to the chunk's ends (Yang et al. 2024, arXiv 2406.06484; DeltaNet's WY form). All
 but the S_0 of each chunk is computed for many chunks at once. Several columns of a token stand next to each other:
 [..., L, columns, width] is [..., L columns, width], in the order in which they act.
+
+Where U is -B (each column erases by the vector with which it writes), E = C - Y stands for both, with half as many
+columns: (I + M_WB) E = C - Ŵ S_0, O = Q̂ S_0 + M_QB E, S_L = γ_L S_0 + B̂ᵀ E.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ Rows = tuple[Tensor, ...]  # the columns of a factor, [B, T, G, width] each
 
 class Factors(NamedTuple):
     """One layer's tokens, [B, T, G, width] each, over G lanes: decays over the key and over the value (None: 1), the
-    columns of U, W, B, C, and the vectors that read the state after a token (q) and before it (p)."""
+    columns of U (none with W there: U is -B), W, B, C, and the vectors that read the state after a token (q) and before
+    it (p)."""
 
     key: Step | None
     value: Step | None
@@ -136,7 +140,7 @@ def _run(
         None if s is None else decay_of(Step(side(s.value).squeeze(-2), s.log), over_key)
         for s, over_key in zip(f[:2], (True, False), strict=True)
     )
-    z, c, rank = side(*f.u, *f.b), side(*f.c), len(f.u)
+    z, c, rank = side(*f.u, *f.b), side(*f.c), len(f.w)
     same = fresh = None
     if reset is not None:
         run = reset.to(torch.int32).cumsum(2)[:, :, None]  # [B, n, 1, L]
@@ -149,7 +153,10 @@ def _run(
     ends = _kept(z if key is None else z * key.until[..., None, :], last)  # z with the decays up to the chunk's end
     keep = torch.ones_like(c[..., -1, 0, :1]) if key is None else key.whole
     keep = _kept(keep, fresh if fresh is None else fresh[..., -1])[..., None]
-    if rank:
+    if rank and not f.u:
+        work, gain = solve(-pairs.pop("w"), -hats.pop("w"), c)
+        before, after, whole = walk_low_rank(keep, ends, c[..., :0, :], work, gain, carry, start, first, row)
+    elif rank:
         each = pairs.pop("w").unflatten(-1, z.shape[-3:-1])
         own, others = (x.flatten(-2) for x in torch.split(each, [rank, z.shape[-2] - rank], -1))
         hat = hats.pop("w")

@@ -60,8 +60,9 @@ class Chunked(NamedTuple):
     """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ; several components that differ in C alone are one S.
 
     factors(x, s, prev, p, n) gives log or decay (one number a token), log_key or decay_key, log_value or decay_value,
-    u0, w0, ..., b0, c0, ... (c0_1, ... of the second component) and the queries q0, p0, ... where there are some,
-    [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and c of a vector.
+    u0, w0, ... (w0 without u0: U is -B), b0, c0, ... (c0_1, ... of the second component) and the queries q0, p0, ...
+    where there are some, [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and
+    c of a vector.
     orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
     plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
     numbers that multiply some of them. b0 is to be multiplied by n0 [..., *outer], where it is there. shown: linear
@@ -283,7 +284,8 @@ def _chunked(
 
     q, p = queries("q"), queries("p")
     factors = Factors(
-        step("log", "log_key", "decay", "decay_key"), step("log_value", "decay_value"), columns("u", layer.rank),
+        step("log", "log_key", "decay", "decay_key"), step("log_value", "decay_value"),
+        columns("u", layer.rank if "u0" in found else 0),
         columns("w", layer.rank), columns("b", layer.columns), columns("c", layer.columns),
         tuple(x for xs in q for x in xs), tuple(x for xs in p for x in xs),
     )  # fmt: skip

@@ -91,7 +91,10 @@ class _LowRank(torch.autograd.Function):
         left, right = work.flatten(-3, -2), gain.flatten(-3, -2)
         for n, out in enumerate(into):
             state = _entered(before, n, state, first, enter)
-            whole[n, :, :, :rank] = torch.baddbmm(right[n], left[n], state).view(gain.shape[1:])
+            if whole.shape[-2] == rank:
+                torch.baddbmm(right[n], left[n], state, out=given[n])
+            else:
+                whole[n, :, :, :rank] = torch.baddbmm(right[n], left[n], state).view(gain.shape[1:])
             state = torch.mul(keep[n], state, out=out).baddbmm_(rows[n].mT, given[n])
         ctx.save_for_backward(first, keep, ends, work, before, whole)
         return before, after, whole
