@@ -1,4 +1,4 @@
-"""Matrix states on a CPU: psmc against its own oracle token by token, and torch's associative_scan over whole elements.
+"""On a CPU: psmc against its own oracle token by token; for some, torch's associative_scan over whole elements.
 
     python benchmarks/cpu.py --out benchmarks/results/cpu.json [--rounds 5] [--tokens 2048] [--threads 2 --wall]
 
@@ -26,6 +26,7 @@ from benchmarks.measure import write
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 HEADS, KEY, VALUE = 4, 64, 64
+LANES, STATE = 64, 16  # of other specs
 Tensors = dict[str, Tensor]
 
 
@@ -69,7 +70,38 @@ SPECS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "rwkv7": ({"r": "q", "d": "h", "k": "k", "v": "v", "kappa": "k", "a": "write"}, {}),
     "delta_product": ({"q": "q", "k": "keys", "v": "values", "beta": "betas"}, {}),
 }
+SCALARS = {"mingru": ("z", "x"), "logsumexp": ("x",), "affine2x2": ("a11", "a12", "a21", "a22", "b1", "b2")}
+OTHERS = (*SCALARS, "welford", "lru", "mamba", "s4d", "viterbi", "reachability", "s5_word")
 SCANNED = ("linear_attention", "gla", "mamba2", "gated_deltanet")  # what is also written for torch's associative_scan
+
+
+def others(spec: str, length: int, seed: int = 0) -> tuple[str, Tensors, Tensors]:
+    """(shape, inputs, params) of a spec without a matrix state of a head."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(1, length, *shape, generator=generator)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(1, length, *shape, generator=generator)
+
+    wide, square = f"B1 T{length} D{LANES} N{STATE}", f"B1 T{length} H{HEADS} N{STATE}"
+    rates, each = torch.arange(1.0, 1 + STATE).repeat(LANES, 1), torch.zeros(LANES)
+    given: dict[str, tuple[str, Tensors, Tensors]] = {
+        "mamba": (wide, {"x": normal(LANES), "dt": 0.1 * uniform(LANES) + 1e-3, "B": normal(STATE), "C": normal(STATE)},
+                  {"A": -rates}),
+        "s4d": (wide, {"u": normal(LANES)}, {
+            "log_dt": each - 4, "log_decay": 0 * rates - 0.7, "frequency": rates, "skip": each + 1,
+            "C": torch.complex(normal(LANES, STATE)[0, 0], normal(LANES, STATE)[0, 0])}),
+        "viterbi": (square, {"emission": normal(HEADS, STATE)}, {"transition": normal(STATE, STATE)[0, 0]}),
+        "reachability": (square, {"edge": (uniform(HEADS, STATE, STATE) < 0.05).float(),
+                                  "source": (uniform(HEADS, STATE) < 0.01).float()}, {}),
+        "s5_word": (f"B1 T{length} D{LANES}", {"x": uniform(LANES, 5).argsort(-1)}, {}),
+        "lru": (f"B1 T{length} D{LANES}", {"u": torch.complex(normal(LANES), normal(LANES))},
+                {"nu": each - 3, "theta": each, "gamma": each}),
+    }  # fmt: skip
+    names = SCALARS.get(spec, ("x",))
+    return given.get(spec) or (f"B1 T{length} D{LANES}", {k: 0.5 * normal(LANES) for k in names}, {})
 
 
 def elements(spec: str, x: Tensors) -> tuple[Callable[[Any, Any], Any], tuple[Tensor, ...]]:
@@ -105,19 +137,32 @@ def associative_scan(spec: str, x: Tensors) -> Tensor:
     return readout(spec, x, scan(rule, given, dim=1, combine_mode="generic"))
 
 
-def runs(spec: str, length: int) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor]]:
-    """What to time, by name; and the tensors that have gradients."""
-    agg = psmc.load(EXAMPLES / f"{spec}_recurrence.psm")
-    names, params = SPECS[spec]
-    x = {k: v.requires_grad_() for k, v in tensors(length).items()}
-    used = [x[n] for n in dict.fromkeys((*names.values(), *params.values()))]
-    inputs, given = {k: x[n] for k, n in names.items()}, {k: x[n] for k, n in params.items()}
+def runs(spec: str, length: int) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor], str]:
+    """What to time, by name; the tensors that have gradients; the shape."""
+    file = EXAMPLES / f"{spec}_recurrence.psm"
+    agg = psmc.load(file if file.exists() else EXAMPLES / f"{spec}.psm")
+    peers: dict[str, Callable[[], Tensor]] = {}
+    if spec in SPECS:
+        names, params = SPECS[spec]
+        x = {k: v.requires_grad_() for k, v in tensors(length).items()}
+        inputs, given = {k: x[n] for k, n in names.items()}, {k: x[n] for k, n in params.items()}
+        shape = f"B1 T{length} H{HEADS} K{KEY} V{VALUE}"
+        if spec in SCANNED:
+            peers["associative_scan"] = partial(associative_scan, spec, x)
+    else:
+        shape, inputs, given = others(spec, length)
+        for v in (*inputs.values(), *given.values()):
+            v.requires_grad_(v.is_floating_point() or v.is_complex())
+    used = {id(v): v for v in (*inputs.values(), *given.values()) if v.requires_grad}
+
+    def first(found: Any) -> Tensor:
+        one: Tensor = found[0] if isinstance(found, tuple) else found
+        return one
 
     def oracle() -> Tensor:
         return next(iter(agg.reference(inputs, given)[0].values()))
 
-    peers = {"associative_scan": partial(associative_scan, spec, x)} if spec in SCANNED else {}
-    return {"psmc": lambda: agg(**inputs, **given), "oracle": oracle, **peers}, used
+    return {"psmc": lambda: first(agg(**inputs, **given)), "oracle": oracle, **peers}, list(used.values()), shape
 
 
 def timed(run: Callable[[], Any], clock: Callable[[], float]) -> float:
@@ -128,8 +173,9 @@ def timed(run: Callable[[], Any], clock: Callable[[], float]) -> float:
 
 def measure(spec: str, length: int, rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
     """Rows of forward, and of forward + backward."""
-    found, used = runs(spec, length)
-    cotangent = torch.randn_like(found["psmc"]())
+    found, used, shape = runs(spec, length)
+    out = found["psmc"]().detach()
+    cotangent = torch.randn_like(out) if used else out
     reference = found["oracle"]().detach()
 
     def forward(run: Callable[[], Tensor]) -> Callable[[], Any]:
@@ -140,7 +186,7 @@ def measure(spec: str, length: int, rounds: int, clock: Callable[[], float]) -> 
         return go
 
     def both(run: Callable[[], Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(run(), used, cotangent)
+        return lambda: torch.autograd.grad(run(), used, cotangent, allow_unused=True)
 
     errors = {}
     for name, run in found.items():
@@ -151,14 +197,14 @@ def measure(spec: str, length: int, rounds: int, clock: Callable[[], float]) -> 
             errors[name] = f"{type(error).__name__}: {error}"[:120]
     able = [k for k, e in errors.items() if isinstance(e, float)]
     rows = []
-    for kind, wrap in (("fwd", forward), ("fwd+bwd", both)):
+    for kind, wrap in (("fwd", forward), ("fwd+bwd", both))[: 2 if used else 1]:
         ms: dict[str, list[float]] = {k: [] for k in able}
         for _ in range(rounds):
             for k in able:
                 ms[k] += [timed(wrap(found[k]), clock) for _ in range(5 if k == "psmc" else 1)]
         middle = {k: round(statistics.median(v), 1) for k, v in ms.items()}
         rows.append({
-            "spec": spec, "shape": f"B1 T{length} H{HEADS} K{KEY} V{VALUE}", "dtype": "float32", "pass": kind,
+            "spec": spec, "shape": shape, "dtype": str(reference.dtype).removeprefix("torch."), "pass": kind,
             "ms": middle.pop("psmc"), "peers": middle, "error": errors["psmc"],
             "peer_error": {k: e for k, e in errors.items() if k != "psmc"},
         })  # fmt: skip
@@ -174,7 +220,7 @@ def main() -> None:
     parser.add_argument("--wall", action="store_true", help="wall clock: for an idle machine")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--spec", nargs="*", default=list(SPECS))
+    parser.add_argument("--spec", nargs="*", default=[*SPECS, *OTHERS])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.perf_counter if options.wall else time.process_time

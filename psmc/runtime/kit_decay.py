@@ -148,15 +148,17 @@ def _near_pairs(rows: Sequence[tuple[Tensor, int]], scaled: Sequence[Tensor], z:
 
 
 class _Far:
-    """The chunks [..., L] some of whose tokens are not `mild`, as one axis."""
+    """The chunks [..., L] some of whose tokens are not `mild`, as one axis; items None: all chunks."""
 
     def __init__(self, mild: Tensor) -> None:
+        far = (~mild).any(-1).flatten()
         self.mild = mild
-        self.items = (~mild).any(-1).flatten().nonzero().squeeze(-1)
+        self.items = None if bool(far.all()) else far.nonzero().squeeze(-1)
 
     def pick(self, x: Tensor, own: int) -> Tensor:
         """The chunks of x, which has `own` axes from the tokens on."""
-        return x.flatten(0, -own - 1).index_select(0, self.items)
+        x = x.flatten(0, -own - 1)
+        return x if self.items is None else x.index_select(0, self.items)
 
     def step(self, decay: Decay) -> Step:
         return Step(self.pick(decay.step.value, 2), decay.step.log)
@@ -164,9 +166,10 @@ class _Far:
     def join(self, near: Tensor, exact: Tensor) -> Tensor:
         """Rows [..., L a, width] of mild tokens, and the others of `exact`."""
         mild = self.mild.repeat_interleave(near.shape[-2] // self.mild.shape[-1], -1)[..., None]
-        exact = torch.where(self.pick(mild, 2), 0.0, exact)
-        near = torch.where(mild, near, 0.0)
-        return near.flatten(0, -3).index_add(0, self.items, exact).view_as(near)
+        found = torch.where(self.pick(mild, 2), self.pick(near, 2), exact)
+        if self.items is not None:
+            found = near.flatten(0, -3).index_copy(0, self.items, found)
+        return found.view_as(near)
 
 
 class _Sums(torch.autograd.Function):
