@@ -34,12 +34,12 @@ The runtime holds what this spec needs of it. Needs torch; nothing else.
  1172  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
  1235  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
  1440  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 1617  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 1805  Matrix states a chunk of tokens at a time, as batched matrix products
- 1957  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 2258  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2523  The public face of a compiled aggregator: a parallel call, a step, states
- 2724  the spec's border
+ 1620  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 1808  Matrix states a chunk of tokens at a time, as batched matrix products
+ 1960  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 2261  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 2526  The public face of a compiled aggregator: a parallel call, a step, states
+ 2727  the spec's border
 """
 
 from __future__ import annotations
@@ -1570,15 +1570,17 @@ def _near_pairs(rows: Sequence[tuple[Tensor, int]], scaled: Sequence[Tensor], z:
 
 
 class _Far:
-    """The chunks [..., L] some of whose tokens are not `mild`, as one axis."""
+    """The chunks [..., L] some of whose tokens are not `mild`, as one axis; items None: all chunks."""
 
     def __init__(self, mild: Tensor) -> None:
+        far = (~mild).any(-1).flatten()
         self.mild = mild
-        self.items = (~mild).any(-1).flatten().nonzero().squeeze(-1)
+        self.items = None if bool(far.all()) else far.nonzero().squeeze(-1)
 
     def pick(self, x: Tensor, own: int) -> Tensor:
         """The chunks of x, which has `own` axes from the tokens on."""
-        return x.flatten(0, -own - 1).index_select(0, self.items)
+        x = x.flatten(0, -own - 1)
+        return x if self.items is None else x.index_select(0, self.items)
 
     def step(self, decay: Decay) -> Step:
         return Step(self.pick(decay.step.value, 2), decay.step.log)
@@ -1586,9 +1588,10 @@ class _Far:
     def join(self, near: Tensor, exact: Tensor) -> Tensor:
         """Rows [..., L a, width] of mild tokens, and the others of `exact`."""
         mild = self.mild.repeat_interleave(near.shape[-2] // self.mild.shape[-1], -1)[..., None]
-        exact = torch.where(self.pick(mild, 2), 0.0, exact)
-        near = torch.where(mild, near, 0.0)
-        return near.flatten(0, -3).index_add(0, self.items, exact).view_as(near)
+        found = torch.where(self.pick(mild, 2), self.pick(near, 2), exact)
+        if self.items is not None:
+            found = near.flatten(0, -3).index_copy(0, self.items, found)
+        return found.view_as(near)
 
 
 class _Sums(torch.autograd.Function):
@@ -2725,7 +2728,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gated_deltanet_recurrence',
-    digest='59216bdf4668930d',
+    digest='e0605c72e28b9717',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('beta', within=(0.0, 1.0, '[]')), Slot('g', within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('A', ('K', 'K')), Slot('S', ('K', 'V')),),

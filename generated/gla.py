@@ -28,25 +28,27 @@ Plan: chunked. S: chunks of tokens as batched matrix products.
 Written by psmc; regenerate with: psmc compile gla.psm
 The runtime holds what this spec needs of it. Needs torch, and triton for tensors on a GPU; nothing else.
 
-   72  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
-  114  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
-  971  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1250  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1407  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1637  The border, continued: states, flags and packing
- 1759  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 1835  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1898  One checked call in PyTorch: lift, the scan of the plan, readout
- 2057  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2120  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2363  Matrix states a chunk of tokens at a time, as batched matrix products
- 2544  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 2659  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 2839  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 3229  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 3562  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3827  The public face of a compiled aggregator: a parallel call, a step, states
- 4039  the spec's border
+   74  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  116  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
+  949  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1228  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1385  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1615  The border, continued: states, flags and packing
+ 1737  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 1813  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1876  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2035  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2098  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2303  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2483  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 2671  Matrix states a chunk of tokens at a time, as batched matrix products
+ 2823  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 2938  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3118  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 3500  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 3836  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4101  The public face of a compiled aggregator: a parallel call, a step, states
+ 4313  the spec's border
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from math import isqrt, prod
+from math import exp, isqrt, prod
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
@@ -124,7 +126,6 @@ def readout(s, prev, x, p, n):
 #   A [BT, BT]    q_t . b_s R(t - SHIFT, s) for s <= t - SHIFT, else 0
 #   y = 2**to q S + A c;    S at the end = 2**total S + (2**after b)' c;   the costate G runs backwards alike, from (q, dy)
 #   z, w          the same with c = 1: a state [K] and what q reads of it, a number a token (NORM)
-#   p_total   what was summed ahead: DECAY 2: the logs of whole chunks [chunks, G, K]; DECAY 1: those up to each token
 #   p_sums [B, T, G, E]  numbers a token that kernels hand on: w first, then sums over the key
 #   PREC      operands of all products: "bf16"; "tf32" (for fp16 inputs, which have its digits); "tf32x3" (for fp32)
 # States, sums of logs and accumulators are fp32; stored states of chunks are operands (bf16 or fp32).
@@ -390,16 +391,20 @@ def numbers_n(raw, row, i_g, length, BT: tl.constexpr):
 
 
 @jit
-def number_sums(p_total, at, SHIFT: tl.constexpr, BT: tl.constexpr):
-    """What chunk_sums_kernel wrote of a chunk: w and f up to t - SHIFT, up to s, each [BT], and in all. Loads this small come
-    in whichever layout they are used in, so none waits for a barrier; sums made on the spot would."""
-    p = p_total + at * (2 * BT)
+def number_sums(raw, row, i_g, length, SHIFT: tl.constexpr, BT: tl.constexpr):
+    """Sums of logs as integers w and remainders f, so that a difference behind strong decays keeps its digits: up to t -
+    SHIFT, up to s, each [BT], and in all."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
     t = tl.arange(0, BT)
-    w_s, f_s = tl.load(p + t), tl.load(p + BT + t)
-    w_t, f_t = w_s, f_s
-    if SHIFT:
-        w_t, f_t = tl.load(p + t - 1, mask=t > 0, other=0), tl.load(p + BT + t - 1, mask=t > 0, other=0)
-    return w_t, f_t, w_s, f_s, tl.load(p + BT - 1), tl.load(p + 2 * BT - 1)
+    x = tl.zeros([BT], tl.float32)
+    if p_log is not None:
+        x = tl.load(p_log + i_g // l_r * l_g + (row + t) * l_t, mask=t < length, other=0)
+    code = code_of(p_code, row, length, BT)
+    x = decays(tl.where(code % 2 == 1, x, 0.0), code) * 1.4426950408889634
+    w = tl.floor(x + 0.5)
+    f = x - w
+    w_s, f_s = tl.cumsum(w, 0), tl.cumsum(f, 0)
+    return w_s - SHIFT * w, f_s - SHIFT * f, w_s, f_s, tl.sum(w, 0), tl.sum(f, 0)
 
 
 @jit
@@ -484,32 +489,6 @@ def near(SHIFT: tl.constexpr, FLIP: tl.constexpr, LB: tl.constexpr, BT: tl.const
     if FLIP:
         t, s = tl.arange(0, BT)[None, :], tl.arange(0, BT)[:, None]
     return (t >> LB == s >> LB) & (s <= t - SHIFT)
-
-
-@jit(do_not_specialize=["T"])
-def chunk_sums_kernel(
-    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_total, p_cu, p_chunks, p_owner, T, G, BT: tl.constexpr, BG: tl.constexpr,
-):
-    """For a decay of a number a token, of one chunk and BG lanes: the sums of its logs up to each token as whole numbers w
-    and remainders f, [chunks, G, 2, BT], so that a difference behind strong decays keeps its digits."""
-    NG = tl.cdiv(G, BG)
-    pid = tl.program_id(0)
-    i_c = (pid // NG).to(tl.int64)
-    row, length = chunk_at(p_cu, p_chunks, p_owner, i_c, T, BT)
-    if length <= 0:
-        return
-    t, o_g = tl.arange(0, BT), pid % NG * BG + tl.arange(0, BG)
-    m = (t < length)[:, None] & (o_g < G)[None, :]
-    b_x = tl.zeros([BT, BG], tl.float32)
-    if p_log is not None:
-        b_x = tl.load(p_log + (row + t)[:, None] * l_t + (o_g // l_r * l_g)[None, :], mask=m, other=0)
-    code = code_of(p_code, row, length, BT)[:, None]
-    b_x = decays(tl.where(code % 2 == 1, b_x, 0.0), code) * 1.4426950408889634
-    w = tl.floor(b_x + 0.5)
-    p = p_total + ((i_c * G + o_g) * (2 * BT))[None, :] + t[:, None]
-    tl.store(p, tl.cumsum(w, 0), mask=(o_g < G)[None, :])
-    tl.store(p + BT, tl.cumsum(b_x - w, 0), mask=(o_g < G)[None, :])
 
 
 @jit
@@ -623,7 +602,7 @@ def chunk_forward_kernel(
             b_s *= keep[:, None]
         elif DECAY == 1:
             b_n = numbers_n(raw, row, i_g, length, BT)
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, BT)
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(raw, row, i_g, length, SHIFT, BT)
             b_a = product(b_q, tl.trans(b_b), PREC) * (ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT) * b_n[None, :])
             b_e, b_f = tl.exp2(w_t + f_t)[:, None], (tl.exp2((w_e - w_s) + (f_e - f_s)) * b_n)[:, None]  # [BT, 1]
             b_y *= b_e
@@ -701,7 +680,7 @@ def chunk_states_kernel(
             keep = tl.exp2(keep)
             b_s *= keep[:, None]
         elif DECAY == 1:
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, BT)
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(raw, row, i_g, length, SHIFT, BT)
             w = tl.exp2(w_t + f_t if BACK else (w_e - w_s) + (f_e - f_s))
             b_left += w_e + f_e
             keep = tl.exp2(w_e + f_e)
@@ -832,7 +811,7 @@ def chunk_gradients_kernel(
             b_a += product(load_b(raw, row, i_g, length, o_n, K, BT), tl.trans(x_q), PREC)
         b_f = b_n[:, None]
         if DECAY == 1:
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, BT)
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(raw, row, i_g, length, SHIFT, BT)
             b_f *= tl.exp2((w_e - w_s) + (f_e - f_s))[:, None]  # [BT, 1]
             b_r = ratio(w_t, f_t, w_s, f_s, SHIFT, True, BT)
         else:
@@ -943,7 +922,6 @@ def chunk_step_kernel(
 
 
 CHUNK_KERNELS = SimpleNamespace(
-    sums=chunk_sums_kernel,
     forward=chunk_forward_kernel,
     states=chunk_states_kernel,
     join=chunk_join_kernel,
@@ -2127,20 +2105,15 @@ class Step(NamedTuple):
     log: bool
 
 
-class Decay(NamedTuple):
-    """Products of the steps of a chunk. halves [levels, ..., L, width]: in blocks of 2^(l+1) tokens, from the later
-    half's start up to and with each of its tokens, and from behind each token of the earlier half to that half's end.
-    since, until [..., L, width]: from the chunk's start, and to its end; whole [..., width]: of all its tokens."""
+def spans_of(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Products of the steps [..., L, width] of a chunk, L a power of two: (halves, since, until, whole).
 
-    halves: Tensor
-    since: Tensor
-    until: Tensor
-    whole: Tensor
-
-
-def decay_of(step: Step) -> Decay:
-    """Steps [..., L, width], L a power of two."""
-    return Decay(*_Spans.apply(step.value, step.log))  # type: ignore[no-untyped-call]
+    halves [levels, ..., L, width]: in blocks of 2^(l+1) tokens, from the later half's start up to and with each of its
+    tokens, and from behind each token of the earlier half to that half's end. since, until [..., L, width]: from the
+    chunk's start, and to its end; whole [..., width]: of all its tokens.
+    """
+    halves, since, until, whole = _Spans.apply(step.value, step.log)  # type: ignore[no-untyped-call]
+    return halves, since, until, whole
 
 
 def before_token(since: Tensor) -> Tensor:
@@ -2148,73 +2121,50 @@ def before_token(since: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(since[..., :1, :]), since[..., :-1, :]], -2)
 
 
-def pair_products(
-    rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay | None, same: Tensor | None
-) -> list[Tensor]:
-    """M[t a, s c] = Σ_k x[t, a, k] (decay from s to t)[k] z[s, c, k], 0 for s > t, [..., L a, L c], of each (x, shift).
-
-    x [..., L, a, K], z [..., L, c, K]; shift 1: x reads the state before its token, so that s < t and t's own step is
-    left out. same [..., L, L] bool: where a pair counts at all. Columns of one token stay together: where they cancel,
-    as those of a delta rule do, sums over s c lose no digits.
-    """
-    if decay is not None and decay.since.shape[-1] > 1:
-        found = _pairs(decay, z, rows)
-    else:
-        plain = [x.flatten(-3, -2) @ z.flatten(-3, -2).mT for x, _ in rows]
-        found = [m * ratio for m, ratio in zip(plain, _ratios(rows, z, decay), strict=True)]
-    if same is None:
-        return found
-    spread = same[..., :, None, :, None]
-    return [
-        torch.where(spread, _by_token(m, x, z), 0.0).flatten(-4, -3).flatten(-2)
-        for m, (x, _) in zip(found, rows, strict=True)
-    ]
-
-
-def _ratios(rows: Sequence[tuple[Tensor, int]], z: Tensor, decay: Decay | None) -> list[Tensor]:
-    """[..., L a, L c] of each x: the decay from s to t, of one number a token."""
-    if decay is not None:
-        ones = [(torch.ones_like(decay.since)[..., None].expand(*decay.since.shape[:-1], x.shape[-2], 1), shift)
-                for x, shift in rows]  # fmt: skip
-        own = torch.ones_like(decay.since)[..., None].expand(*decay.since.shape[:-1], z.shape[-2], 1)
-        return _pairs(decay, own, ones)
-    token = torch.arange(z.shape[-3], device=z.device)
-    at = token.repeat_interleave(z.shape[-2])
-    return [(token.repeat_interleave(x.shape[-2])[:, None] - shift >= at).to(z.dtype) for x, shift in rows]
-
-
-def _pairs(decay: Decay, z: Tensor, rows: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+def pairs_by_halves(halves: Tensor, z: Tensor, rows: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """M of `kit_decay.pair_products`."""
     shifts = tuple(shift for _, shift in rows)
-    return list(_Pairs.apply(decay.halves, z, shifts, *(x for x, _ in rows)))  # type: ignore[no-untyped-call]
+    return list(_Pairs.apply(halves, z, shifts, *(x for x, _ in rows)))  # type: ignore[no-untyped-call]
 
 
-def _by_token(m: Tensor, x: Tensor, z: Tensor) -> Tensor:
-    """[..., L a, L c] as [..., L, a, L, c]."""
-    each: Tensor = m.unflatten(-1, z.shape[-3:-1]).unflatten(-3, x.shape[-3:-1])
-    return each
-
-
-def apply_pairs(m: Tensor, c: Tensor, decay: Decay | None, shift: int) -> Tensor:
-    """Σ_s M[t a, s c] (decay from s to t)[v] C[s, c, v], [..., L a, V], with a decay along the values.
-
-    M as `pair_products` gives it, C [..., L, c, V].
-    """
-    if decay is None:
-        return m @ c.flatten(-3, -2)
+def apply_by_halves(m: Tensor, c: Tensor, halves: Tensor, shift: int) -> Tensor:
+    """As `kit_decay.apply_pairs`."""
     each = m.unflatten(-1, c.shape[-3:-1]).unflatten(-3, (c.shape[-3], -1))
-    own = _own(each) @ c  # [..., L, a, V]
+    own = own_token(each) @ c  # [..., L, a, V]
     total = torch.zeros_like(own) if shift else own
-    for level, (early, late) in enumerate(_levels(decay.halves)):
+    for level, (early, late) in enumerate(_levels(halves)):
         fed = _scaled(_half(c, level, 0, -3), early)  # [..., blocks, b c, V]
-        given = (_corner(each, level) @ fed).unflatten(-2, (1 << level, -1))
+        given = (corner_of(each, level) @ fed).unflatten(-2, (1 << level, -1))
         given = given * (before_token(late) if shift else late)[..., None, :]
         total = total + torch.stack([torch.zeros_like(given), given], -4).flatten(-5, -3)
     return total.flatten(-3, -2)
 
 
+def products(step: Tensor, log: bool, halves: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(since, until, whole) of `spans_of`, or their logs; `halves`: where to put those of each level, if anywhere."""
+    since, whole = step.clone(memory_format=torch.contiguous_format), step
+    until = torch.zeros_like(since) if log else torch.ones_like(since)
+    for level in range(since.shape[-2].bit_length() - 1):
+        early, late = _half(until, level, 0), _half(since, level, 1)
+        if halves:
+            _half(halves[level], level, 0).copy_(early)
+            _half(halves[level], level, 1).copy_(late)
+        first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
+        for part, more in ((late, first), (early, second)):
+            part.add_(more[..., None, :]) if log else part.mul_(more[..., None, :])
+        whole = first + second if log else first * second
+    return since, until, whole.squeeze(-2)
+
+
 def _levels(halves: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(earlier, later) of each level, [..., blocks, 2^l, width]."""
     return [(_half(x, level, 0), _half(x, level, 1)) for level, x in enumerate(halves.unbind(0))]
+
+
+def by_token(m: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    """[..., L a, L c] as [..., L, a, L, c]."""
+    each: Tensor = m.unflatten(-1, z.shape[-3:-1]).unflatten(-3, x.shape[-3:-1])
+    return each
 
 
 def _half(x: Tensor, level: int, late: int, axis: int = -2) -> Tensor:
@@ -2223,19 +2173,19 @@ def _half(x: Tensor, level: int, late: int, axis: int = -2) -> Tensor:
     return half
 
 
-def _corners(each: Tensor, level: int) -> Tensor:
+def corners(each: Tensor, level: int) -> Tensor:
     """Of [..., L, a, L, c] what joins a block's earlier tokens to its later ones, [..., blocks, 2^l, a, 2^l, c]."""
     halves = (-1, 2, 1 << level)
     corner: Tensor = each.unflatten(-2, halves).select(-3, 0).unflatten(-5, halves).select(-6, 1)
     return corner.diagonal(dim1=-6, dim2=-3).movedim(-1, -5)
 
 
-def _corner(each: Tensor, level: int) -> Tensor:
+def corner_of(each: Tensor, level: int) -> Tensor:
     """The same as matrices [..., blocks, 2^l a, 2^l c]."""
-    return _corners(each, level).flatten(-4, -3).flatten(-2)
+    return corners(each, level).flatten(-4, -3).flatten(-2)
 
 
-def _own(each: Tensor) -> Tensor:
+def own_token(each: Tensor) -> Tensor:
     """Of [..., L, a, L, c] a token with itself, [..., L, a, c]."""
     return each.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
@@ -2246,18 +2196,8 @@ class _Spans(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Tensor, log: bool) -> tuple[Tensor, ...]:
-        since, whole = step.clone(memory_format=torch.contiguous_format), step
-        until = torch.zeros_like(since) if log else torch.ones_like(since)
-        halves = since.new_empty((since.shape[-2].bit_length() - 1, *since.shape))
-        for level, out in enumerate(halves.unbind(0)):
-            early, late = _half(until, level, 0), _half(since, level, 1)
-            _half(out, level, 0).copy_(early)
-            _half(out, level, 1).copy_(late)
-            first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
-            for part, more in ((late, first), (early, second)):
-                part.add_(more[..., None, :]) if log else part.mul_(more[..., None, :])
-            whole = first + second if log else first * second
-        whole = whole.squeeze(-2)
+        halves = step.new_empty((step.shape[-2].bit_length() - 1, *step.shape))
+        since, until, whole = products(step, log, halves.unbind(0))
         if log:
             halves, since, until, whole = halves.exp_(), since.exp_(), until.exp_(), whole.exp()
         ctx.log = log
@@ -2304,22 +2244,22 @@ class _Pairs(torch.autograd.Function):
         found = [z.new_zeros((*x.shape[:-1], *z.shape[-3:-1])) for x in rows]  # [..., L, a, L, c]
         for m, x, shift in zip(found, rows, shifts, strict=True):
             if not shift:
-                _own(m).copy_((x[..., :, None, :] * z[..., None, :, :]).sum(-1))
+                own_token(m).copy_((x[..., :, None, :] * z[..., None, :, :]).sum(-1))
         for level, (early, late) in enumerate(_levels(halves)):
             fed = _scaled(_half(z, level, 0, -3), early if level else None)
             for m, x, scale in zip(found, rows, _shifted(late, shifts), strict=True):
-                corner = _corners(m, level)
+                corner = corners(m, level)
                 corner.copy_((_scaled(_half(x, level, 1, -3), scale) @ fed.mT).view(corner.shape))
         return tuple(m.flatten(-4, -3).flatten(-2) for m in found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         halves, z, *rows = (x.conj() for x in ctx.saved_tensors)
-        given = [_by_token(g, x, z) for g, x in zip(grads, rows, strict=True)]
+        given = [by_token(g, x, z) for g, x in zip(grads, rows, strict=True)]
         d_halves, d_z = torch.empty_like(halves), torch.zeros_like(z)
         d_rows = []
         for g, x, shift in zip(given, rows, ctx.shifts, strict=True):
-            own = _own(g)[..., None]  # [..., L, a, c, 1]
+            own = own_token(g)[..., None]  # [..., L, a, c, 1]
             d_rows.append(torch.zeros_like(x) if shift else _summed(own * z[..., None, :, :], -2))
             if not shift:
                 d_z.add_(_summed(own * x[..., :, None, :], -3))
@@ -2329,7 +2269,7 @@ class _Pairs(torch.autograd.Function):
             d_fed: list[Tensor] = []
             d_late: list[Tensor] = []
             for d, g, x, scale, shift in zip(d_rows, given, rows, _shifted(late, ctx.shifts), ctx.shifts, strict=True):
-                low, reads = _corner(g, level), _half(x, level, 1, -3)
+                low, reads = corner_of(g, level), _half(x, level, 1, -3)
                 back = (low @ scaled).view(reads.shape)
                 _half(d, level, 1, -3).add_(back * scale[..., None, :])
                 d_scale = _summed(back * reads, -2)
@@ -2360,6 +2300,374 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return (x if scale is None else x * scale[..., None, :]).flatten(-3, -2)
 
 
+# --- Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by halving.
+
+MILD = exp(-12.0)  # a ratio of products that are no smaller has an error of at most 12 roundings
+
+
+class Decay(NamedTuple):
+    """Products of the steps of a chunk, as `kit_halves.spans_of` gives them; halves None: logs are known, and there are
+    other ways. `inverse` is 1 / since within bounds, None where ratios of products are not taken, and `mild` [..., L]
+    the tokens up to which all products are within them; None: all tokens."""
+
+    step: Step
+    since: Tensor
+    until: Tensor
+    whole: Tensor
+    halves: Tensor | None
+    inverse: Tensor | None
+    mild: Tensor | None
+
+
+def decay_of(step: Step, key: bool) -> Decay:
+    """Steps [..., L, width], L a power of two; key: whether they are decays over the key."""
+    x = step.value
+    at_hand = x.device.type == "cpu" and type(x) is Tensor  # a fake tensor holds nothing that one could look at
+    if not step.log or not (at_hand or (key and x.shape[-1] == 1)):
+        halves, since, until, whole = spans_of(step)
+        return Decay(step, since, until, whole, halves, None, None)
+    since, until, whole, inverse = _Sums.apply(x)  # type: ignore[no-untyped-call]
+    if not at_hand:
+        return Decay(step, since, until, whole, None, None, None)
+    seen, mild = since.detach(), None
+    if seen.numel() and not (seen.min() >= MILD and seen.max() <= 1 / MILD):
+        least, most = seen.amin(-1).cummin(-1).values, seen.amax(-1).cummax(-1).values
+        mild = (least >= MILD) & (most <= 1 / MILD)
+    return Decay(step, since, until, whole, None, inverse, mild)
+
+
+def since_start(x: Tensor, decay: Decay | None, shift: int) -> Tensor:
+    """Vectors that read, [..., L, a, K], with the decays since the chunk's start; shift as in `pair_products`."""
+    if decay is None:
+        return x
+    return x * (before_token(decay.since) if shift else decay.since)[..., None, :]
+
+
+def pair_products(
+    rows: Sequence[tuple[Tensor, int]], scaled: Sequence[Tensor], z: Tensor, decay: Decay | None, same: Tensor | None
+) -> list[Tensor]:
+    """M[t a, s c] = Σ_k x[t, a, k] (decay from s to t)[k] z[s, c, k], 0 for s > t, [..., L a, L c], of each (x, shift).
+
+    x [..., L, a, K], z [..., L, c, K]; scaled: each x as `since_start` gives it; shift 1: x reads the state before its
+    token, so that s < t and t's own step is left out. same [..., L, L] bool: where a pair counts at all. Columns of one
+    token stay together: where they cancel, as those of a delta rule do, sums over s c lose no digits.
+    """
+    if decay is not None and decay.inverse is not None:
+        found = _near_pairs(rows, scaled, z, decay)
+    else:
+        found = _exact_pairs(rows, z, decay and decay.step, decay and decay.halves)
+    if same is None:
+        return found
+    spread = same[..., :, None, :, None]
+    return [
+        torch.where(spread, by_token(m, x, z), 0.0).flatten(-4, -3).flatten(-2)
+        for m, (x, _) in zip(found, rows, strict=True)
+    ]
+
+
+def apply_pairs(m: Tensor, c: Tensor, decay: Decay | None, shift: int) -> Tensor:
+    """Σ_s M[t a, s c] (decay from s to t)[v] C[s, c, v], [..., L a, V], with a decay along the values.
+
+    M as `pair_products` gives it, C [..., L, c, V].
+    """
+    if decay is None:
+        return m @ c.flatten(-3, -2)
+    if decay.inverse is None:
+        assert decay.halves is not None
+        return apply_by_halves(m, c, decay.halves, shift)
+    near = m @ (c * decay.inverse[..., None, :]).flatten(-3, -2)
+    near = since_start(near.unflatten(-2, (c.shape[-3], -1)), decay, shift).flatten(-3, -2)
+    if decay.mild is None:
+        return near
+    far = _Far(decay.mild)
+    exact = apply_by_halves(far.pick(m, 2), far.pick(c, 3), spans_of(far.step(decay))[0], shift)
+    return far.join(near, exact)
+
+
+def _lower(x: Tensor, z: Tensor, shift: int) -> Tensor:
+    """[L a, L c] bool: where a pair counts, of x [..., L, a, K] and z [..., L, c, K]."""
+    token = torch.arange(z.shape[-3], device=z.device)
+    return (token - shift).repeat_interleave(x.shape[-2])[:, None] >= token.repeat_interleave(z.shape[-2])
+
+
+def _exact_pairs(
+    rows: Sequence[tuple[Tensor, int]], z: Tensor, step: Step | None, halves: Tensor | None
+) -> list[Tensor]:
+    """M by products of steps alone; halves None: they are yet to be found, if they are needed."""
+    if step is not None and step.value.shape[-1] > 1:
+        return pairs_by_halves(spans_of(step)[0] if halves is None else halves, z, rows)
+    plain = [x.flatten(-3, -2) @ z.flatten(-3, -2).mT for x, _ in rows]
+    if step is None:
+        return [torch.where(_lower(x, z, shift), m, 0.0) for m, (x, shift) in zip(plain, rows, strict=True)]
+    if halves is not None:
+        one = torch.ones_like(step.value)[..., None]  # [..., L, 1, 1]
+        ones = [(one.expand(*one.shape[:-2], x.shape[-2], 1), shift) for x, shift in rows]
+        ratios = pairs_by_halves(halves, one.expand(*one.shape[:-2], z.shape[-2], 1), ones)
+    else:
+        token = torch.arange(z.shape[-3], device=z.device)
+        after = torch.where(token[:, None] > token, step.value, 0.0).cumsum(-2).exp().tril()  # [..., L, L]
+        both = after, torch.nn.functional.pad(after[..., :-1, :], (0, 0, 1, 0))
+        ratios = [_columns(both[shift], x.shape[-2], z.shape[-2]) for x, shift in rows]
+    return [m * ratio for m, ratio in zip(plain, ratios, strict=True)]
+
+
+def _columns(ratio: Tensor, a: int, c: int) -> Tensor:
+    """[..., L, L] as [..., L a, L c]."""
+    if a == c == 1:
+        return ratio
+    whole = ratio[..., :, None, :, None].expand(*ratio.shape[:-1], a, ratio.shape[-1], c)
+    return whole.flatten(-4, -3).flatten(-2)
+
+
+def _near_pairs(rows: Sequence[tuple[Tensor, int]], scaled: Sequence[Tensor], z: Tensor, decay: Decay) -> list[Tensor]:
+    """M by ratios where decays are mild."""
+    assert decay.inverse is not None
+    back = (z * decay.inverse[..., None, :]).flatten(-3, -2).mT
+    found = [torch.where(_lower(x, z, shift), y.flatten(-3, -2) @ back, 0.0)
+             for (x, shift), y in zip(rows, scaled, strict=True)]  # fmt: skip
+    if decay.mild is None:
+        return found
+    far = _Far(decay.mild)
+    exact = _exact_pairs([(far.pick(x, 3), shift) for x, shift in rows], far.pick(z, 3), far.step(decay), None)
+    return [far.join(m, e) for m, e in zip(found, exact, strict=True)]
+
+
+class _Far:
+    """The chunks [..., L] some of whose tokens are not `mild`, as one axis; items None: all chunks."""
+
+    def __init__(self, mild: Tensor) -> None:
+        far = (~mild).any(-1).flatten()
+        self.mild = mild
+        self.items = None if bool(far.all()) else far.nonzero().squeeze(-1)
+
+    def pick(self, x: Tensor, own: int) -> Tensor:
+        """The chunks of x, which has `own` axes from the tokens on."""
+        x = x.flatten(0, -own - 1)
+        return x if self.items is None else x.index_select(0, self.items)
+
+    def step(self, decay: Decay) -> Step:
+        return Step(self.pick(decay.step.value, 2), decay.step.log)
+
+    def join(self, near: Tensor, exact: Tensor) -> Tensor:
+        """Rows [..., L a, width] of mild tokens, and the others of `exact`."""
+        mild = self.mild.repeat_interleave(near.shape[-2] // self.mild.shape[-1], -1)[..., None]
+        found = torch.where(self.pick(mild, 2), self.pick(near, 2), exact)
+        if self.items is not None:
+            found = near.flatten(0, -3).index_copy(0, self.items, found)
+        return found.view_as(near)
+
+
+class _Sums(torch.autograd.Function):
+    """Logs of steps [..., L, width] to since, until, whole and the inverse of since. By hand, so that the sums of
+    gradients are matrix products."""
+
+    @staticmethod
+    def forward(ctx: Any, log: Tensor) -> tuple[Tensor, ...]:
+        since, until, whole = products(log, True, ())
+        since, until, whole = since.exp_(), until.exp_(), whole.exp()
+        inverse = since.clamp(MILD, 1 / MILD).reciprocal_()
+        ctx.save_for_backward(since, until, whole, inverse)
+        return since, until, whole, inverse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        since, until, whole, inverse = ctx.saved_tensors
+        d_since, d_until, d_whole, d_inverse = grads
+        # Beyond its bounds no row reads the inverse, and its gradient is 0.
+        upto = torch.addcmul(d_since * since, d_inverse, inverse, value=-1)
+        ones = torch.ones(2 * (since.shape[-2],), dtype=since.dtype, device=since.device)
+        total: Tensor = ones.triu() @ upto + ones.tril(-1) @ (d_until * until) + (d_whole * whole)[..., None, :]
+        return total
+
+
+# --- States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand.
+
+
+def walk(
+    keep: Tensor, adds: Tensor, carry: Tensor, start: Tensor, first: Tensor | None, row: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """S' = keep S + adds: the states before each chunk [B, n, G, K, V]; and that after the last one [1, B, G, K, V], or
+    those after each where sequences end among them, [n, B, ...].
+
+    keep [B, n, G, K, V or 1], adds [B, n, G, K, V], carry [B, G, K, V] before the first chunk. With first [n] bool and
+    row [n] a sequence begins at some chunks, from a row of start [N, G, K, V].
+    """
+    enter = None if row is None else start.index_select(0, row)
+    lead = (x.transpose(0, 1).flatten(1, 2) for x in (keep, adds))
+    before, after = _Walk.apply(first, *lead, carry.flatten(0, 1), enter)  # type: ignore[no-untyped-call]
+    return before.unflatten(1, carry.shape[:2]).transpose(0, 1), after.unflatten(1, carry.shape[:2])
+
+
+def walk_low_rank(
+    keep: Tensor, ends: Tensor, c: Tensor, work: Tensor, gain: Tensor, carry: Tensor, start: Tensor,
+    first: Tensor | None, row: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """S' = keep S + endsᵀ [Y, C] with Y = work S + gain: what `walk` gives, and [Y, C] [B, n, G, L, columns, V].
+
+    ends [B, n, G, L, columns, K], c [..., L, rest, V], work [..., L, rank, K], gain [..., L, rank, V].
+    """
+    enter = None if row is None else start.index_select(0, row)
+    lead = (x.transpose(0, 1).flatten(1, 2) for x in (keep, ends, c, work, gain))
+    found = _LowRank.apply(first, *lead, carry.flatten(0, 1), enter)  # type: ignore[no-untyped-call]
+    before, after, whole = (x.unflatten(1, carry.shape[:2]) for x in found)
+    return before.transpose(0, 1), after, whole.transpose(0, 1)
+
+
+def solve(m: Tensor, hat: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
+    """(I - M)⁻¹ times hat and fed, [..., L, rank, width] each. M [..., L rank, L rank] is 0 from its own token on, and
+    what gradient it is given there means nothing.
+
+    The inverse is put together from those of blocks: exact on correlated keys, where a product of powers would lose all
+    digits.
+    """
+    work, gain = _Solve.apply(m, hat, fed)  # type: ignore[no-untyped-call]
+    return work, gain
+
+
+class _Walk(torch.autograd.Function):
+    """`walk` over [n, lanes, ...]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor | None, keep: Tensor, adds: Tensor, state: Tensor, enter: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        before, after, into = _room(adds, first)
+        for n, out in enumerate(into):
+            state = _entered(before, n, state, first, enter)
+            state = torch.addcmul(adds[n], keep[n], state, out=out)
+        ctx.save_for_backward(first, keep, before)
+        return before, after
+
+    @staticmethod
+    def backward(ctx: Any, d_before: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
+        first, keep, before = _saved(ctx)
+        back = _Back(first, d_after)
+        for n in reversed(range(len(before))):
+            back.step(n, torch.addcmul(d_before[n], keep[n], back.state))
+        d_adds, d_carry, d_enter = back.found()
+        return None, _like_keep(d_adds, before, keep), d_adds, d_carry, d_enter
+
+
+class _LowRank(torch.autograd.Function):
+    """`walk_low_rank` over [n, lanes, ...]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor | None, keep: Tensor, ends: Tensor, c: Tensor, work: Tensor, gain: Tensor,
+        state: Tensor, enter: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        rank = work.shape[-2]
+        before, after, into = _room(state.expand(len(c), *state.shape), first)
+        whole = c.new_empty((*ends.shape[:-1], c.shape[-1]))
+        whole[..., rank:, :] = c
+        rows, given = ends.flatten(-3, -2), whole.flatten(-3, -2)
+        left, right = work.flatten(-3, -2), gain.flatten(-3, -2)
+        for n, out in enumerate(into):
+            state = _entered(before, n, state, first, enter)
+            if whole.shape[-2] == rank:
+                torch.baddbmm(right[n], left[n], state, out=given[n])
+            else:
+                whole[n, :, :, :rank] = torch.baddbmm(right[n], left[n], state).view(gain.shape[1:])
+            state = torch.mul(keep[n], state, out=out).baddbmm_(rows[n].mT, given[n])
+        ctx.save_for_backward(first, keep, ends, work, before, whole)
+        return before, after, whole
+
+    @staticmethod
+    def backward(ctx: Any, d_before: Tensor, d_after: Tensor, d_whole: Tensor) -> tuple[Tensor | None, ...]:
+        first, keep, ends, work, before, whole = _saved(ctx)
+        rows, left, rank = ends.flatten(-3, -2), work.flatten(-3, -2).mT, work.shape[-2]
+        back, given = _Back(first, d_after), []
+        for n in reversed(range(len(before))):
+            given.append(torch.baddbmm(d_whole[n].flatten(-3, -2), rows[n], back.state))
+            d_y = given[-1].unflatten(-2, ends.shape[-3:-1])[..., :rank, :].flatten(-3, -2)
+            back.step(n, torch.baddbmm(torch.addcmul(d_before[n], keep[n], back.state), left[n], d_y))
+        states, d_carry, d_enter = back.found()
+        d_all = torch.stack(given[::-1]).unflatten(-2, ends.shape[-3:-1])
+        d_y, d_c = torch.split(d_all, [rank, ends.shape[-2] - rank], -2)
+        d_ends = (whole.flatten(-3, -2) @ states.mT).unflatten(-2, ends.shape[-3:-1])
+        d_work = (d_y.flatten(-3, -2) @ before.mT).unflatten(-2, work.shape[-3:-1])
+        return None, _like_keep(states, before, keep), d_ends, d_c, d_work, d_y, d_carry, d_enter
+
+
+def _room(like: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Room for the states before and after [n, lanes, K, V]; where each chunk puts its own."""
+    before = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    after = torch.empty_like(before if first is not None else before[:1])
+    return before, after, list(after) if first is not None else [*before[1:], after[0]]
+
+
+def _entered(before: Tensor, n: int, state: Tensor, first: Tensor | None, enter: Tensor | None) -> Tensor:
+    """The state before chunk n, which is put where it belongs."""
+    if first is None or enter is None:
+        return before[n].copy_(state) if n == 0 else state
+    return before[n].copy_(torch.where(first[n], enter[n], state))
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    return tuple(None if x is None else x.conj() for x in ctx.saved_tensors)
+
+
+class _Back:
+    """Gradients of states from the last chunk to the first; `state`: of that after the chunk."""
+
+    def __init__(self, first: Tensor | None, d_after: Tensor) -> None:
+        self.first, self.d_after, self.state = first, d_after, d_after[-1]
+        self.after: list[Tensor] = []
+        self.enter: list[Tensor] = []
+
+    def step(self, n: int, before: Tensor) -> None:
+        """before: of the state before chunk n."""
+        self.after.append(self.state)
+        if self.first is not None:
+            self.enter.append(torch.where(self.first[n], before, 0.0))
+            before = torch.where(self.first[n], 0.0, before)
+        self.state = before + self.d_after[n - 1] if self.first is not None and n else before
+
+    def found(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the states after each chunk, of the carry, and of the states that enter."""
+        return torch.stack(self.after[::-1]), self.state, torch.stack(self.enter[::-1]) if self.enter else None
+
+
+def _like_keep(states: Tensor, before: Tensor, keep: Tensor) -> Tensor:
+    return (states * before).sum_to_size(keep.shape)
+
+
+class _Solve(torch.autograd.Function):
+    """`solve`, whose inverse is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, m: Tensor, hat: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = _inverse(m, hat.shape[-2])
+        work, gain = ((inverse @ x.flatten(-3, -2)).view(x.shape) for x in (hat, fed))
+        ctx.save_for_backward(m, inverse, work, gain)
+        return work, gain
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        m, inverse, work, gain = _saved(ctx)
+        rows = [g.flatten(-3, -2) for g in grads]
+        if torch.is_grad_enabled():  # of second derivatives: nothing knows how the inverse came about
+            found = [torch.linalg.solve_triangular(-m.mT, g, upper=True, unitriangular=True) for g in rows]
+        else:
+            found = [inverse.mT @ g for g in rows]
+        d_m = found[0] @ work.flatten(-3, -2).mT + found[1] @ gain.flatten(-3, -2).mT
+        return d_m, *(x.view(y.shape) for x, y in zip(found, (work, gain), strict=True))
+
+
+def _inverse(m: Tensor, rank: int) -> Tensor:
+    """(I - M)⁻¹ [..., L rank, L rank]: what joins a block's halves is the later inverse, times M, times the earlier."""
+    each = m.unflatten(-1, (-1, rank)).unflatten(-3, (-1, rank))  # [..., L, rank, L, rank]
+    inverse = torch.zeros_like(each, memory_format=torch.contiguous_format)
+    own_token(inverse).copy_(torch.eye(rank, dtype=m.dtype, device=m.device))
+    for level in range(each.shape[-2].bit_length() - 1):
+        blocks = inverse.unflatten(-2, (-1, 1 << level)).unflatten(-5, (-1, 1 << level))
+        blocks = blocks.diagonal(dim1=-6, dim2=-3).movedim(-1, -5).flatten(-4, -3).flatten(-2)
+        early, late = blocks.unflatten(-3, (-1, 2)).unbind(-3)
+        out = corners(inverse, level)
+        out.copy_((late @ (corner_of(each, level) @ early)).view(out.shape))
+    return inverse.flatten(-4, -3).flatten(-2)
+
+
 # --- Matrix states a chunk of tokens at a time, as batched matrix products.
 
 CHUNK = {"cpu": 32, "cuda": 64}  # tokens: what a cache likes; as few launches as that allows
@@ -2369,7 +2677,8 @@ Rows = tuple[Tensor, ...]  # the columns of a factor, [B, T, G, width] each
 
 class Factors(NamedTuple):
     """One layer's tokens, [B, T, G, width] each, over G lanes: decays over the key and over the value (None: 1), the
-    columns of U, W, B, C, and the vectors that read the state after a token (q) and before it (p)."""
+    columns of U (none with W there: U is -B), W, B, C, and the vectors that read the state after a token (q) and before
+    it (p)."""
 
     key: Step | None
     value: Step | None
@@ -2420,14 +2729,14 @@ def chunk_scan(
     recompute = kept > RECOMPUTE_BYTES[kind] and some < cut.count and torch.is_grad_enabled()
     carry = start if cut.row is None else torch.zeros_like(start[:1])
     found: list[list[Tensor]] = []
-    after: list[Tensor] = []
+    after: list[Tensor] = []  # each chunk's, of packed sequences
     for piece, again, first, row in _few_chunks(f, runs, cut, some):
         args = (piece, again, carry, start, first, row)
         rows, states, carry = checkpoint(_run, *args, use_reentrant=False) if recompute else _run(*args)
         found.append(rows)
-        after += states
-    joined = [cut.join(torch.cat(parts, 1)) for parts in zip(*found, strict=True)]
-    final = carry if cut.row is None else cut.ends(torch.cat(after), start)
+        after.append(states)
+    joined = [cut.join(parts[0] if len(parts) == 1 else torch.cat(parts, 1)) for parts in zip(*found, strict=True)]
+    final = carry if cut.row is None else cut.ends(torch.cat(after).flatten(0, 1), start)
     return joined[: len(f.q)], joined[len(f.q) :], final
 
 
@@ -2439,6 +2748,8 @@ def _size(length: int, cu_seqlens: Tensor | None, kind: str) -> int:
 
 def _few_chunks(f: Factors, runs: Tensor | None, cut: Cut, some: int) -> Any:
     """Some chunks at a time: (factors, resets, first, row)."""
+    if some >= cut.count:
+        return [(f, runs, cut.first, cut.row)]
     split: list[Factors] = []
     columns: list[list[Any]] = []
     f.map(lambda x, _: columns.append(list(torch.split(x, some, 1))))
@@ -2453,92 +2764,60 @@ def _few_chunks(f: Factors, runs: Tensor | None, cut: Cut, some: int) -> Any:
 
 def _run(
     f: Factors, reset: Tensor | None, carry: Tensor, start: Tensor, first: Tensor | None, row: Tensor | None
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Some chunks [B, n, L, ...]: (what q and p read, [B, n, L, G, V] each; the states after each chunk where sequences
     end among them; the last of them). `carry` [B, G, K, V] comes before; with `first` and `row` a sequence begins at
     some chunks, from a row of `start`."""
 
     def side(*columns: Tensor) -> Tensor:
         """[B, n, G, L, columns, width]."""
+        if len(columns) == 1:
+            return columns[0].transpose(2, 3).contiguous().unsqueeze(-2)
         return torch.stack([x.transpose(2, 3) for x in columns], -2)
 
-    key, value = (None if s is None else decay_of(Step(side(s.value).squeeze(-2), s.log)) for s in f[:2])
-    z, c, rank = side(*f.u, *f.b), side(*f.c), len(f.u)
+    key, value = (
+        None if s is None else decay_of(Step(side(s.value).squeeze(-2), s.log), over_key)
+        for s, over_key in zip(f[:2], (True, False), strict=True)
+    )
+    z, c, rank = side(*f.u, *f.b), side(*f.c), len(f.w)
     same = fresh = None
     if reset is not None:
         run = reset.to(torch.int32).cumsum(2)[:, :, None]  # [B, n, 1, L]
         same, fresh = run[..., :, None] == run[..., None, :], run == 0
     readers = {k: (side(*rows), shift) for k, rows, shift in (("w", f.w, 1), ("p", f.p, 1), ("q", f.q, 0)) if rows}
-    pairs = dict(zip(readers, pair_products(list(readers.values()), z, key, same), strict=True))
-    hats = _since(readers, key, fresh)  # [B, n, G, L, columns, K]
+    scaled = [since_start(x, key, shift) for x, shift in readers.values()]
+    pairs = dict(zip(readers, pair_products(list(readers.values()), scaled, z, key, same), strict=True))
+    hats = {k: _kept(x, fresh) for k, x in zip(readers, scaled, strict=True)}  # [B, n, G, L, columns, K]
     last = None if same is None else same[..., -1, :]
     ends = _kept(z if key is None else z * key.until[..., None, :], last)  # z with the decays up to the chunk's end
     keep = torch.ones_like(c[..., -1, 0, :1]) if key is None else key.whole
-    keep = _kept(keep, fresh if fresh is None else fresh[..., -1])
-    gives = c if value is None else c * value.until[..., None, :]
-    work = gain = c
-    if rank:
-        work, gain = _solve(hats.pop("w"), pairs.pop("w"), c, rank)
-        through = torch.diag_embed(keep.expand(*keep.shape[:-1], z.shape[-1]))
-        u, _ = torch.split(ends, [rank, ends.shape[-2] - rank], -2)
-        through = through + u.flatten(-3, -2).mT @ work.flatten(-3, -2)
-        gives = torch.cat([gain, c], -2)
+    keep = _kept(keep, fresh if fresh is None else fresh[..., -1])[..., None]
+    if rank and not f.u:
+        work, gain = solve(-pairs.pop("w"), -hats.pop("w"), c)
+        before, after, whole = walk_low_rank(keep, ends, c[..., :0, :], work, gain, carry, start, first, row)
+    elif rank:
+        each = pairs.pop("w").unflatten(-1, z.shape[-3:-1])
+        own, others = (x.flatten(-2) for x in torch.split(each, [rank, z.shape[-2] - rank], -1))
+        hat = hats.pop("w")
+        fed = (others @ c.flatten(-3, -2)).unflatten(-2, hat.shape[-3:-1])
+        before, after, whole = walk_low_rank(keep, ends, c, *solve(own, hat, fed), carry, start, first, row)
     else:
-        through = keep[..., :, None] if value is None else keep[..., :, None] * value.whole[..., None, :]
-    adds = ends.flatten(-3, -2).mT @ gives.flatten(-3, -2)
-    before, after, carry = _carry(through, adds, carry, start, first, row, rank > 0)
-    whole = c if not rank else torch.cat([(work.flatten(-3, -2) @ before).unflatten(-2, (-1, rank)) + gain, c], -2)
+        gives = c if value is None else c * value.until[..., None, :]
+        keep = keep if value is None else keep * value.whole[..., None, :]
+        adds = ends.flatten(-3, -2).mT @ gives.flatten(-3, -2)
+        before, after = walk(keep, adds, carry, start, first, row)
+        whole = c
     found: dict[str, Sequence[Tensor]] = {}
     for k, hat in hats.items():
-        o, shift = hat.flatten(-3, -2) @ before, readers[k][1]
-        if value is not None:
-            since = before_token(value.since) if shift else value.since
-            o = (o.unflatten(-2, hat.shape[-3:-1]) * since[..., None, :]).flatten(-3, -2)
-        o = (o + apply_pairs(pairs[k], whole, value, shift)).unflatten(-2, hat.shape[-3:-1])
-        found[k] = [x.transpose(2, 3) for x in o.unbind(-2)]
-    return [*found.get("q", ()), *found.get("p", ())], after, carry
-
-
-def _since(readers: dict[str, tuple[Tensor, int]], key: Decay | None, fresh: Tensor | None) -> dict[str, Tensor]:
-    """Vectors that read, with the decays since the chunk's start; 0 behind a reset."""
-    if key is None:
-        return {k: _kept(x, fresh) for k, (x, _) in readers.items()}
-    since = key.since, before_token(key.since) if any(shift for _, shift in readers.values()) else key.since
-    return {k: _kept(x * since[shift][..., None, :], fresh) for k, (x, shift) in readers.items()}
+        o, shift = (hat.flatten(-3, -2) @ before).unflatten(-2, hat.shape[-3:-1]), readers[k][1]
+        o = since_start(o, value, shift)
+        o = o + apply_pairs(pairs[k], whole, value, shift).unflatten(-2, hat.shape[-3:-1])
+        found[k] = [x.transpose(2, 3) for x in (o.unbind(-2) if o.shape[-2] > 1 else (o.squeeze(-2),))]
+    return [*found.get("q", ()), *found.get("p", ())], after, after[-1]
 
 
 def _kept(x: Tensor, where: Tensor | None) -> Tensor:
     return x if where is None else torch.where(where.reshape(where.shape + (1,) * (x.dim() - where.dim())), x, 0.0)
-
-
-def _solve(hat: Tensor, pairs: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Y = work S_0 + gain by forward substitution, [..., L, rank, K] and [..., L, rank, V]. Exact on correlated keys,
-    where a product of powers would lose all digits."""
-    size, columns = c.shape[-3:-1]
-    each = pairs.unflatten(-1, (size, rank + columns))
-    own, others = (x.flatten(-2) for x in torch.split(each, [rank, columns], -1))
-    right = torch.cat([hat.flatten(-3, -2), others @ c.flatten(-3, -2)], -1)
-    # I - M: the diagonal is taken as 1, and what is above is not read.
-    both = torch.linalg.solve_triangular(-own, right, upper=False, unitriangular=True).unflatten(-2, (size, rank))
-    work, gain = torch.split(both, [hat.shape[-1], c.shape[-1]], -1)
-    return work, gain
-
-
-def _carry(
-    through: Tensor, adds: Tensor, carry: Tensor, start: Tensor, first: Tensor | None, row: Tensor | None, full: bool
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The states before each chunk [B, n, G, K, V]; those after each where sequences end; the last."""
-    states: list[Tensor] = []
-    after: list[Tensor] = []
-    state = carry
-    for n, (t, a) in enumerate(zip(through.unbind(1), adds.unbind(1), strict=True)):
-        if first is not None and row is not None:
-            state = torch.where(first[n], start.index_select(0, row[n : n + 1]), state)
-        states.append(state)
-        state = t @ state + a if full else torch.addcmul(a, t, state)
-        if first is not None:
-            after.append(state)
-    return torch.stack(states, 1), after, state
 
 
 # --- How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share.
@@ -3048,19 +3327,11 @@ class ChunkKernels:
         )  # fmt: skip
 
     def _prepared(self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None) -> SimpleNamespace:
-        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K].
-        For one of a number a token: in place of the totals the sums of its logs, [chunks, G, 2, BT]."""
+        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K]."""
+        if a.decay != 2:
+            return SimpleNamespace(q=None, b=None, pairs=None, total=None)
         n = how.lanes
         device = a.c.device
-        if a.decay != 2:
-            none = SimpleNamespace(q=None, b=None, pairs=None, total=None)
-            if a.decay == 1:
-                none.total = torch.empty(n.chunks, n.lanes, 2, how.bt, dtype=torch.float32, device=device)
-                block = min(16, 1 << (n.lanes - 1).bit_length())
-                self.table.sums[(n.chunks * -(-n.lanes // block),)](
-                    *a.raw, none.total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.bt, block, num_warps=4,
-                )  # fmt: skip
-            return none
         made = SimpleNamespace(
             q=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
             b=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
@@ -3269,8 +3540,9 @@ class Chunked(NamedTuple):
     """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ; several components that differ in C alone are one S.
 
     factors(x, s, prev, p, n) gives log or decay (one number a token), log_key or decay_key, log_value or decay_value,
-    u0, w0, ..., b0, c0, ... (c0_1, ... of the second component) and the queries q0, p0, ... where there are some,
-    [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and c of a vector.
+    u0, w0, ... (w0 without u0: U is -B), b0, c0, ... (c0_1, ... of the second component) and the queries q0, p0, ...
+    where there are some, [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and
+    c of a vector.
     orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
     plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
     numbers that multiply some of them. b0 is to be multiplied by n0 [..., *outer], where it is there. shown: linear
@@ -3458,7 +3730,8 @@ def _chunked(
             single = [()] * len(layer.reads)
             return _linear_parts(call, layer, single, done[0], outer), _matrix_states(call, layer, ordered, done[1])
     scales = layer.scales(call.n)
-    found = {**found, **{k: getattr(tokens, x) * scales.get(k, 1) for k, x in layer.plain.items()}}
+    plain = {k: getattr(tokens, x) for k, x in layer.plain.items()}
+    found = {**found, **{k: x * scales[k] if k in scales else x for k, x in plain.items()}}
     for k in range(layer.columns):
         if f"n{k}" in found:
             found[f"b{k}"] = found[f"b{k}"] * found[f"n{k}"].unsqueeze(-1)
@@ -3491,7 +3764,8 @@ def _chunked(
 
     q, p = queries("q"), queries("p")
     factors = Factors(
-        step("log", "log_key", "decay", "decay_key"), step("log_value", "decay_value"), columns("u", layer.rank),
+        step("log", "log_key", "decay", "decay_key"), step("log_value", "decay_value"),
+        columns("u", layer.rank if "u0" in found else 0),
         columns("w", layer.rank), columns("b", layer.columns), columns("c", layer.columns),
         tuple(x for xs in q for x in xs), tuple(x for xs in p for x in xs),
     )  # fmt: skip
@@ -4040,7 +4314,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='685f3cfcc1a4eb44',
+    digest='dd9496d9a29aa165',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),
