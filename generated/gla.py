@@ -30,25 +30,25 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    74  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
   116  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
-  949  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1228  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1385  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1615  The border, continued: states, flags and packing
- 1737  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 1813  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1876  One checked call in PyTorch: lift, the scan of the plan, readout
- 2035  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2098  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2303  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2483  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 2671  Matrix states a chunk of tokens at a time, as batched matrix products
- 2823  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 2938  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3118  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 3500  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 3836  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4101  The public face of a compiled aggregator: a parallel call, a step, states
- 4313  the spec's border
+  973  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1252  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1409  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1639  The border, continued: states, flags and packing
+ 1761  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 1837  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1900  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2059  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2122  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2327  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2507  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 2695  Matrix states a chunk of tokens at a time, as batched matrix products
+ 2847  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 2962  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3142  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 3532  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 3868  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4133  The public face of a compiled aggregator: a parallel call, a step, states
+ 4345  the spec's border
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ def readout(s, prev, x, p, n):
 #   A [BT, BT]    q_t . b_s R(t - SHIFT, s) for s <= t - SHIFT, else 0
 #   y = 2**to q S + A c;    S at the end = 2**total S + (2**after b)' c;   the costate G runs backwards alike, from (q, dy)
 #   z, w          the same with c = 1: a state [K] and what q reads of it, a number a token (NORM)
+#   p_total   what was summed ahead: DECAY 2: the logs of whole chunks [chunks, G, K]; DECAY 1: those up to each token
 #   p_sums [B, T, G, E]  numbers a token that kernels hand on: w first, then sums over the key
 #   PREC      operands of all products: "bf16"; "tf32" (for fp16 inputs, which have its digits); "tf32x3" (for fp32)
 # States, sums of logs and accumulators are fp32; stored states of chunks are operands (bf16 or fp32).
@@ -391,20 +392,16 @@ def numbers_n(raw, row, i_g, length, BT: tl.constexpr):
 
 
 @jit
-def number_sums(raw, row, i_g, length, SHIFT: tl.constexpr, BT: tl.constexpr):
-    """Sums of logs as integers w and remainders f, so that a difference behind strong decays keeps its digits: up to t -
-    SHIFT, up to s, each [BT], and in all."""
-    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
+def number_sums(p_total, at, SHIFT: tl.constexpr, BT: tl.constexpr):
+    """What chunk_sums_kernel wrote of a chunk: w and f up to t - SHIFT, up to s, each [BT], and in all. Loads this small come
+    in whichever layout they are used in, so none waits for a barrier; sums made on the spot would."""
+    p = p_total + at * (2 * BT)
     t = tl.arange(0, BT)
-    x = tl.zeros([BT], tl.float32)
-    if p_log is not None:
-        x = tl.load(p_log + i_g // l_r * l_g + (row + t) * l_t, mask=t < length, other=0)
-    code = code_of(p_code, row, length, BT)
-    x = decays(tl.where(code % 2 == 1, x, 0.0), code) * 1.4426950408889634
-    w = tl.floor(x + 0.5)
-    f = x - w
-    w_s, f_s = tl.cumsum(w, 0), tl.cumsum(f, 0)
-    return w_s - SHIFT * w, f_s - SHIFT * f, w_s, f_s, tl.sum(w, 0), tl.sum(f, 0)
+    w_s, f_s = tl.load(p + t), tl.load(p + BT + t)
+    w_t, f_t = w_s, f_s
+    if SHIFT:
+        w_t, f_t = tl.load(p + t - 1, mask=t > 0, other=0), tl.load(p + BT + t - 1, mask=t > 0, other=0)
+    return w_t, f_t, w_s, f_s, tl.load(p + BT - 1), tl.load(p + 2 * BT - 1)
 
 
 @jit
@@ -489,6 +486,32 @@ def near(SHIFT: tl.constexpr, FLIP: tl.constexpr, LB: tl.constexpr, BT: tl.const
     if FLIP:
         t, s = tl.arange(0, BT)[None, :], tl.arange(0, BT)[:, None]
     return (t >> LB == s >> LB) & (s <= t - SHIFT)
+
+
+@jit(do_not_specialize=["T"])
+def chunk_sums_kernel(
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
+    p_total, p_cu, p_chunks, p_owner, T, G, BT: tl.constexpr, BG: tl.constexpr,
+):
+    """For a decay of a number a token, of one chunk and BG lanes: the sums of its logs up to each token as whole numbers w
+    and remainders f, [chunks, G, 2, BT], so that a difference behind strong decays keeps its digits."""
+    NG = tl.cdiv(G, BG)
+    pid = tl.program_id(0)
+    i_c = (pid // NG).to(tl.int64)
+    row, length = chunk_at(p_cu, p_chunks, p_owner, i_c, T, BT)
+    if length <= 0:
+        return
+    t, o_g = tl.arange(0, BT), pid % NG * BG + tl.arange(0, BG)
+    m = (t < length)[:, None] & (o_g < G)[None, :]
+    b_x = tl.zeros([BT, BG], tl.float32)
+    if p_log is not None:
+        b_x = tl.load(p_log + (row + t)[:, None] * l_t + (o_g // l_r * l_g)[None, :], mask=m, other=0)
+    code = code_of(p_code, row, length, BT)[:, None]
+    b_x = decays(tl.where(code % 2 == 1, b_x, 0.0), code) * 1.4426950408889634
+    w = tl.floor(b_x + 0.5)
+    p = p_total + ((i_c * G + o_g) * (2 * BT))[None, :] + t[:, None]
+    tl.store(p, tl.cumsum(w, 0), mask=(o_g < G)[None, :])
+    tl.store(p + BT, tl.cumsum(b_x - w, 0), mask=(o_g < G)[None, :])
 
 
 @jit
@@ -602,7 +625,7 @@ def chunk_forward_kernel(
             b_s *= keep[:, None]
         elif DECAY == 1:
             b_n = numbers_n(raw, row, i_g, length, BT)
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(raw, row, i_g, length, SHIFT, BT)
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, BT)
             b_a = product(b_q, tl.trans(b_b), PREC) * (ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT) * b_n[None, :])
             b_e, b_f = tl.exp2(w_t + f_t)[:, None], (tl.exp2((w_e - w_s) + (f_e - f_s)) * b_n)[:, None]  # [BT, 1]
             b_y *= b_e
@@ -680,7 +703,7 @@ def chunk_states_kernel(
             keep = tl.exp2(keep)
             b_s *= keep[:, None]
         elif DECAY == 1:
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(raw, row, i_g, length, SHIFT, BT)
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, BT)
             w = tl.exp2(w_t + f_t if BACK else (w_e - w_s) + (f_e - f_s))
             b_left += w_e + f_e
             keep = tl.exp2(w_e + f_e)
@@ -811,7 +834,7 @@ def chunk_gradients_kernel(
             b_a += product(load_b(raw, row, i_g, length, o_n, K, BT), tl.trans(x_q), PREC)
         b_f = b_n[:, None]
         if DECAY == 1:
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(raw, row, i_g, length, SHIFT, BT)
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, BT)
             b_f *= tl.exp2((w_e - w_s) + (f_e - f_s))[:, None]  # [BT, 1]
             b_r = ratio(w_t, f_t, w_s, f_s, SHIFT, True, BT)
         else:
@@ -922,6 +945,7 @@ def chunk_step_kernel(
 
 
 CHUNK_KERNELS = SimpleNamespace(
+    sums=chunk_sums_kernel,
     forward=chunk_forward_kernel,
     states=chunk_states_kernel,
     join=chunk_join_kernel,
@@ -3327,11 +3351,19 @@ class ChunkKernels:
         )  # fmt: skip
 
     def _prepared(self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None) -> SimpleNamespace:
-        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K]."""
-        if a.decay != 2:
-            return SimpleNamespace(q=None, b=None, pairs=None, total=None)
+        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K].
+        For one of a number a token: in place of the totals the sums of its logs, [chunks, G, 2, BT]."""
         n = how.lanes
         device = a.c.device
+        if a.decay != 2:
+            none = SimpleNamespace(q=None, b=None, pairs=None, total=None)
+            if a.decay == 1:
+                none.total = torch.empty(n.chunks, n.lanes, 2, how.bt, dtype=torch.float32, device=device)
+                block = min(16, 1 << (n.lanes - 1).bit_length())
+                self.table.sums[(n.chunks * -(-n.lanes // block),)](
+                    *a.raw, none.total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.bt, block, num_warps=4,
+                )  # fmt: skip
+            return none
         made = SimpleNamespace(
             q=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
             b=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
@@ -4314,7 +4346,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='dd9496d9a29aa165',
+    digest='8d2deca34b00c741',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),
