@@ -12,6 +12,7 @@ illegal access takes the process with it) is a row of the table and nothing more
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing as mp
 import multiprocessing.connection
 import os
@@ -33,7 +34,7 @@ from contract.examples import NAMES, declared, domain, example, scratch_cache  #
 from contract.poison import poisoned_memory  # noqa: E402
 from contract.specs import specs  # noqa: E402
 from contract.texts import TEXTS, from_text  # noqa: E402
-from measure import write  # noqa: E402
+from measure import commit, write  # noqa: E402
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Largest error over the largest magnitude of a tensor. A plan may sum in another order than the fold, and choose tf32
@@ -55,6 +56,7 @@ FULL = (
     ("float32", Case(2, lanes=(2, 3), mask=True, packed=True)),
     ("float32", Case(63, lanes=(2, 4), grouped=True, packed=True, mask=True, reset=True, initial=True, reverse=True)),
     ("bfloat16", Case(130, lanes=(5,), mask=True, initial=True, seed=4)),
+    ("float32", Case(1000, batch=1, lanes=(2,), initial=True, seed=8)),
 )
 LONG = ("float32", Case(4099, batch=1, lanes=(2,), initial=True, reset=True, seed=5))  # split over time
 LONG_SPECS = ("linear_recurrence", "logsumexp", "welford", "affine2x2", "lru", "gla", "gated_deltanet")
@@ -185,13 +187,13 @@ class Pool:
         there.close()
         return process, here
 
-    def run(self, jobs: list[Job]) -> Any:
-        """(job, rows, seconds) as they come."""
+    def run(self, jobs: list[Job], end: float) -> Any:
+        """(job, rows, seconds) as they come; none begins after `end`, and what runs longer than it may is ended."""
         waiting = jobs[::-1]
         busy: dict[Any, tuple[int, Job, float]] = {}
 
         def give(slot: int) -> None:
-            if waiting:
+            if waiting and time.monotonic() < end:
                 job = waiting.pop()
                 self.workers[slot][1].send(job)
                 busy[self.workers[slot][1]] = (slot, job, time.monotonic())
@@ -208,13 +210,13 @@ class Pool:
                     self.replace(slot)
                 give(slot)
             for pipe, (slot, job, since) in list(busy.items()):
-                if time.monotonic() - since > PATIENCE:
+                if time.monotonic() - since > PATIENCE or time.monotonic() > end + 10:
                     del busy[pipe]
                     self.replace(slot)
                     yield (
                         job,
                         [{"spec": job.name, "pass": "run", "ok": False, "failure": "out of time"}],
-                        float(PATIENCE),
+                        time.monotonic() - since,
                     )
                     give(slot)
 
@@ -258,14 +260,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="result file")
-    parser.add_argument("--quick", action="store_true", help="three cases a spec instead of eight")
+    parser.add_argument("--quick", action="store_true", help="three cases a spec instead of nine")
     parser.add_argument("--random", type=int, default=100, metavar="N", help="random specs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--only", nargs="*", default=None, metavar="NAME", help="specs whose name contains one of these"
     )
     parser.add_argument("--jobs", type=int, default=min(14, os.cpu_count() or 1))
+    parser.add_argument("--seconds", type=float, default=1e9, help="time for all of it; the rest is left out")
+    parser.add_argument("--resume", action="store_true", help="keep what --out has, at this commit")
+    parser.add_argument("--smoke", action="store_true", help="two specs, quickly: shows that it runs")
     given = parser.parse_args()
+    if given.smoke:
+        given.quick, given.random, given.only = True, 0, ["ema", "gla"]
 
     jobs = [Job(name, None, given.quick, given.device) for name in NAMES]
     jobs += [Job(name, text, given.quick, given.device) for name, text in TEXTS.items()]
@@ -274,19 +281,55 @@ def main() -> int:
         jobs = [job for job in jobs if any(word in job.name for word in given.only)]
     print(HEAD, flush=True)
     start = time.perf_counter()
-    pool = Pool(min(given.jobs, len(jobs)))
     found: dict[str, list[dict[str, Any]]] = {}
-    for job, rows, seconds in pool.run(jobs):
-        found[job.name] = rows
+    if given.resume and given.out and given.out.is_file():
+        held = json.loads(given.out.read_text())
+        for row in (r for r in held["rows"] if "table" not in r and held["commit"] == commit()):
+            found.setdefault(row["spec"], []).append(row)
+    todo = [job for job in jobs if job.name not in found]
+    words = [w for w in sys.argv[1:] if w != "--resume"]
+    pool = Pool(max(1, min(given.jobs, len(todo))))
+    for job, rows, seconds in pool.run(todo, time.monotonic() + given.seconds):
+        late = any("out of time" in row.get("failure", "") for row in rows) and seconds < PATIENCE
+        if not late:
+            found[job.name] = rows
         print(line(rows, seconds), flush=True)
+        if given.out:
+            rows = kept(jobs, found)
+            write(given.out, [*rows, *by_plan(rows)], f"python benchmarks/check_device.py {' '.join(words)}")
     pool.close()
-    rows = [row for job in jobs for row in found[job.name]]
+    rows = kept(jobs, found)
+    left_out = [job.name for job in jobs if job.name not in found]
     failed = sorted({row["spec"] for row in rows if not row["ok"]})
     took = time.perf_counter() - start
     print(f"{len(jobs)} specs, {len(rows)} rows, {took:.0f} s, failed: {', '.join(failed) or 'none'}")
-    if given.out:
-        write(given.out, rows, f"python benchmarks/check_device.py {' '.join(sys.argv[1:])}", topic="accuracy")
+    if left_out:
+        print(f"no time for {', '.join(left_out)}")
+        return 3
     return 1 if failed else 0
+
+
+def by_plan(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What README shows: the worst of each plan."""
+    found = []
+    for plan in dict.fromkeys(r.get("plan", "none") for r in rows):
+        mine = [r for r in rows if r.get("plan", "none") == plan]
+        row: dict[str, Any] = {"table": "The worst of each plan", "plan": plan, "specs": len({r["spec"] for r in mine})}
+        for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
+            of = [r["error"] for r in mine if r["pass"] == "fwd+bwd" and r["dtype"] == dtype]
+            row |= {f"{short} {kind}": max(e[kind] for e in of) for kind in ("output", "state", "grad") if of}
+        for kind, name in (("step", "steps"), ("causal", "changed by later tokens")):
+            of = [r["error"]["output"] for r in mine if r["pass"] == kind and "error" in r]
+            row |= {name: max(of)} if of else {}
+        as_far = sorted({r["spec"] for r in mine if "conditioned" in r and r["ok"]})
+        wrong = sorted({r["spec"] for r in mine if not r["ok"]})
+        found.append(row | {"where a plain fp32 fold is as far off": ", ".join(as_far), "wrong": ", ".join(wrong)})
+    return found
+
+
+def kept(jobs: list[Job], found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of all that has been run, in the order of the jobs."""
+    return [row for job in jobs for row in found.get(job.name, ())]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
@@ -151,6 +152,12 @@ def groups(names: list[str], sets: list[str], tiny: bool, cache: Path, common: s
                 yield Group(label, tuple(theirs), limit=300 if warm else 240, env=where)
 
 
+def _timed(warm: Group) -> str:
+    """The group that a warming one is for: without the part of its name."""
+    words = warm.name.split()
+    return " ".join(words[:-1] if "/" in words[-1] else words)
+
+
 def ratios(rows: list[Row]) -> list[Row]:
     """Geometric mean and least of peer / psmc, a pass, and how often the peer needs less memory."""
     found = []
@@ -159,13 +166,15 @@ def ratios(rows: list[Row]) -> list[Row]:
         both = [(r, who, ms) for r in mine for who, ms in r.get("peers", {}).items()]
         if not both:
             continue
-        quotients = {f"{r['spec']}, {r['shape']}": ms / r["ms"] for r, _, ms in both}
+        quotients = {f"{r['spec']}, {r['shape']}, {who}": ms / r["ms"] for r, who, ms in both}
         least = min(quotients, key=quotients.__getitem__)
         more = [f"{r['spec']}, {r['shape']}" for r, who, _ in both
                 if r.get("peak_mib", 0) > r.get("peer_peak_mib", {}).get(who, math.inf)]  # fmt: skip
         mean = math.exp(sum(map(math.log, quotients.values())) / len(quotients))
+        apart = [r["differs"] for r, _, _ in both if "differs" in r]
         found.append({"passes": kind, "rows": len(quotients), "geometric mean": mean, "least": quotients[least],
-                      "least at": least, "psmc needs more memory at": "; ".join(more) or "none"})  # fmt: skip
+                      "least at": least, "psmc needs more memory at": "; ".join(more) or "none",
+                      "outputs differ by at most": max(apart, default=None)})  # fmt: skip
     return found
 
 
@@ -202,19 +211,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         common = json.dumps({"folder": folder, "speeds": speeds})
         workers = max(1, min(14, (os.cpu_count() or 2) - 1))
-        if given.only != "measure":
-            warmed = Results(None, False)
-            todo = list(groups(names, sets, given.smoke, given.cache, common, True))
-            todo.sort(key=lambda g: g.name.startswith("psmc"))  # the long ones first
-            seconds = min(given.warm_seconds, given.seconds / 2)
-            warmed.run(__file__, todo, workers=workers, seconds=seconds)
-            given.seconds -= seconds
-        if given.only == "warm":
-            return 0
         results = Results(given.out, given.resume, order, copy_gb_s=round(speeds["copy"] / 1e9),
                           matmul_tflops={k: round(v / 1e12) for k, v in speeds.items() if k in DTYPES})  # fmt: skip
-        results.run(__file__, list(groups(names, sets, given.smoke, given.cache, common, False)), failed,
-                    seconds=given.seconds)  # fmt: skip
+        results.command = "python benchmarks/chunked.py --out benchmarks/results/chunked.json"
+        timed = list(groups(names, sets, given.smoke, given.cache, common, False))
+        if given.only != "measure":
+            warmed, wanted = Results(None, False), {g.name for g in results.left(timed)}
+            todo = [g for g in groups(names, sets, given.smoke, given.cache, common, True) if _timed(g) in wanted]
+            todo.sort(key=lambda g: g.name.startswith("psmc"))  # the long ones first
+            began = time.monotonic()
+            warmed.run(__file__, todo, workers=workers, seconds=min(given.warm_seconds, given.seconds / 2))
+            given.seconds -= time.monotonic() - began
+        if given.only == "warm":
+            return 0
+        results.run(__file__, timed, failed, seconds=given.seconds)
         results.replace(RATIOS, ratios(list(results.rows.values())))
     measure.show(r for r in results.sorted() if "table" in r)
     print(json.dumps({"not measured": results.missing}) if results.missing else "all measured")

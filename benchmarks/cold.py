@@ -68,7 +68,7 @@ def main() -> int:
                 cell = {"spec": name, "what": what, "tiny": given.smoke}
                 groups.append(Group(f"{name}, {what}", (cell,), 90, env))
         results = Results(given.out, given.resume, lambda r: (names.index(r["spec"]), r["what"]))
-        failed = lambda cell, why: [{k: cell[k] for k in ("what", "spec")} | {"failed": why}]  # noqa: E731
+        failed = lambda cell, why: [{k: cell[k] for k in ("what", "spec")} | {"error": why}]  # noqa: E731
         results.run(__file__, groups, failed, seconds=given.seconds)
     print(json.dumps({"not measured": results.missing}) if results.missing else "all measured")
     return results.exit_code

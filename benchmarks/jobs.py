@@ -24,12 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Row, command, show, write
+from benchmarks.measure import Row, command, commit, show, write
 
 Cell = dict[str, Any]
 AGAIN = 75  # the exit code of a process whose device is lost: the cell is told, the next ones want another process
 _MARK = "\x1e"  # before what a process tells the script that started it; all else it prints is for the reader
 _KEY = ("table", "spec", "shape", "dtype", "pass", "data", "tile", "what", "who", "mixer", "passes")
+_LIVE: set[int] = set()  # process groups that this script started
 _LATE = ("not begun", "no time left", "out of time")
 
 
@@ -89,14 +90,12 @@ class Results:
         self.done: list[str] = []  # cells that need not run again
         self.missing: dict[str, str] = {}  # cells that do, and why
         self.command = command()
+        signal.signal(signal.SIGTERM, _end)
         if resume and path is not None and path.is_file():
             kept = json.loads(path.read_text())
-            self.done = kept.get("cells", [])
-            self.complete = "incomplete" not in kept
-            for row in kept["rows"]:
-                self.rows[self.key(row)] = row
-        else:
-            self.complete = False
+            if kept["commit"] == commit():  # else they are of other code
+                self.done = kept.get("cells", [])
+                self.rows = {self.key(row): row for row in kept["rows"]}
 
     @staticmethod
     def key(row: Row) -> tuple[Any, ...]:
@@ -107,7 +106,7 @@ class Results:
         held = self.rows.setdefault(self.key(row), {})
         for name, value in row.items():
             held[name] = {**held.get(name, {}), **value} if isinstance(value, dict) else value
-        if "ms" in row:
+        if "ms" in row and "error" not in row:
             held.pop("error", None)
         for who in row.get("peers", {}):
             held.get("peer_error", {}).pop(who, None)
@@ -135,8 +134,8 @@ class Results:
 
     def write(self) -> None:
         if self.path is not None:
-            told = {"incomplete": self.missing, "cells": self.done} if self.missing else {}
-            write(self.path, self.sorted(), self.command, **self.extra, **told)
+            told = {"incomplete": self.missing} if self.missing else {}
+            write(self.path, self.sorted(), self.command, **self.extra, **told, cells=sorted(self.done))
 
     def run(
         self, script: str, groups: Sequence[Group], failed: Callable[[Cell, str], list[Row]] | None = None,
@@ -195,10 +194,22 @@ class Results:
                 print(f"[{group.name}] {why or 'done'}, {time.monotonic() - began:.0f} s", flush=True)
             self.write()
 
+    def left(self, groups: Iterable[Group]) -> list[Group]:
+        """Those with cells that are not done."""
+        return [g for g in groups if any(_name(g, c) not in self.done for c in g.cells)]
+
     @property
     def exit_code(self) -> int:
         """0 if all was tried; 3 if something ran out of time, so that a second call has work."""
         return 3 if self.missing else 0
+
+
+def _end(number: int, frame: Any) -> None:
+    """Whoever ends this script ends what it started."""
+    for group in list(_LIVE):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    os._exit(128 + number)
 
 
 def _name(group: Group, cell: Cell) -> str:
@@ -219,6 +230,8 @@ def _process(
             words, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace",
             env={**os.environ, **group.env}, start_new_session=True,
         )  # fmt: skip
+
+        _LIVE.add(process.pid)
 
         def kill(why: str) -> None:
             late.append(why)
@@ -247,6 +260,7 @@ def _process(
             elif line.strip():
                 print(f"[{group.name}] {line}", end="", flush=True)
         code = process.wait()
+        _LIVE.discard(process.pid)
         timer.cancel()
         errors.seek(0)
         said = [line for line in errors.read().splitlines() if line.strip()]

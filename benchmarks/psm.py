@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import sys
 import time
@@ -28,13 +29,14 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.measure import show, write
+from benchmarks.measure import commit, show, write
 from psmc.nn import Attention, LanguageModel, ScanMixer, TransformerPSM, parameters_of, sizes_for, state_bytes
 from psmc.runtime.kit_tree import Node, counter_push, counter_start, tree_scan
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 VOCAB = 256
 Row = dict[str, Any]
+Keep = Callable[[list[Row]], None]
 
 
 class Machine:
@@ -127,9 +129,8 @@ class Looped(nn.Module):
         return words.logits(torch.cat(outputs, 1))
 
 
-def training(m: Machine, quick: bool, compiled: bool) -> list[Row]:
+def training(m: Machine, quick: bool, compiled: bool, keep: Keep) -> None:
     batch, chunk, dim = (2, 4, 32) if quick else (8, 64, 256)
-    rows = []
     for chunks in (5, 8) if quick else (64, 256, 512):
         torch.manual_seed(0)
         model = TransformerPSM(VOCAB, dim, chunk, heads=max(1, dim // 64), agg_layers=1, inf_layers=2).to(m.device)
@@ -152,14 +153,12 @@ def training(m: Machine, quick: bool, compiled: bool) -> list[Row]:
             assert (outputs[name] - outputs["tree"]).abs().max() < 2e-2, name
             found = m.measure(step)
             speed = round(tokens.numel() / found["ms"] * 1e3)
-            rows.append({"topic": "training", "plan": name, "chunks": chunks, "B": batch, "c": chunk, "d": dim,
-                         **found, "tokens/s": speed})  # fmt: skip
-    return rows
+            keep([{"topic": "training", "plan": name, "chunks": chunks, "B": batch, "c": chunk, "d": dim,
+                   **found, "tokens/s": speed}])  # fmt: skip
 
 
-def combine(m: Machine, quick: bool) -> list[Row]:
+def combine(m: Machine, quick: bool, keep: Keep) -> None:
     batch, chunk, dim = (2, 4, 32) if quick else (32, 64, 768)
-    rows = []
     for chunks in (7,) if quick else (31, 63):  # what 32 and 64 chunks need
         torch.manual_seed(0)
         scan = TransformerPSM(VOCAB, dim, chunk, heads=max(1, dim // 64), agg_layers=1, inf_layers=1).scan.to(m.device)
@@ -183,9 +182,8 @@ def combine(m: Machine, quick: bool) -> list[Row]:
             run()
             each = count // batch
             row = m.measure(run)
-            rows.append({"topic": "combine", "plan": name, "chunks": chunks + 1, "B": batch, "c": chunk, "d": dim,
-                         "combines": each, **row})  # fmt: skip
-    return rows
+            keep([{"topic": "combine", "plan": name, "chunks": chunks + 1, "B": batch, "c": chunk, "d": dim,
+                   "combines": each, **row}])  # fmt: skip
 
 
 # --- decoding --------------------------------------------------------------------------------------
@@ -218,10 +216,9 @@ def decoders(params: int, layers: int) -> dict[str, Callable[[], nn.Module]]:
 
 
 @torch.no_grad()
-def latency(m: Machine, quick: bool, params: float, layers: int) -> list[Row]:
+def latency(m: Machine, quick: bool, params: float, layers: int, keep: Keep) -> None:
     places = (0, 70) if quick else (0, 1000, 2000, 5000, 10_000, 20_000, 40_000)
     tokens = 4 if quick else 1000
-    rows = []
     for name, make in decoders(100_000 if quick else int(params), 2 if quick else layers).items():
         torch.manual_seed(0)
         model: Any = make().to(m.device).eval()
@@ -247,17 +244,15 @@ def latency(m: Machine, quick: bool, params: float, layers: int) -> list[Row]:
                     times.append(1e3 * (time.perf_counter() - start))
                 gc.enable()
                 cuts = statistics.quantiles(times, n=100)
-                rows.append({
+                keep([{
                     "topic": "latency", "model": name, "parameters": parameters_of(model), "B": batch, "before": place,
                     "mean ms": round(statistics.mean(times), 4), "p50 ms": round(cuts[49], 4),
                     "p99 ms": round(cuts[98], 4), "state bytes": state_bytes(state),
-                })  # fmt: skip
-                show(rows[-1:])
+                }])  # fmt: skip
                 del state
         del model
         if m.cuda:
             torch.cuda.empty_cache()
-    return rows
 
 
 def prefilled(model: Any, seen: Tensor) -> Any:
@@ -296,23 +291,34 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the result file; the plot stands beside it")
     parser.add_argument("--only", nargs="+", choices=["training", "combine", "latency"],
                         default=["training", "combine", "latency"], help="default: all")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="keep what --out has of other topics, at this commit")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     parser.add_argument("--compile", action="store_true", help="the tree under torch.compile, too")
     parser.add_argument("--params", type=float, default=20e6, help="of each model in latency (default 20e6)")
     parser.add_argument("--layers", type=int, default=6, help="of the baselines in latency (default %(default)s)")
     options = parser.parse_args()
-    machine, rows = Machine(options.quick), []
-    if "training" in options.only:
-        rows += training(machine, options.quick, options.compile)
-        show(rows)
-    if "combine" in options.only:
-        rows += (found := combine(machine, options.quick))
+    machine, kept = Machine(options.quick), list[Row]()
+    if options.resume and options.out.is_file():
+        held = json.loads(options.out.read_text())
+        kept = [r for r in held["rows"] if held["commit"] == commit() and r["topic"] not in options.only]
+    rows = list(kept)
+
+    def keep(found: list[Row]) -> None:
+        """Written row by row: what comes later may not come."""
         show(found)
+        rows.extend(found)
+        said = list(dict.fromkeys(r["topic"] for r in rows))
+        extra = {"quick": True} if options.quick else {}
+        write(options.out, rows, f"python benchmarks/psm.py --out benchmarks/results/psm.json --only {' '.join(said)}",
+              **extra)  # fmt: skip
+
+    if "training" in options.only:
+        training(machine, options.quick, options.compile, keep)
+    if "combine" in options.only:
+        combine(machine, options.quick, keep)
     if "latency" in options.only:
-        rows += (found := latency(machine, options.quick, options.params, options.layers))
-        plot(found, options.out.with_suffix(".png"))
-    extra = {"quick": True} if options.quick else {}
-    write(options.out, rows, f"python benchmarks/psm.py --only {' '.join(options.only)}", **extra)
+        latency(machine, options.quick, options.params, options.layers, keep)
+        plot([r for r in rows if r["topic"] == "latency"], options.out.with_suffix(".png"))
     return 0
 
 

@@ -3,10 +3,10 @@
     python benchmarks/tables.py [--check]
 
 A file is {"commit", "device", "versions", "command", "rows": [...]}. Rows with "ms" have "spec", "shape", "dtype",
-"pass" ("fwd", "bwd", "fwd+bwd", "step"), "tile" (block sizes), "floor_ms", "floor" (what bounds it: "bytes", "flops",
-"exp"), "peers": {name: ms},
-"peer_error": {name: text}, "peak_mib"; keys that do not apply are left out. Any other rows are shown as they are, a
-column a key; rows that name a "table" are shown in that one.
+"pass" ("fwd", "bwd", "fwd+bwd", "step"), "tile" (block sizes), "what" (how it is run), "floor_ms", "floor" (what bounds
+it: "bytes", "flops", "exp"), "peers": {name: ms}, "peer_error": {name: text}, "peak_mib", "peer_peak_mib": {name: MiB},
+"first_call_s", "note"; keys that do not apply are left out. Any other rows are shown as they are, a column a key; rows
+that name a "table" are shown in that one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,22 @@ TITLES = {
     "accuracy": "Error against the fp64 oracle",
     "decode": "One token",
     "tree": "Trees",
+    "chunked": "Matrix states in chunks",
+    "chunked_accuracy": "Chunked specs on hard data, against the fp64 oracle",
+    "training": "A language model of 50 M parameters, trained with psmc and with a reference",
+    "cold": "First call of chunked specs, empty caches",
+    "psm": "Prefix-scannable models",
 }
 # Where a topic's tables stand, if not in README.
 ELSEWHERE = {
     **dict.fromkeys(("fuzz", "proofs", "reassociation"), "docs/proofs.md"),
-    "pointwise_tiles": "docs/measurements.md",
+    **dict.fromkeys(("pointwise_tiles", "chunk_tiles"), "docs/measurements.md"),
 }
+# Topics of which README has the tables that rows name, and docs/measurements.md the rows one by one.
+SUMMED = ("accuracy", "chunked_accuracy", "training")
+UNLISTED = ("accuracy",)  # too many rows for any document
+DETAILS = "docs/measurements.md"
+HIDDEN = ("curve",)  # of rows, for plots
 DOCUMENTS = ("README.md", *dict.fromkeys(ELSEWHERE.values()))
 Row = Mapping[str, Any]
 
@@ -71,27 +81,33 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def timed(rows: Sequence[Row]) -> list[str]:
     """psmc beside its peers and the floor, a row a measurement."""
     peers = list(dict.fromkeys(p for r in rows for p in (*r.get("peers", {}), *r.get("peer_error", {}))))
-    headings = ["spec", "shape", "dtype", "pass", "tile", "psmc ms", "of the floor"]
-    headings += [*(f"{p} ms" for p in peers), "peak MiB"]
+    heavy = [p for p in peers if any(p in r.get("peer_peak_mib", {}) for r in rows)]
+    headings = ["spec", "shape", "dtype", "pass", "tile", "what", "psmc ms", "of the floor"]
+    headings += [*(f"{p} ms" for p in peers), "peak MiB", *(f"{p} peak MiB" for p in heavy), "first call s", "note"]
     body = []
     for row in rows:
         ms, floor = row.get("ms"), row.get("floor_ms")
         share = f"{floor / ms:.2f} ({row.get('floor', 'bytes')})" if ms and floor else ""
         errors = row.get("peer_error", {})
         theirs = [cell(row.get("peers", {}).get(p)) or ("fails" if p in errors else "") for p in peers]
-        named = [cell(row.get(k)) for k in ("spec", "shape", "dtype", "pass", "tile")]
-        body.append([*named, cell(ms) or "fails", share, *theirs, cell(row.get("peak_mib"))])
+        named = [cell(row.get(k)) for k in ("spec", "shape", "dtype", "pass", "tile", "what")]
+        memory = [cell(row.get("peak_mib")), *(cell(row.get("peer_peak_mib", {}).get(p)) for p in heavy)]
+        rest = [cell(row.get("first_call_s")), cell(row.get("note"))]
+        body.append([*named, cell(ms) or "fails", share, *theirs, *memory, *rest])
     return table(headings, body)
 
 
 def plain(rows: Sequence[Row]) -> list[str]:
     """A column a key, in the order in which keys first appear."""
-    keys = list(dict.fromkeys(k for r in rows for k in r))
+    keys = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in HIDDEN]
     return table(keys, ([cell(r.get(k)) for k in keys] for r in rows))
 
 
-def section(path: Path) -> list[str]:
-    """One file. Raises ValueError with the path if it is not what the header says."""
+def section(path: Path, document: str = "README.md") -> list[str]:
+    """One file, as a document has it; [] if it has nothing there.
+
+    Raises ValueError with the path if the file is not what the header says.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         rows = record["rows"]
@@ -99,6 +115,10 @@ def section(path: Path) -> list[str]:
         source = f"{record['device']}; {versions}; commit {record['commit']}; `{record['command']}`"
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path.name}: {error!r}; expected commit, device, versions, command, rows") from error
+    if path.stem in SUMMED and any("table" in r for r in rows):
+        rows = [r for r in rows if ("table" in r) == (document != DETAILS)]
+        if not rows:
+            return []
     if "copy_gb_s" in record:
         source += f"; device copy {record['copy_gb_s']} GB/s"
     if "note" in record:
@@ -107,15 +127,17 @@ def section(path: Path) -> list[str]:
     lines = [f"**{title}.** {source}", ""]
     for name in dict.fromkeys(r.get("table", "") for r in rows):
         mine = [{k: v for k, v in r.items() if k != "table"} for r in rows if r.get("table", "") == name]
-        is_timed = all("pass" in r and ("ms" in r or "error" in r) for r in mine)
+        is_timed = all("pass" in r and not r.keys().isdisjoint(("ms", "error", "peers")) for r in mine)
+        is_timed &= any("ms" in r for r in mine) or not any("data" in r for r in mine)
         lines += [*([f"{name}:", ""] if name else []), *(timed(mine) if is_timed else plain(mine)), ""]
     return lines
 
 
 def tables(document: str = "README.md", results: Path = RESULTS) -> str:
     """Everything between the markers of a document."""
-    paths = [p for p in sorted(results.glob("*.json")) if ELSEWHERE.get(p.stem, "README.md") == document]
-    return "\n".join([line for path in paths for line in section(path)] or [NOTHING, ""])
+    paths = [p for p in sorted(results.glob("*.json")) if ELSEWHERE.get(p.stem, "README.md") == document
+             or (document == DETAILS and p.stem in SUMMED and p.stem not in UNLISTED)]  # fmt: skip
+    return "\n".join([line for path in paths for line in section(path, document)] or [NOTHING, ""])
 
 
 def updated(text: str, found: str) -> str:

@@ -2,8 +2,8 @@
 
     python benchmarks/tree.py --out benchmarks/results/tree.json
 
-Rows as everywhere (docs in DESIGN of the result files): `floor_ms` counts inputs and outputs once, and for a backward
-their cotangents and gradients too; `peers` has the PyTorch tree of the same module.
+Written shape by shape; a shape that fails says so in its row. `floor_ms` counts inputs and outputs once, and for a
+backward their cotangents and gradients too; `peers` has the PyTorch tree of the same module.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,49 +68,66 @@ def peak_mib(run: Callable[[], Any]) -> float:
 
 
 def measure(
-    shapes: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype], device: str, spec: str = "pr_lstm"
-) -> list[dict[str, Any]]:
+    shapes: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype], device: str, spec: str = "pr_lstm",
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:  # fmt: skip
     agg = psmc.load(EXAMPLES / f"{spec}.psm")
     tree = plain(agg)
-    on_gpu = device == "cuda"
-    timed = median_ms if on_gpu else clock
-    bandwidth = copy_bandwidth() if on_gpu else None
-    rows = []
+    bandwidth = copy_bandwidth() if device == "cuda" else None
+    rows: list[dict[str, Any]] = []
     for shape in shapes:
         for dtype in dtypes:
-            tensors = draw(agg, shape, dtype, device)
-            with torch.no_grad():
-                near = (agg(*tensors).float() - tree(*tensors).float()).abs().max().item()
-            assert near < (1e-4 if dtype == torch.float32 else 3e-2), f"{shape}: the trees differ by {near}"
-            for name in ("fwd", "fwd+bwd"):
-                back = name == "fwd+bwd"
-                mine, theirs = (with_gradients(f, tensors) if back else partial(f, *tensors) for f in (agg, tree))
-                row: dict[str, Any] = {
-                    "spec": spec, "shape": "B{} T{} C{}".format(*shape), "dtype": str(dtype)[6:], "pass": name,
-                    "first_call_s": round(first_call(mine), 2) if on_gpu else None,
-                    "ms": timed(mine), "peers": {"PyTorch tree": timed(theirs)},
-                }  # fmt: skip
-                if bandwidth is not None:
-                    floor = moved(agg, tensors, back) / bandwidth * 1e3
-                    row |= {"floor_ms": floor, "floor": "bytes", "peak_mib": peak_mib(mine),
-                            "peer_peak_mib": {"PyTorch tree": peak_mib(theirs)}}  # fmt: skip
-                rows.append({k: v for k, v in row.items() if v is not None})
+            try:
+                rows += rows_of(agg, tree, spec, shape, dtype, device, bandwidth)
+            except Exception as error:
+                same = {"spec": spec, "shape": "B{} T{} C{}".format(*shape), "dtype": str(dtype)[6:]}
+                rows.append({**same, "pass": "fwd+bwd", "error": f"{type(error).__name__}: {str(error)[:200]}"})
+            keep(rows)
     return rows
 
+
+def rows_of(
+    agg: Any, tree: Any, spec: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str,
+    bandwidth: float | None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Both passes at one shape. Raises AssertionError if the two trees differ."""
+    on_gpu = device == "cuda"
+    timed = median_ms if on_gpu else clock
+    tensors = draw(agg, shape, dtype, device)
+    with torch.no_grad():
+        near = (agg(*tensors).float() - tree(*tensors).float()).abs().max().item()
+    assert near < (1e-4 if dtype == torch.float32 else 3e-2), f"{shape}: the trees differ by {near}"
+    for name in ("fwd", "fwd+bwd"):
+        back = name == "fwd+bwd"
+        mine, theirs = (with_gradients(f, tensors) if back else partial(f, *tensors) for f in (agg, tree))
+        row: dict[str, Any] = {
+            "spec": spec, "shape": "B{} T{} C{}".format(*shape), "dtype": str(dtype)[6:], "pass": name,
+            "first_call_s": round(first_call(mine), 2) if on_gpu else None,
+            "ms": timed(mine), "peers": {"PyTorch tree": timed(theirs)},
+        }  # fmt: skip
+        if bandwidth is not None:
+            floor = moved(agg, tensors, back) / bandwidth * 1e3
+            row |= {"floor_ms": floor, "floor": "bytes", "peak_mib": peak_mib(mine),
+                    "peer_peak_mib": {"PyTorch tree": peak_mib(theirs)}}  # fmt: skip
+        yield {k: v for k, v in row.items() if v is not None}
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--shape", action="append", help="B,T,C; several times")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--smoke", action="store_true", help="a tiny shape, any machine")
     given = parser.parse_args(arguments)
     shapes = [tuple(map(int, s.split(","))) for s in given.shape or ()] or SHAPES
     dtypes = (torch.float32, torch.bfloat16) if given.device == "cuda" else (torch.float32,)
-    rows = measure(shapes, dtypes, given.device)  # type: ignore[arg-type]
-    show(rows)
-    if given.out is not None:
-        write(given.out, rows, "python benchmarks/tree.py")
-    return rows
+    shapes = ((1, 6, 4),) if given.smoke else shapes
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        show(rows[-2:])
+        if given.out is not None:
+            write(given.out, rows, "python benchmarks/tree.py --out benchmarks/results/tree.json")
+
+    return measure(shapes, dtypes, given.device, keep=keep)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

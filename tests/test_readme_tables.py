@@ -63,6 +63,25 @@ def test_rows_that_name_a_table(tmp_path: Path) -> None:
     assert lines[8:10] == ["Monoids:", ""]
 
 
+def test_summed_topics_are_in_readme_and_row_by_row_elsewhere(tmp_path: Path) -> None:
+    rows = [{"spec": "a", "data": "hard", "output": 0.5}, {"table": "Worst", "data": "hard", "output": "0.5 (a)"}]
+    write(tmp_path, "chunked_accuracy", rows)
+    write(tmp_path, "accuracy", rows)
+    readme, details = (SCRIPT["tables"](d, tmp_path) for d in ("README.md", "docs/measurements.md"))
+    assert readme.count("| hard | 0.5 (a) |") == 2 and "| a |" not in readme
+    assert details.count("| a | hard | 0.5 |") == 1 and "0.5 (a)" not in details
+    write(tmp_path, "accuracy", rows[:1])
+    assert "| a | hard | 0.5 |" in SCRIPT["tables"]("README.md", tmp_path), "there is no sum of it"
+
+
+def test_a_row_with_peers_alone_and_hidden_columns(tmp_path: Path) -> None:
+    row = {"spec": "a", "pass": "fwd", "peers": {"p": 2.0}, "peer_peak_mib": {"p": 7.0}, "note": "guard off"}
+    write(tmp_path, "chunked", [{**row, "error": "lost"}])
+    write(tmp_path, "other", [{"who": "x", "curve": [1.0, 2.0]}])
+    found = SCRIPT["tables"]("README.md", tmp_path)
+    assert "| a | fwd | fails | 2 | 7 | guard off |" in found and "curve" not in found
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "no json"])
 def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "broken.json").write_text(text, encoding="utf-8")
