@@ -56,6 +56,7 @@ TOPICS = (
     Topic("overhead", ("overhead.py",), "overhead", 1.5, PLAIN, "--host"),
     Topic("device", ("check_device.py", "--random", "100"), "accuracy", 8),
     Topic("tree", ("tree.py",), "tree", 2, PLAIN),
+    Topic("attention", ("attention.py",), "attention", 3, PLAIN),
     Topic("psm-training", ("psm.py", "--only", "training", "combine"), "psm", 4, ("--resume",), "--quick"),
     Topic("psm-latency", ("psm.py", "--only", "latency"), "psm", 8, ("--resume",), "--quick"),
     Topic("chunked-more", ("chunked.py", "--shapes", "more"), "chunked", 8),
