@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ SAMPLES = {
     "chunked": ("gla", "forward/2/128", (64, 128, 128, 8, 2)),
     "pointwise": ("mingru", "backward/4", (4, 4, 64, 2, 2, 4)),
     "tree": ("pr_lstm", "forward/4", (64,)),
+    "attention": ("attention_combine", "query/bf16/64", (64, 32, 8, 2)),
 }
 
 
@@ -69,7 +71,8 @@ def psmc(capsys: pytest.CaptureFixture[str]):
 
 def table_of(text: str) -> tuple[Row, ...]:
     """The shipped rows of a module's text."""
-    literal = text[text.index("tiles={") + len("tiles=") :]
+    (start,) = re.findall(r"(?:tiles=|ATTENTION_TILES = )(?=\{)", text)
+    literal = text[text.index(start + "{") + len(start) :]
     depth = 0
     for at, letter in enumerate(literal):
         depth += {"{": 1, "}": -1}.get(letter, 0)
@@ -187,8 +190,9 @@ def test_a_module_with_tuned_tiles(sample: tuple[pipeline.Compilation, Tuned], t
     pytest.importorskip("triton")
     monkeypatch.setenv("PSMC_CACHE_DIR", str(tmp_path / "cache"))
     agg = realise(baked)
-    kernels = getattr(agg.module, "CHUNK_KERNELS", None) or agg.module.KERNELS.table
-    found = kernels.tiles
+    found = getattr(agg.module, "ATTENTION_TILES", None)
+    if found is None:
+        found = (getattr(agg.module, "CHUNK_KERNELS", None) or agg.module.KERNELS.table).tiles
     assert type(found).__name__ == "TunedTiles" and found.place == ("NVIDIA H200", "3.6.0") and not found
     (name, numbers), = file.tiles
     own = table_of(shipped.text)

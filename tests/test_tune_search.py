@@ -104,7 +104,7 @@ else:
             Candidate("", tuple(Row(k, 4, 64, other) for k in kernels)),
         ]
         tiles = {k: {2: ((64, tile),), 4: ((64, tile),)} for k in kernels}
-        result, found = search(tmp_path, MATRIX, tiles, {}, "B1 T33 H1 K16 V16", given)
+        result, found = search(tmp_path, MATRIX, tiles, {}, "B1 T20 H1 K16 V16", given)
         shipped, mixed, whole = (found[c] for c in given)
         assert mixed.fault.startswith("wrong: error ") and not mixed.chosen and mixed.ms is None
         assert mixed.error > 1e-2 and mixed.where in ("dk", "dv", "dg", "dinitial S")
@@ -119,7 +119,7 @@ else:
         assert app.run(["tune", "leak.psm", "--shape", "B1 T9 C1", "--seconds", "0.1", "--json"]) == 0
         said = json.loads(capsys.readouterr().out)
         assert said["device"] == "interpreter" and {r["kernel"] for r in said["rows"]} == {"forward", "backward"}
-        assert sum(r["verdict"] == "chosen, shipped" for r in said["rows"]) == 2
+        assert sum(r["verdict"].startswith("chosen, shipped") for r in said["rows"]) == 2
         assert all("out of time" in r["verdict"] for r in said["rows"] if "shipped" not in r["verdict"])
         file = Path("leak.tuned.json")
         (tuned,) = read_files([str(file)])

@@ -28,6 +28,7 @@ _ROLES: dict[Role, dict[str, object]] = {
 # Words that carry a verdict, wherever they stand alone in a table.
 _WORDS = {
     "proved": "green", "PASS": "green", "refuted": "red", "FAIL": "red", "unknown": "yellow", "differs": "red",
+    "chosen": "green", "wrong": "red", "died": "red",
 }  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def _rich_table(headings: Sequence[str], body: list[list[str]], right: Sequence[
     for head in headings:
         shown.add_column(head, justify="right" if head in right else "left", overflow="fold")
     for row in body:
-        shown.add_row(*(Text(cell, style=_WORDS.get(cell.split(" ")[0], "")) for cell in row))
+        shown.add_row(*(Text(cell, style=_WORDS.get(cell.split(" ")[0].rstrip(":,"), "")) for cell in row))
     Console(no_color=not coloured(sys.stdout), highlight=False).print(shown)
 
 

@@ -16,7 +16,7 @@ from psmc.diagnostics import fail
 if TYPE_CHECKING:
     from psmc.pipeline import Compilation
     from psmc.plan.tuned import Tuned
-    from psmc.tuning import Result, Search, Shape, Tried
+    from psmc.tuning import Result, Search, Shape, Target, Tried
 
 _HEADINGS = ("kernel", "tile", "error", "ms", "gain", "verdict")
 
@@ -67,33 +67,34 @@ def command(
     found = pipeline.pick(pipeline.read(path), name, str(path))
     text = found.shipped
     _require_kernels(found)
+    plan = "attention" if "ATTENTION_TILES = " in text else found.plan.name  # whose tiles they are
     _require_device(interpret)
+    from psmc import tuning
     from psmc.runtime import cache
-    from psmc.tuning import NothingRuns, Search, Target, interpreted
 
-    quick = interpreted()
+    quick = tuning.interpreted()
     if quick and dtype == "bf16":
         raise click.UsageError("Triton's interpreter has no bf16: pass --dtype fp32.")
-    asked = _shapes(shapes, found, quick)
+    asked = _shapes(shapes, found, plan, quick)
     module = cache.stored(found.agg.name, text)
-    target = Target(str(path), found.declared.name, str(module), dtype or ("fp32" if quick else "bf16"),
+    target = tuning.Target(str(path), found.declared.name, str(module), dtype or ("fp32" if quick else "bf16"),
                     "cpu" if quick else "cuda", asked, quick)  # fmt: skip
-    search = Search(target, found.plan.name, seconds, jobs or min(8, os.cpu_count() or 1))
+    search = tuning.Search(target, plan, seconds, jobs or min(8, os.cpu_count() or 1))
     try:
         result = _searched(search)
-    except NothingRuns as why:
+    except tuning.NothingRuns as why:
         fail("PSM621", f"'{found.declared.name}' has nothing to tune here: {why}.", helps=(_SMALLER,))
     if as_json:
-        inputs.say_json({"device": result.device, "rows": [_as_data(one, found.plan.name) for one in result.tried]})
+        inputs.say_json({"device": result.device, "rows": [_as_data(one, plan) for one in result.tried]})
     else:
-        _show(found, target, result)
+        _show(found, target, plan, result)
     if not result.rows:
         fail(
             "PSM624", f"'{found.declared.name}': no tile of its kernels is right on {result.device}.",
             notes=("the checks compare with the sequential fold in fp64; the table says what was off.",),
             helps=("psmc test says more, and PSMC_DEBUG=1 shows what compilers print; please report it.",),
         )  # fmt: skip
-    tuned = _tuned(found, result, Path(out or f"{found.declared.name}.tuned.json"))
+    tuned = _tuned(found, plan, result, Path(out or f"{found.declared.name}.tuned.json"))
     inputs.write(Path(out or tuned.file), tuned.text())
     if not as_json:
         console.say(f"wrote {out or tuned.file}")
@@ -104,7 +105,9 @@ _SMALLER = "--shape names rows, tokens, lanes and dims; kernels of matrix states
 
 
 def _require_kernels(found: Compilation) -> None:
-    if not any(f"{name}(" in found.shipped for name in ("TreeKernels", "PointwiseKernels", "ChunkKernels")):
+    if not any(f"= {name}(" in found.shipped for name in ("AttentionKernels", "PointwiseKernels", "TreeKernels")) and (
+        "matrices=ChunkKernels(" not in found.shipped
+    ):
         reasons = tuple(f"{plan}: {why}." for plan, why in found.plan.refused)
         fail(
             "PSM621",
@@ -133,11 +136,11 @@ def _require_device(interpret: bool) -> None:
         )  # fmt: skip
 
 
-def _shapes(texts: tuple[str, ...], found: Compilation, quick: bool) -> tuple[Shape, ...]:
+def _shapes(texts: tuple[str, ...], found: Compilation, plan: str, quick: bool) -> tuple[Shape, ...]:
     from psmc.tuning import parse, usual
 
     if not texts:
-        return (usual(found.declared, found.plan.name, quick),)
+        return (usual(found.declared, plan, quick),)
     shapes = []
     for text in texts:
         try:
@@ -154,24 +157,21 @@ def _searched(search: Search) -> Result:
         return search.run()
 
 
-def _tuned(found: Compilation, result: Result, out: Path) -> Tuned:
+def _tuned(found: Compilation, plan: str, result: Result, out: Path) -> Tuned:
     from psmc.plan.tuned import Tuned
 
     versions = (("torch", version("torch")), ("triton", result.triton))
     tiles = tuple(sorted((row.name, row.numbers) for row in result.rows))
-    return Tuned(out.name, found.declared.name, result.device, found.digest, found.plan.name, tiles, versions)
+    return Tuned(out.name, found.declared.name, result.device, found.digest, plan, tiles, versions)
 
 
-def _show(found: Compilation, target: object, result: Result) -> None:
-    from psmc.tuning import Target
-
-    assert isinstance(target, Target)
+def _show(found: Compilation, target: Target, plan: str, result: Result) -> None:
     shapes = "; ".join(shape.text for shape in target.shapes)
     console.say(
         console.bold(found.declared.name)
         + f": plan {found.plan.name}, {result.device}, triton {result.triton}, {target.dtype}, {shapes}"
     )
-    console.table(_HEADINGS, [_cells(one, found.plan.name) for one in result.tried], right=_HEADINGS[2:5])
+    console.table(_HEADINGS, [_cells(one, plan) for one in result.tried], right=_HEADINGS[2:5])
     if target.quick:
         console.say("ms by the wall clock, of Triton's interpreter: they say nothing about a GPU")
     for note in result.notes:

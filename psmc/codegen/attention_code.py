@@ -9,10 +9,13 @@ from types import SimpleNamespace
 
 from psmc.codegen.paste import paste
 from psmc.codegen.render import render
+from psmc.codegen.tiles_code import tiles_class, tiles_text
 from psmc.codegen.triton_expr import LaneFunction, helper_texts, print_function
 from psmc.ir import Aggregator, Assign, Block, Const, DimValue, Expr, IndexValue, Ref
 from psmc.ir.rewrite import transform
 from psmc.plan.attention import by_kernel, found_in, tiles
+from psmc.plan.tiles import rows
+from psmc.plan.tuned import Tuned
 from psmc.structure.attention import Attention
 
 ATTENTION_KIT = ("kit_calls", "kit_attention")
@@ -20,7 +23,7 @@ _LN2 = "0.6931471805599453"
 _PLACES = ("n", "m", "N", "M")  # what a mask reads: the places of a query and a key, how many there are
 
 
-def print_attention(agg: Aggregator, fused: bool = True) -> str:
+def print_attention(agg: Aggregator, fused: bool = True, tuned: Tuned | None = None) -> str:
     """Module text that defines ATTENTION_0, ... in the order of a combine's attentions, None where it is torch's call
     that runs it (all of them, unless `fused`); '' if there is none."""
     found = found_in(agg)
@@ -30,8 +33,10 @@ def print_attention(agg: Aggregator, fused: bool = True) -> str:
     forms = [_form(agg, a) for a in run]
     unlike = list(dict.fromkeys(forms))
     text = kernel_text(unlike)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    parts = [text, paste(ATTENTION_KIT, frozenset({"AttentionKernels"})).body, f"ATTENTION_TILES = {_literal()}\n"]
+    sizes = tiles_text(rows(tiles()), tuned, _literal())
+    digest = hashlib.sha256((text + sizes if tuned else text).encode()).hexdigest()[:16]
+    parts = [text, paste(ATTENTION_KIT, frozenset({"AttentionKernels"})).body, *tiles_class(tuned)]
+    parts.append(f"ATTENTION_TILES = {sizes}\n")
     parts += [_table(n, form, digest) for n, form in enumerate(unlike)]
     held = {a: f"ATTENTION_KERNELS_{unlike.index(form)}" for a, form in zip(run, forms, strict=True)}
     parts.append("".join(f"ATTENTION_{n} = {held.get(a)}\n" for n, a in enumerate(found)))

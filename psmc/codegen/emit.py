@@ -43,7 +43,7 @@ def emit(
     live = live or tuple(c.name for c in agg.state)  # also where no output reads the state
     extern = isinstance(agg.combine, Extern)
     kernels = _kernels(agg, structure, plan, tuned)
-    attended = print_attention(agg, fused=not kernels)
+    attended = print_attention(agg, not kernels, tuned)
     matrices = plan.name == "chunked" and bool(kernels)
     files = KIT
     if plan.name == "chunked":

@@ -10,10 +10,10 @@ from psmc.plan.tuned import Tuned
 
 
 def literal(rows: Sequence[Row]) -> str:
-    """On one line: kernel -> bytes -> a tile, or ((largest key block, tile), ...)."""
+    """On one line: kernel -> size -> a tile, or ((largest key, tile), ...)."""
     kernels = []
     for kernel, sizes in table(rows).items():
-        each = ", ".join(f"{size}: {tile!r}" for size, tile in sizes.items())
+        each = ", ".join(f"{size!r}: {tile!r}" for size, tile in sizes.items())
         kernels.append(f'"{kernel}": {{{each}}}')
     return "{" + ", ".join(kernels) + "}"
 

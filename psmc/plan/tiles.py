@@ -18,18 +18,19 @@ FIELDS: Mapping[str, Mapping[str, tuple[int, int]]] = {
     "pointwise": {"rows": (1, 64), "chunks": (1, 64), "lanes": (1, 512), "warps": (1, 16), "stages": (1, 5),
                   "vector": (1, 16)},
     "tree": {"lanes": (32, 512)},
+    "attention": {"queries": (16, 256), "keys": (16, 256), "warps": (1, 16), "stages": (1, 5)},
 }  # fmt: skip
 
-# plan -> kernel ('': any other) -> changes of the shipped tile, likeliest first: 'x=n', 'x*n', 'x/n'
+# plan -> kernel ('': any other) -> changes of the shipped tile, likeliest first: 'x=n', 'x*n', 'x/n'. Of the chunked
+# plan, those that spill least where they are compiled for sm_90 with keys and values of 128.
 _CHANGES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "chunked": {
-        "forward": ("warps*2", "warps*2 stages=1", "stages=1", "stages=3", "values*2 warps*2", "values/2",
-                    "values*2 warps*2 stages=1"),
-        "states": ("stages=1", "stages=3", "values*2", "keys*2", "values*2 warps*2", "values*2 keys*2 warps*2",
-                   "warps*2"),
-        "gradients": ("warps/2", "stages=2", "values/2", "values*2", "keys/2", "keys/2 warps/2", "keys*2",
-                      "keys*2 values/2"),
-        "prepare": ("warps/2", "keys/2", "keys/2 warps/2", "keys*2"),
+        "forward": ("warps*2", "values/2", "warps*2 stages=1", "stages=1", "stages=3", "values*2 warps*2",
+                    "values/2 stages=3"),
+        "states": ("warps*2", "values*2 warps*2", "stages=1", "stages=3", "keys*2", "values*2",
+                   "values*2 keys*2 warps*2"),
+        "gradients": ("keys/2", "stages=2", "values/2", "keys/2 stages=2", "keys/2 values/2", "keys/2 warps/2"),
+        "prepare": ("keys/2", "keys/2 warps/2", "warps/2"),
         "": ("warps/2", "warps*2", "stages=1", "stages=2", "values/2", "keys/2"),
     },
     "pointwise": {
@@ -37,6 +38,10 @@ _CHANGES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
              "lanes/2 vector/2", "rows/2 chunks*2"),
     },
     "tree": {"": ("lanes/2", "lanes/4", "lanes*2")},
+    "attention": {
+        "": ("stages=1", "stages=2", "stages=3", "warps*2", "warps/2", "queries*2 warps*2", "queries/2", "keys*2",
+             "keys/2"),
+    },
 }  # fmt: skip
 # What all kernels of a module have in common, changed for all of them at once.
 _SHARED: Mapping[str, tuple[str, ...]] = {"chunked": ("tokens/2", "tokens*2")}
@@ -45,11 +50,11 @@ _CHANGE = re.compile(r"(\w+)([=*/])(\d+)")
 
 @dataclass(frozen=True)
 class Row:
-    """A tile and its place: the kernel, the bytes of an operand, and the largest block of the key that it is for (0:
-    the plan tells no keys apart)."""
+    """A tile and its place: the kernel, the bytes of an operand (of attention: how it multiplies), and the largest
+    block of the key, or width, that it is for (0: the plan tells none apart)."""
 
     kernel: str
-    size: int
+    size: int | str
     key: int
     numbers: tuple[int, ...]
 
@@ -66,12 +71,12 @@ class Candidate:
     rows: tuple[Row, ...]
 
 
-def rows(table: Mapping[str, Mapping[int, Any]]) -> tuple[Row, ...]:
-    """Of a module's `tiles`: kernel -> bytes -> a tile, or ((largest key block, tile), ...)."""
+def rows(table: Mapping[str, Mapping[Any, Any]]) -> tuple[Row, ...]:
+    """Of a module's `tiles`: kernel -> size -> a tile, or ((largest key, tile), ...)."""
     return tuple(_rows(table))
 
 
-def _rows(table: Mapping[str, Mapping[int, Any]]) -> Iterator[Row]:
+def _rows(table: Mapping[str, Mapping[Any, Any]]) -> Iterator[Row]:
     for kernel, sizes in table.items():
         for size, found in sizes.items():
             if isinstance(found[0], int):
@@ -80,9 +85,9 @@ def _rows(table: Mapping[str, Mapping[int, Any]]) -> Iterator[Row]:
                 yield from (Row(kernel, size, key, tuple(numbers)) for key, numbers in found)
 
 
-def table(found: Sequence[Row]) -> dict[str, dict[int, Any]]:
+def table(found: Sequence[Row]) -> dict[str, dict[int | str, Any]]:
     """The opposite of `rows`."""
-    made: dict[str, dict[int, Any]] = {}
+    made: dict[str, dict[int | str, Any]] = {}
     for row in found:
         sizes = made.setdefault(row.kernel, {})
         sizes[row.size] = (*sizes.get(row.size, ()), (row.key, row.numbers)) if row.key else row.numbers
@@ -132,7 +137,7 @@ def _apply(plan: str, row: Row, change: str) -> Row | None:
         now = numbers[at]
         numbers[at] = n if how == "=" else now * n if how == "*" else now // n
         low, high = FIELDS[plan][name]
-        if not low <= numbers[at] <= (min(high, row.key) if name == "keys" else high):
+        if not low <= numbers[at] <= (min(high, row.key) if (plan, name) == ("chunked", "keys") else high):
             return None
     return replace(row, numbers=tuple(numbers))
 
@@ -155,7 +160,7 @@ def disagreement(plan: str, found: Sequence[Row]) -> str | None:
     if plan != "chunked":
         return None
     at = list(FIELDS[plan]).index("tokens")
-    first: dict[tuple[int, int], Row] = {}
+    first: dict[tuple[int | str, int], Row] = {}
     for row in found:
         one = first.setdefault((row.size, row.key), row)
         if one.numbers[at] != row.numbers[at]:

@@ -4,7 +4,7 @@
      "tiles": {"forward/2/128": {"keys": 128, "stages": 2, "tokens": 64, "values": 64, "warps": 8}},
      "versions": {"torch": "2.11.0", "triton": "3.6.0"}}
 
-A tile's name: the kernel, the bytes of an operand and, in plans that tell keys apart, the largest key block.
+A tile's name is that of its row (`plan.tiles.Row`).
 
 `digest` is that of the module with its shipped tiles: whatever changes a kernel changes it, and the file is stale.
 """

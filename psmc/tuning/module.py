@@ -45,7 +45,7 @@ class _Watched(tuple[int, ...]):
 
 
 class Loaded:
-    """The module, its aggregator with the oracle attached, and its table of tiles."""
+    """The module, its aggregator with the oracle attached, and its tables of tiles, which are alike."""
 
     def __init__(self, target: Target) -> None:
         from psmc import reference
@@ -58,14 +58,22 @@ class Loaded:
         base = type(self.agg)
         told = {"declared": declared, "reference": staticmethod(partial(reference.fold, declared))}
         self.agg.__class__ = type(base.__name__, (base,), told)
-        self.table: Any = module.CHUNK_KERNELS if hasattr(module, "CHUNK_KERNELS") else module.KERNELS.table
-        self.shipped = rows(self.table.tiles)
+        held = [x for name, x in vars(module).items() if name == "KERNELS" or name.startswith("ATTENTION_KERNELS_")]
+        self.kernels: list[Any] = [x for x in held if x is not None]
+        self.tables: list[Any] = [x.table for x in self.kernels]
+        if hasattr(module, "CHUNK_KERNELS"):
+            self.tables.append(module.CHUNK_KERNELS)
+        self.shipped = rows(self.tables[0].tiles)
         self.used: set[str] = set()
 
     def install(self, found: Sequence[Row]) -> None:
         """Runs these tiles from now on; `used` begins anew."""
         self.used = set()
-        self.table.tiles = table([_watched(row, self.used) for row in found])
+        tiles = table([_watched(row, self.used) for row in found])
+        for each in self.tables:
+            each.tiles = tiles
+        for each in self.kernels:  # what a shape fixes is remembered, tiles among it
+            vars(each).get("_plans", {}).clear()
 
 
 def _watched(row: Row, seen: set[str]) -> Row:

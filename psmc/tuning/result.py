@@ -31,8 +31,8 @@ class Tried:
     def verdict(self) -> str:
         if self.fault:
             return self.fault
-        said = [*(["chosen"] if self.chosen else []), *(["shipped"] if self.shipped else [])]
-        return ", ".join(said) or ("right" if self.ms is None else "")
+        known = (("chosen", self.chosen), ("shipped", self.shipped), ("not timed", self.ms is None))
+        return ", ".join(word for word, holds in known if holds)
 
 
 @dataclass

@@ -73,8 +73,10 @@ class Search:
 
     def _likely(self) -> frozenset[str]:
         """The rows that a call is likely to read, where the shipped tiles do not live to say so."""
-        size = 2 if self.target.dtype == "bf16" or (self.target.dtype == "fp16" and self.plan != "chunked") else 4
-        return frozenset(row.name for row in self.shipped if row.size == size)
+        dtype = self.target.dtype
+        size = 2 if dtype == "bf16" or (dtype == "fp16" and self.plan != "chunked") else 4
+        products = {"bf16": "bf16", "fp16": "tf32", "fp32": "tf32x3"}[dtype]
+        return frozenset(row.name for row in self.shipped if row.size in (size, products))
 
     # --- checks
 
@@ -108,9 +110,9 @@ class Search:
         own = {id(one): self._jobs(one.candidate.rows, [_way(one.candidate.kernel)]) for one in right}
         found = self._clock([job for one in right for job in own[id(one)]])
         for one in right:
-            here = [found.get(job, "not timed: out of time") for job in own[id(one)]]
+            here = [found.get(job) for job in own[id(one)]]
             one.fault = next((x for x in here if isinstance(x, str)), "")
-            if not one.fault:
+            if all(isinstance(x, Timed) for x in here):
                 one.ms = _mean(x.ms for x in here if isinstance(x, Timed))
         for one in right:
             whole = [x.ms for at, way, _ in own[id(one)] if isinstance(x := found.get((at, way, ())), Timed)]

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from psmc.ir import Aggregator
 
 _WORD = re.compile(r"([A-Za-z_]\w*?)(=?)(\d+)")
-_DIM, _LANES = 128, {"chunked": 16, "pointwise": 2048, "tree": 512}
-_TINY = 16  # a dim in the interpreter
+# plan -> tokens, lanes and the size of a dim; where the first dim takes the place of lanes, others are small
+_USUAL = {
+    "chunked": (4096, 16, 128), "attention": (64, 8, 64), "pointwise": (4096, 2048, 2048), "tree": (4096, 512, 512),
+}  # fmt: skip
+_DIMS_ARE_LANES = ("pointwise", "tree")
+_SMALL = 16  # a dim in the interpreter
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,10 @@ def parse(text: str, agg: Aggregator) -> Shape:
 def usual(agg: Aggregator, plan: str, tiny: bool) -> Shape:
     """A shape that trains on one GPU; `tiny`: one that an interpreter gets through."""
     dims = [d.name for d in agg.dims if d.size is None]
-    lanes: tuple[int, ...] = (2,) if tiny else (_LANES[plan],)
-    if plan != "chunked" and dims:  # they are lanes already
-        lanes = ()
-    size = _TINY if tiny else _DIM if plan == "chunked" else _LANES[plan]
-    sizes = tuple((d, size if n == 0 or plan == "chunked" else _TINY) for n, d in enumerate(dims))
-    batch, tokens = (1, 48) if tiny else (8, 4096)
+    batch, (tokens, count, size) = (1, (48, 2, _SMALL)) if tiny else (8, _USUAL[plan])
+    as_lanes = plan in _DIMS_ARE_LANES
+    lanes = () if as_lanes and dims else (count,)
+    sizes = tuple((d, _SMALL if as_lanes and n else size) for n, d in enumerate(dims))
     words = [f"B{batch}", f"T{tokens}", *(f"{_axis(dims)}{n}" for n in lanes), *(_word(d, n) for d, n in sizes)]
     return Shape(batch, tokens, lanes, sizes, " ".join(words))
 
