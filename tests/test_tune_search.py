@@ -104,7 +104,7 @@ else:
             Candidate("", tuple(Row(k, 4, 64, other) for k in kernels)),
         ]
         tiles = {k: {2: ((64, tile),), 4: ((64, tile),)} for k in kernels}
-        result, found = search(tmp_path, MATRIX, tiles, {}, "B1 T20 H1 K16 V16", given)
+        result, found = search(tmp_path, MATRIX, tiles, {}, "B1 T33 H1 K16 V16", given)
         shipped, mixed, whole = (found[c] for c in given)
         assert mixed.fault.startswith("wrong: error ") and not mixed.chosen and mixed.ms is None
         assert mixed.error > 1e-2 and mixed.where in ("dk", "dv", "dg", "dinitial S")
