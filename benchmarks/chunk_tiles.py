@@ -25,6 +25,7 @@ from chunk_cases import Data, kernels, one_tile  # noqa: E402
 from benchmarks.jobs import Cell, Group, Results, serve  # noqa: E402
 from benchmarks.measure import Row, device, median_ms, options  # noqa: E402
 from psmc.plan.chunked_kernels import ChunkTile, tiles  # noqa: E402
+from psmc.plan.tiles import candidates  # noqa: E402
 from psmc.runtime.kit_chunk_kernels import ChunkKernels  # noqa: E402
 from psmc.runtime.kit_chunk_views import ChunkCall  # noqa: E402
 
@@ -42,20 +43,11 @@ def log_gate(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 7) -> 
 
 
 def grid_of(kernel: str, key: int, wide: bool) -> Iterator[ChunkTile]:
-    """The shipped tile, and a handful of others; (tokens, values, keys or 0: all, warps, stages)."""
-    yield next(t for k, s, limit, t in tiles(wide).rows if k == kernel and s == 2 and key <= limit)
-    choices = {
-        "forward": [(64, 64, 0, 8, 1), (64, 64, 0, 8, 2), (64, 64, 0, 4, 1), (64, 64, 0, 4, 3), (64, 128, 0, 8, 2),
-                    (64, 128, 0, 8, 1), (64, 32, 0, 4, 2), (32, 64, 0, 4, 2), (32, 64, 0, 4, 3), (128, 64, 0, 8, 1)],
-        "states": [(64, 64, 64, 4, 1), (64, 64, 64, 4, 3), (64, 128, 64, 4, 2), (64, 64, 128, 4, 2),
-                   (64, 128, 64, 8, 2),
-                   (64, 128, 128, 8, 2), (64, 64, 64, 8, 2), (32, 64, 64, 4, 3)],
-        "gradients": [(64, 64, 64, 4, 1), (64, 64, 64, 8, 1), (64, 64, 64, 8, 2), (64, 32, 64, 8, 1), (64, 64, 0, 8, 1),
-                      (64, 32, 0, 8, 1), (64, 128, 64, 8, 1), (64, 64, 32, 4, 1), (32, 64, 64, 4, 1)],
-        "prepare": [(64, 64, 64, 4, 1), (64, 64, 64, 8, 1), (64, 64, 32, 4, 1), (64, 64, 0, 8, 1), (32, 64, 64, 4, 1)],
-    }  # fmt: skip
-    for tokens, values, keys, warps, stages in choices[kernel]:
-        yield ChunkTile(tokens, values, min(keys or key, key), warps, stages)
+    """The shipped tile, and what `psmc tune` tries instead."""
+    shipped = tiles(wide).data
+    own = next(row for row in shipped if (row.kernel, row.size) == (kernel, 2) and key <= row.key)
+    for each in candidates("chunked", shipped, {own.name}):
+        yield from (ChunkTile(*row.numbers) for row in each.rows if row.kernel == kernel)
 
 
 def call_of(made: Any, kernel: str, args: tuple[Any, ...], bt: int) -> Callable[[], Any]:

@@ -16,12 +16,14 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from chunk_cases import kernels, table  # noqa: E402
+from chunk_cases import kernels, one_tile, table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from psmc.codegen.chunk_factors import Fused, fuse  # noqa: E402
 from psmc.pipeline import read  # noqa: E402
+from psmc.plan.chunked_kernels import ChunkTile, tiles  # noqa: E402
+from psmc.plan.tiles import candidates  # noqa: E402
 
 SHARED = 227 * 1024  # of one block on sm_90
 TARGETS = {
@@ -33,12 +35,13 @@ NAMES = {2: "bf16", 4: "fp32"}
 
 
 def source(
-    kernel: str, size: int, decay: int, key: int, value: int, spec: str | None = None
+    kernel: str, size: int, decay: int, key: int, value: int, spec: str | None = None, tile: ChunkTile | None = None
 ) -> tuple[ASTSource, dict[str, int]]:
-    """A kernel as the host launches it on contiguous tensors of `size` bytes; of a spec's own kernels, if there is one."""
+    """A kernel as the host launches it on contiguous tensors of `size` bytes; of a spec's own kernels, if there is one;
+    with another tile than the shipped one, if there is one."""
     fused = None if spec is None else fused_spec(spec)
     shift = 0 if fused is None else fused.shift
-    made = kernels(table(decay == 2), fused)
+    made = kernels(table(decay == 2) if tile is None else one_tile(decay == 2, kernel, tile), fused)
     function = getattr(made.table, kernel)
     bk = max(16, 1 << (key - 1).bit_length())
     tiled = {"normed": "gradients", "step": "forward", "sums": "states"}.get(kernel, kernel)
@@ -92,10 +95,11 @@ def fused_spec(name: str) -> Fused:
 
 
 def resources(
-    kernel: str, size: int, decay: int, key: int, value: int, target: str = "sm_90", spec: str | None = None
-) -> dict[str, Any]:
+    kernel: str, size: int, decay: int, key: int, value: int, target: str = "sm_90", spec: str | None = None,
+    tile: ChunkTile | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Registers, bytes spilt and bytes of shared memory."""
-    built = triton.compile(*_arguments(source(kernel, size, decay, key, value, spec), target))
+    built = triton.compile(*_arguments(source(kernel, size, decay, key, value, spec, tile), target))
     found = {"shared": built.metadata.shared}
     if target == "sm_90":
         ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -137,6 +141,15 @@ def report() -> None:
                 except Exception as error:
                     found = {"failed": str(error)[:100]}
                 print(NAMES[size], f"K {key} V {value} decay {decay}", kernel, found, flush=True)
+    for decay in (1, 2):  # what psmc tune may try
+        shipped = tiles(decay == 2).data
+        names = [f"{k}/2/128" for k in ("forward", "states", "gradients", *(("prepare",) if decay == 2 else ()))]
+        for row in (r for c in candidates("chunked", shipped, names) for r in c.rows if r.name in names):
+            try:
+                found = resources(row.kernel, 2, decay, 128, 128, tile=ChunkTile(*row.numbers))
+            except Exception as error:
+                found = {"failed": str(error)[:100]}
+            print("bf16", f"K 128 V 128 decay {decay}", row.kernel, row.numbers, found, flush=True)
 
 
 if __name__ == "__main__":

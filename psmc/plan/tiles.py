@@ -2,7 +2,7 @@
 be tried instead.
 
 A tile is a row of numbers for one kernel: block sizes, warps, stages. `candidates` is all that `psmc tune`, the tests
-and the sweeps in benchmarks/ ever try: a handful a kernel, each a change of the shipped tile.
+and the sweep of chunk tiles in benchmarks/ ever try: a handful a kernel, each a change of the shipped tile.
 """
 
 from __future__ import annotations
