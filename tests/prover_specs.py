@@ -102,6 +102,11 @@ ASSOCIATIVE = {
     "guarded_by_a_complex_zero": """state z : complex = 1, s = 0, n = 0 combine (l, r) {
         z = l.z * r.z; s = where(r.z == 0, r.s, l.s * abs(r.z) + r.s)
         n = l.n + r.n + where(l.z * r.z == 0, 1, 0) - where(conj(l.z) == 0 or r.z == 0, 1, 0) }""",
+    "sum_of_roots": """state s in [0, inf) = 0, t in [0, inf) = 0 combine (l, r) {
+        s = (sqrt(l.s) + sqrt(r.s))^2; t = (l.t^(1/4) + r.t^(1/4))^4 }""",
+    "roots_of_squares": """dim K state s = 0, x[K] = 0 combine (l, r) {
+        s = l.s + r.s + sqrt((l.s - r.s)^2) - abs(l.s - r.s)
+        x[i] = l.x[i] + r.x[i] + 0 * sum[j] sqrt(l.x[j]^2) }""",
     "exclusive_or": "state s : int in [0, 1] = 0 combine (l, r) { s = abs(l.s - r.s) }",
     "clock": "state s : int in [0, 2] = 0 combine (l, r) { s = l.s + r.s; s = where(s > 2, s - 3, s) }",
     "phase": "state s in [0, 1) = 0 combine (l, r) { s = where(l.s + r.s < 1, l.s + r.s, l.s + r.s - 1) }",

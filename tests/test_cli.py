@@ -163,7 +163,8 @@ def test_what_floats_break_is_said(psmc) -> None:
     (found, gla) = json.loads(psmc("check", average, GLA, "--json").out)["results"]
     assert found["float_breaks"] == ["u", "w"] and gla["float_breaks"] == []
     assert "would make NaN of softmax_average (u, w); compiled code never" in psmc("check", average, GLA).out
-    assert "NaN" not in psmc("check", GLA).out
+    unscaled = EXAMPLES / "wrong" / "softmax_unscaled.psm"  # refused: nothing is compiled
+    assert "NaN" not in psmc("check", GLA, unscaled).out
     said = "In floats the identity element makes NaN of u, w"
     assert said in pipeline.read(average)[0].text and "In floats" not in pipeline.read(GLA)[0].text
 

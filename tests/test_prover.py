@@ -187,6 +187,12 @@ def test_digits_that_tell_sides_apart() -> None:
     assert left.rstrip(".") != right.rstrip(".")
 
 
+def test_sides_that_digits_do_not_tell_apart() -> None:
+    verdict = prove(spec("state s = 0 combine (l, r) { s = l.s + r.s + 1e-300 * l.s * l.s * r.s }")).associativity
+    assert isinstance(verdict, Refuted)
+    assert verdict.counterexample.text.endswith("(a∘b)∘c gives s=3.00000, a∘(b∘c) gives s=3.00000 - 2.00e-300.")
+
+
 def test_budget_is_kept() -> None:
     terms = " + ".join(f"max(l.s * r.s * {k}, l.s - r.s + {k})" for k in range(12))
     agg = spec(f"state s = 0 combine (l, r) {{ s = 1e-40 * ({terms}) + l.s + r.s }}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from fractions import Fraction
 
 import pytest
+from prover_specs import spec
 
 from psmc.algebra import exact, extended, intervals, normal
 from psmc.algebra import interval_math as im
@@ -16,9 +18,10 @@ from psmc.algebra.facts import Facts
 from psmc.algebra.normal import Normaliser
 from psmc.algebra.prover import deep_recursion
 from psmc.algebra.residual import expression
-from psmc.algebra.ring import Ring, SplitError, UndefinedError
-from psmc.algebra.terms import OutOfBudgetError
-from psmc.ir import OPS, Const, DimValue, Expr, Eye, Index, IndexValue, Interval, Op, Reduce, Ref
+from psmc.algebra.ring import Ring, SplitError, UndefinedError, mul
+from psmc.algebra.roots import square_root
+from psmc.algebra.terms import UNIT, OutOfBudgetError, Poly
+from psmc.ir import OPS, Block, Const, DimValue, Expr, Eye, Index, IndexValue, Interval, Op, Reduce, Ref
 from psmc.ir.rewrite import refs
 from psmc.ir.text import show_expr
 
@@ -175,3 +178,19 @@ def test_generator_covers_the_operators() -> None:
             elif isinstance(node, Reduce):
                 stack.append(node.body)
     assert seen >= {*UNARY, *BINARY, *COMPARE, "clamp", "where"}
+
+
+ROOTS = ["l.s + l.t", "l.s - 2 * l.t", "l.s * l.t + 1", "3 * l.s^2 - l.t / 2 + 1", "l.s - l.t + l.s * l.t", "-l.s", "1 / l.s - l.t"]
+
+
+@pytest.mark.parametrize("text", ROOTS)
+def test_square_roots(text: str) -> None:
+    combine = spec(f"state s = 0, t = 0 combine (l, r) {{ s = {text}; t = r.t }}").combine
+    assert isinstance(combine, Block)
+    ring = Ring(Facts(), math.inf)
+    poly = Normaliser(ring)(combine.results[0].value)
+    assert isinstance(poly, Poly)
+    square = mul(ring, poly, poly)
+    assert square_root(ring, square) in (poly, -poly)
+    for other in (square + UNIT, square + poly, square.scaled(Fraction(2)), -square, mul(ring, square, poly)):
+        assert square_root(ring, other) is None

@@ -9,6 +9,7 @@ from typing import Literal
 
 from psmc.algebra import interval_math as im
 from psmc.algebra.bounds import atom_bounds, bounds
+from psmc.algebra.knowledge import is_positive
 from psmc.algebra.ring import (
     IDEMPOTENT,
     REBUILD,
@@ -24,7 +25,22 @@ from psmc.algebra.ring import (
     product,
     times,
 )
+from psmc.algebra.roots import square_root
 from psmc.algebra.terms import UNIT, ZERO, Atom, OutOfBudgetError, Poly, atoms_in, number, total
+
+
+def _positive_root(ring: Ring, poly: Poly) -> Poly | None:
+    """The root ≥ 0 of a perfect square; splits on its sign where that is not known, but not under a reduction."""
+    root = square_root(ring, poly)
+    if root is None:
+        return None
+    for signed in (root, -root):
+        if is_positive(ring, signed, strict=False):
+            return signed
+    if any(i.name.startswith("~") for i in root.free):
+        return None
+    raise SplitError(root)
+
 
 _MAX_BITS = 10_000  # of a coefficient
 
@@ -48,6 +64,9 @@ def power(ring: Ring, poly: Poly, k: Fraction, *, non_negative: bool = False) ->
         return out.scaled(_number_power(rest.constant, int(k)))
     if rest.constant == 1:
         return out
+    root = _positive_root(ring, rest) if k.denominator % 2 == 0 else None
+    if root is not None:
+        return mul(ring, out, power(ring, root, 2 * k))
     if k < 0:
         _refuse_plateaus(ring, rest)
         _note_denominator(ring, rest)

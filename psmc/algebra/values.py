@@ -36,8 +36,10 @@ def told_apart(x: Number, y: Number) -> tuple[str, str]:
     for digits in (6, 12, 24, 48):
         texts = formatted(x, digits), formatted(y, digits)
         if texts[0] != texts[1]:
-            break
-    return texts
+            return texts
+    if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
+        return texts
+    return formatted(x), f"{formatted(x)} {'+' if y > x else '-'} {_real(decimal(abs(y - x)), 3)}"
 
 
 def _real(value: Real, digits: int) -> str:

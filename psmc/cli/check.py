@@ -261,7 +261,8 @@ def _error(file: str, diagnostic: Diagnostic) -> dict[str, Any]:
 
 def _floats(rows: list[Row]) -> list[str]:
     """One line on identity elements that hold over the reals and not in floats; none if there are none."""
-    found = [f"{row.cells()[1]} ({', '.join(row.float_breaks)})" for row in rows if row.float_breaks]
+    kept = [row for row in rows if row.float_breaks and not row.diagnostics]
+    found = [f"{row.cells()[1]} ({', '.join(row.float_breaks)})" for row in kept]
     if not found:
         return []
     nan = f"in floats the identity element would make NaN of {'; '.join(found)}"
