@@ -158,10 +158,6 @@ NOT_ASSOCIATIVE = {
         "s",
     ),
     "modulus_that_loses": ("state s : int in [0, 2] = 0 combine (l, r) { s = where(l.s + r.s > 2, 0, l.s + r.s) }", "s"),
-    "complex_ties": (
-        "state z : complex = 0 combine (l, r) { z = where(r.z == 0, l.z, r.z + l.z * where(l.z == 1, 1, 0)) }", "z"),
-    "the_imaginary_unit_stays": (
-        "state z : complex = 0 combine (l, r) { z = where(r.z == complex(0, 1), r.z, l.z + r.z) }", "z"),
     "square_then_add": ("state s = 0 combine (l, r) { s = l.s * l.s + r.s }", "s"),
     "root_of_a_sum": ("state s in [0, inf) = 0 combine (l, r) { s = sqrt(l.s + r.s) }", "s"),
     "flag_ignored": (

@@ -310,6 +310,15 @@ def test_no_identity_where_a_root_or_log_has_no_value(nothing: str) -> None:
     assert isinstance(identity, Refuted) and identity.counterexample.left is None
 
 
+# Wrong at single complex numbers alone, which points at random hardly ever meet.
+COMPLEX_TIES = ["where(r.z == 0, l.z, r.z + l.z * where(l.z == 1, 1, 0))", "where(r.z == complex(0, 1), r.z, l.z + r.z)"]
+
+
+@pytest.mark.parametrize("rule", COMPLEX_TIES)
+def test_ties_of_complex_numbers(rule: str) -> None:
+    assert isinstance(prove(spec(f"state z : complex = 0 combine (l, r) {{ z = {rule} }}")).associativity, Refuted)
+
+
 def test_a_denominator_that_rests_nowhere_at_zero() -> None:
     agg = spec("state s = 0, t = 1 combine (l, r) { s = l.s * max(r.t, r.s) / max(r.t, r.s) + r.s; t = l.t * r.t }")
     assert isinstance(prove(agg).associativity, Proved)
