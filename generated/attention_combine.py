@@ -48,13 +48,13 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
  1418  counters -----------------------------------------------------------------------------------
  1468  Many trees: the tree plan over sequences with masks, restarts and packing
  1584  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1814  The border, continued: states, flags and packing
- 1953  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2029  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2092  One checked call in PyTorch: lift, the scan of the plan, readout
- 2265  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2532  The public face of a compiled aggregator: a parallel call, a step, states
- 2758  the spec's border
+ 1816  The border, continued: states, flags and packing
+ 1955  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2031  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2094  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2274  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 2545  The public face of a compiled aggregator: a parallel call, a step, states
+ 2771  the spec's border
 """
 
 from __future__ import annotations
@@ -1680,7 +1680,7 @@ def bind_call(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens
             args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
     if kwargs or torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in args):
         return _bind(spec, args, kwargs, tokens)
-    key = (spec.digest, tokens, *((x.shape, x.dtype, x.device) for x in args))
+    key = (spec.digest, tokens, *((x.shape, x.dtype, x.device, x.layout) for x in args))
     like = _SEEN.get(key)
     if like is None:
         if len(_SEEN) >= _MOST:
@@ -1761,6 +1761,8 @@ def _by_name(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict
     for name in names:
         if not isinstance(given[name], Tensor):
             raise ArgumentError(f"PSM601: {usage}: '{name}' must be a tensor, not {type(given[name]).__name__}.")
+        if given[name].layout is not torch.strided:
+            raise ArgumentError(f"PSM602: {spec.name}: '{name}' must be a dense tensor, not {given[name].layout}.")
     return given
 
 
@@ -2125,14 +2127,21 @@ def start_state(spec: Spec, rules: Rules, call: Call, names: tuple[str, ...]) ->
     return {k: found[k].to(call.of_kind(kinds[k])) for k in names}
 
 
+def transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp) transforms this call. Then it is plain PyTorch: kernels, and gradients that
+    are written by hand, know nothing of it."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def in_full_precision(run: Callable[..., tuple[Values, Values]]) -> Callable[..., tuple[Values, Values]]:
     """A run without autocast: what surrounds a call does not change its arithmetic (a rule from Python may want it)."""
 
     @wraps(run)
     def wrapped(spec: Spec, rules: Rules, call: Call, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
-        if hasattr(rules, "extern") or not torch.is_autocast_enabled(call.device.type):
+        kind = call.device.type
+        if hasattr(rules, "extern") or kind == "meta" or not torch.is_autocast_enabled(kind):
             return run(spec, rules, call, *args, **kwargs)
-        with torch.autocast(call.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False):
             return run(spec, rules, call, *args, **kwargs)
 
     return wrapped
@@ -2315,8 +2324,9 @@ class Operator:
         """`given`: of this very call, where flags matter."""
         if given is not None and self.fold == "tree" and any(x is not None for x in given[3:]):
             return False
-        on_device = call.device.type == "cuda" or (self.kernels is not None and self.kernels.interpreted)
-        return self.kernels is not None and on_device and call.compute == torch.float32
+        if self.kernels is None or call.compute != torch.float32 or transformed():
+            return False
+        return bool(call.device.type == "cuda" or self.kernels.interpreted)
 
     def __call__(
         self, call: Call, extra: Values, initial: Values | None, mask: Tensor | None, reset: Tensor | None,
@@ -2456,13 +2466,14 @@ class Operator:
             for g, x in zip(flat, everything, strict=True)
         ]
 
-    def _transpose(self, given: Given, grads: list[Tensor]) -> list[Tensor | None]:
-        """Autograd through a run of its own."""
+    def _transpose(self, given: Given, grads: list[Tensor], again: bool = False) -> list[Tensor | None]:
+        """Autograd through a run of its own; `again`: what it gives is differentiated, too."""
+
+        def fresh(x: Tensor) -> Tensor:  # of views, so that no gradient takes the way from one argument to another
+            return x.view_as(x) if again else x.detach().requires_grad_(_smooth(x))
+
         with _recorded():
-            inputs, params, initial = (
-                [x.detach().requires_grad_(_smooth(x)) for x in part]
-                for part in (given.inputs, given.params, given.initial)
-            )
+            inputs, params, initial = ([fresh(x) for x in part] for part in (given.inputs, given.params, given.initial))
             out, final = self._run(given._replace(inputs=inputs, params=params, initial=initial))
             pairs = zip((*out.values(), *(final[s.name] for s in self.live)), grads, strict=True)
             reached = [(y, g) for y, g in pairs if y.requires_grad]
@@ -2471,7 +2482,7 @@ class Operator:
             if not reached or not wanted:
                 return [None] * len(leaves)
             results, cotangents = ([pair[side] for pair in reached] for side in (0, 1))
-            found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))
+            found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True, create_graph=again))
         return [next(found) if x.requires_grad else None for x in leaves]
 
 
@@ -2496,6 +2507,8 @@ class Eager(torch.autograd.Function):
             saved = saved[count:]
         given = Given(parts[0], parts[1], parts[2], *ctx.flags)
         dense = [g.contiguous() for g in grads[: ctx.results]]
+        if torch.is_grad_enabled():  # for gradients of gradients, which the kernels know nothing of
+            return (None, None, *ctx.operator._transpose(given, dense, True))
         return (None, None, *ctx.operator._launch_backward(given, dense, saved))
 
 
@@ -2759,7 +2772,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='attention_combine',
-    digest='286de6ba8241cf71',
+    digest='eb3e8674453830f5',
     inputs=(Slot('x', ('N', 'D')),),
     params=(Slot('query', ('D', 'D')), Slot('key', ('D', 'D')), Slot('value', ('D', 'D')),),
     components=(Slot('h', ('N', 'D')),),

@@ -33,22 +33,22 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
   973  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
  1252  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
  1409  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1639  The border, continued: states, flags and packing
- 1761  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 1837  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1900  One checked call in PyTorch: lift, the scan of the plan, readout
- 2059  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2122  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2327  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2507  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 2695  Matrix states a chunk of tokens at a time, as batched matrix products
- 2847  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 2962  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3142  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 3532  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 3868  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4133  The public face of a compiled aggregator: a parallel call, a step, states
- 4345  the spec's border
+ 1641  The border, continued: states, flags and packing
+ 1763  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 1839  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1902  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2068  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2131  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2336  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2516  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 2704  Matrix states a chunk of tokens at a time, as batched matrix products
+ 2856  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 2978  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3160  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 3550  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 3886  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4155  The public face of a compiled aggregator: a parallel call, a step, states
+ 4367  the spec's border
 """
 
 from __future__ import annotations
@@ -1505,7 +1505,7 @@ def bind_call(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens
             args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
     if kwargs or torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in args):
         return _bind(spec, args, kwargs, tokens)
-    key = (spec.digest, tokens, *((x.shape, x.dtype, x.device) for x in args))
+    key = (spec.digest, tokens, *((x.shape, x.dtype, x.device, x.layout) for x in args))
     like = _SEEN.get(key)
     if like is None:
         if len(_SEEN) >= _MOST:
@@ -1586,6 +1586,8 @@ def _by_name(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict
     for name in names:
         if not isinstance(given[name], Tensor):
             raise ArgumentError(f"PSM601: {usage}: '{name}' must be a tensor, not {type(given[name]).__name__}.")
+        if given[name].layout is not torch.strided:
+            raise ArgumentError(f"PSM602: {spec.name}: '{name}' must be a dense tensor, not {given[name].layout}.")
     return given
 
 
@@ -1966,14 +1968,21 @@ def start_state(spec: Spec, rules: Rules, call: Call, names: tuple[str, ...]) ->
     return {k: found[k].to(call.of_kind(kinds[k])) for k in names}
 
 
+def transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp) transforms this call. Then it is plain PyTorch: kernels, and gradients that
+    are written by hand, know nothing of it."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def in_full_precision(run: Callable[..., tuple[Values, Values]]) -> Callable[..., tuple[Values, Values]]:
     """A run without autocast: what surrounds a call does not change its arithmetic (a rule from Python may want it)."""
 
     @wraps(run)
     def wrapped(spec: Spec, rules: Rules, call: Call, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
-        if hasattr(rules, "extern") or not torch.is_autocast_enabled(call.device.type):
+        kind = call.device.type
+        if hasattr(rules, "extern") or kind == "meta" or not torch.is_autocast_enabled(kind):
             return run(spec, rules, call, *args, **kwargs)
-        with torch.autocast(call.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False):
             return run(spec, rules, call, *args, **kwargs)
 
     return wrapped
@@ -1988,7 +1997,7 @@ def run_scan(
 
     x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
     """
-    if hasattr(rules, "layers") and not whole:
+    if hasattr(rules, "layers") and not whole and not transformed():
         layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset, cu_seqlens)
         return layered
     params, n = Fields(p), call.n
@@ -2933,9 +2942,16 @@ class Kept(NamedTuple):
 
 
 def _laid(x: Tensor) -> Tensor:
-    """A tensor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous."""
+    """A tensor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous, and nothing of a
+    chunk of tokens further than 32 bits reach (where an axis of lanes lies outside of time, it may be)."""
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if even and (x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
+    solid = x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if even and solid and _near((64, *x.shape[2:]), x.stride()[1:]) else x.contiguous()
+
+
+def _near(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether 32 bits hold every offset. Kernels compute those of rows in 64 bits, and within a row in 32."""
+    return sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) < 2**31
 
 
 def _folded(x: Tensor, like: Tensor) -> Tensor:
@@ -3059,6 +3075,8 @@ def chunk_step(
     rows that `slots` [B] names. None: not for the kernel."""
     (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
     if not kernels.takes(key, value, a.c.device) or any(s.dtype != torch.float32 for s in states):
+        return None
+    if not all(_near(s.shape[1:], s.stride()[1:]) for s in states):
         return None
     bk, bv = _block(key), min(_block(value), width)
     if len(states) > 1 and bv < value:
@@ -3916,8 +3934,9 @@ class Operator:
 
     def _kernels(self, call: Call, given: Given | None = None) -> bool:
         """`given`: of this very call, where flags matter."""
-        on_device = call.device.type == "cuda" or (self.kernels is not None and self.kernels.interpreted)
-        return self.kernels is not None and on_device and call.compute == torch.float32
+        if self.kernels is None or call.compute != torch.float32 or transformed():
+            return False
+        return bool(call.device.type == "cuda" or self.kernels.interpreted)
 
     def __call__(
         self, call: Call, extra: Values, initial: Values | None, mask: Tensor | None, reset: Tensor | None,
@@ -4057,13 +4076,14 @@ class Operator:
             for g, x in zip(flat, everything, strict=True)
         ]
 
-    def _transpose(self, given: Given, grads: list[Tensor]) -> list[Tensor | None]:
-        """Autograd through a run of its own."""
+    def _transpose(self, given: Given, grads: list[Tensor], again: bool = False) -> list[Tensor | None]:
+        """Autograd through a run of its own; `again`: what it gives is differentiated, too."""
+
+        def fresh(x: Tensor) -> Tensor:  # of views, so that no gradient takes the way from one argument to another
+            return x.view_as(x) if again else x.detach().requires_grad_(_smooth(x))
+
         with _recorded():
-            inputs, params, initial = (
-                [x.detach().requires_grad_(_smooth(x)) for x in part]
-                for part in (given.inputs, given.params, given.initial)
-            )
+            inputs, params, initial = ([fresh(x) for x in part] for part in (given.inputs, given.params, given.initial))
             out, final = self._run(given._replace(inputs=inputs, params=params, initial=initial))
             pairs = zip((*out.values(), *(final[s.name] for s in self.live)), grads, strict=True)
             reached = [(y, g) for y, g in pairs if y.requires_grad]
@@ -4072,7 +4092,7 @@ class Operator:
             if not reached or not wanted:
                 return [None] * len(leaves)
             results, cotangents = ([pair[side] for pair in reached] for side in (0, 1))
-            found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))
+            found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True, create_graph=again))
         return [next(found) if x.requires_grad else None for x in leaves]
 
 
@@ -4097,6 +4117,8 @@ class Eager(torch.autograd.Function):
             saved = saved[count:]
         given = Given(parts[0], parts[1], parts[2], *ctx.flags)
         dense = [g.contiguous() for g in grads[: ctx.results]]
+        if torch.is_grad_enabled():  # for gradients of gradients, which the kernels know nothing of
+            return (None, None, *ctx.operator._transpose(given, dense, True))
         return (None, None, *ctx.operator._launch_backward(given, dense, saved))
 
 
@@ -4346,7 +4368,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='8d2deca34b00c741',
+    digest='9b9a94825c148f34',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

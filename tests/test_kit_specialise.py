@@ -86,7 +86,7 @@ def missing(text: str) -> set[str]:
             case ast.Tuple(elts=[*elements]) if all(isinstance(e, ast.Constant) for e in elements):
                 attributes[True] |= {str(e.value) for e in elements}  # __slots__
     read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-    torch_own = {a for a in attributes[False] if a.startswith(("_C", "_dispatch", "_replace", "_fields"))}
+    torch_own = {a for a in attributes[False] if a.startswith(("_C", "_dispatch", "_are_functorch", "_replace", "_fields"))}
     return (read - bound) | (attributes[False] - attributes[True] - torch_own)
 
 

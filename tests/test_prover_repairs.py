@@ -153,3 +153,21 @@ def test_a_missing_component(name: str) -> None:
 def test_no_repair_is_invented() -> None:
     agg = aggregator("aggregator rule { state s = 0 combine (l, r) { s = tanh(l.s + r.s) } associative: yes }")
     assert repair(agg, prove(agg, LONG), LONG) is None
+
+
+SEMIRINGS = {
+    "max": ("max[m] (l.M[i, m] + r.M[m, j])", "where(eye == 1, 0, -inf)"),
+    "min": ("-max[m] -(l.M[i, m] + r.M[m, j])", "where(eye == 1, 0, inf)"),
+    "bottleneck": ("max[m] min(l.M[i, m], r.M[m, j])", "where(eye == 1, inf, -inf)"),
+    "product": ("sum[m] l.M[i, m] * r.M[m, j]", "eye"),
+}
+
+
+@pytest.mark.parametrize("name", SEMIRINGS)
+def test_the_identity_of_a_matrix_product(name: str) -> None:
+    rule, identity = SEMIRINGS[name]
+    text = f"aggregator rule {{ dim N state M[N, N] = 0 combine (l, r) {{ M[i, j] = {rule} }} associative: yes }}"
+    agg = aggregator(text)
+    found = repaired(agg)
+    assert found.text == f"M[N, N] = {identity}"
+    assert proves(aggregator(pasted(text, agg, found.text)))

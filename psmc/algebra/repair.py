@@ -115,16 +115,20 @@ def _begins(agg: Aggregator, name: str) -> int:
 
 
 def identities(agg: Aggregator, name: str) -> Iterator[Repair]:
-    """Other identity elements of one component."""
+    """Other identity elements of one component: of matrices, those over (+, *), (max, +), (min, +) and (max, min)."""
     component = agg.component(name)
-    choices: list[Expr] = [Const(Fraction(0)), Const(Fraction(1)), Infinity(True), Infinity(False)]
+    zero, one, low, high = Const(Fraction(0)), Const(Fraction(1)), Infinity(True), Infinity(False)
+    choices: dict[Expr, str] = {value: show_expr(value) for value in (zero, one, low, high)}
     indices = component.identity.indices
     if len(indices) == 2 and indices[0].dim == indices[1].dim:
-        choices.append(Eye(*indices))
-    for value in choices:
+        eye = Eye(*indices)
+        choices[eye] = "eye"
+        for on, off in ((zero, low), (zero, high), (high, low)):
+            shown = f"where(eye == 1, {show_expr(on)}, {show_expr(off)})"
+            choices[Op("where", (Op("eq", (eye, one)), on, off))] = shown
+    for value, shown in choices.items():
         new = replace(component, identity=replace(component.identity, value=value))
         state = tuple(new if c.name == name else c for c in agg.state)
-        shown = "eye" if isinstance(value, Eye) else show_expr(value)
         text = f"{declared(component)} = {shown}"
         yield Repair(replace(agg, state=state), text, f"{shown} is the identity of '{name}'")
 

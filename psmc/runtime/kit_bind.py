@@ -106,7 +106,7 @@ def bind_call(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens
             args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
     if kwargs or torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in args):
         return _bind(spec, args, kwargs, tokens)
-    key = (spec.digest, tokens, *((x.shape, x.dtype, x.device) for x in args))
+    key = (spec.digest, tokens, *((x.shape, x.dtype, x.device, x.layout) for x in args))
     like = _SEEN.get(key)
     if like is None:
         if len(_SEEN) >= _MOST:
@@ -187,6 +187,8 @@ def _by_name(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict
     for name in names:
         if not isinstance(given[name], Tensor):
             raise ArgumentError(f"PSM601: {usage}: '{name}' must be a tensor, not {type(given[name]).__name__}.")
+        if given[name].layout is not torch.strided:
+            raise ArgumentError(f"PSM602: {spec.name}: '{name}' must be a dense tensor, not {given[name].layout}.")
     return given
 
 

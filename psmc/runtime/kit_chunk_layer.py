@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from psmc.runtime.kit_bind import spread
-from psmc.runtime.kit_chunk_views import ChunkCall, _block, _laid
+from psmc.runtime.kit_chunk_views import ChunkCall, _block, _laid, _near
 from psmc.runtime.kit_op import token_code
 
 
@@ -110,6 +110,8 @@ def chunk_step(
     rows that `slots` [B] names. None: not for the kernel."""
     (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
     if not kernels.takes(key, value, a.c.device) or any(s.dtype != torch.float32 for s in states):
+        return None
+    if not all(_near(s.shape[1:], s.stride()[1:]) for s in states):
         return None
     bk, bv = _block(key), min(_block(value), width)
     if len(states) > 1 and bv < value:

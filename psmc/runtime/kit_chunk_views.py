@@ -94,9 +94,16 @@ class Kept(NamedTuple):
 
 
 def _laid(x: Tensor) -> Tensor:
-    """A tensor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous."""
+    """A tensor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous, and nothing of a
+    chunk of tokens further than 32 bits reach (where an axis of lanes lies outside of time, it may be)."""
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if even and (x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
+    solid = x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if even and solid and _near((64, *x.shape[2:]), x.stride()[1:]) else x.contiguous()
+
+
+def _near(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether 32 bits hold every offset. Kernels compute those of rows in 64 bits, and within a row in 32."""
+    return sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) < 2**31
 
 
 def _folded(x: Tensor, like: Tensor) -> Tensor:

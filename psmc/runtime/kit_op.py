@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psmc.runtime.kit_bind import Call, Slot, Spec, bind_call
-from psmc.runtime.kit_run import Rules, prepared, run_scan
+from psmc.runtime.kit_run import Rules, prepared, run_scan, transformed
 from psmc.runtime.kit_scan import Values
 
 _FORWARD = (
@@ -64,8 +64,9 @@ class Operator:
         """`given`: of this very call, where flags matter."""
         if given is not None and self.fold == "tree" and any(x is not None for x in given[3:]):
             return False
-        on_device = call.device.type == "cuda" or (self.kernels is not None and self.kernels.interpreted)
-        return self.kernels is not None and on_device and call.compute == torch.float32
+        if self.kernels is None or call.compute != torch.float32 or transformed():
+            return False
+        return bool(call.device.type == "cuda" or self.kernels.interpreted)
 
     def __call__(
         self, call: Call, extra: Values, initial: Values | None, mask: Tensor | None, reset: Tensor | None,
@@ -205,13 +206,14 @@ class Operator:
             for g, x in zip(flat, everything, strict=True)
         ]
 
-    def _transpose(self, given: Given, grads: list[Tensor]) -> list[Tensor | None]:
-        """Autograd through a run of its own."""
+    def _transpose(self, given: Given, grads: list[Tensor], again: bool = False) -> list[Tensor | None]:
+        """Autograd through a run of its own; `again`: what it gives is differentiated, too."""
+
+        def fresh(x: Tensor) -> Tensor:  # of views, so that no gradient takes the way from one argument to another
+            return x.view_as(x) if again else x.detach().requires_grad_(_smooth(x))
+
         with _recorded():
-            inputs, params, initial = (
-                [x.detach().requires_grad_(_smooth(x)) for x in part]
-                for part in (given.inputs, given.params, given.initial)
-            )
+            inputs, params, initial = ([fresh(x) for x in part] for part in (given.inputs, given.params, given.initial))
             out, final = self._run(given._replace(inputs=inputs, params=params, initial=initial))
             pairs = zip((*out.values(), *(final[s.name] for s in self.live)), grads, strict=True)
             reached = [(y, g) for y, g in pairs if y.requires_grad]
@@ -220,7 +222,7 @@ class Operator:
             if not reached or not wanted:
                 return [None] * len(leaves)
             results, cotangents = ([pair[side] for pair in reached] for side in (0, 1))
-            found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))
+            found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True, create_graph=again))
         return [next(found) if x.requires_grad else None for x in leaves]
 
 
@@ -245,6 +247,8 @@ class Eager(torch.autograd.Function):
             saved = saved[count:]
         given = Given(parts[0], parts[1], parts[2], *ctx.flags)
         dense = [g.contiguous() for g in grads[: ctx.results]]
+        if torch.is_grad_enabled():  # for gradients of gradients, which the kernels know nothing of
+            return (None, None, *ctx.operator._transpose(given, dense, True))
         return (None, None, *ctx.operator._launch_backward(given, dense, saved))
 
 

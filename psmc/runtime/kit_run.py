@@ -83,14 +83,21 @@ def start_state(spec: Spec, rules: Rules, call: Call, names: tuple[str, ...]) ->
     return {k: found[k].to(call.of_kind(kinds[k])) for k in names}
 
 
+def transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp) transforms this call. Then it is plain PyTorch: kernels, and gradients that
+    are written by hand, know nothing of it."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def in_full_precision(run: Callable[..., tuple[Values, Values]]) -> Callable[..., tuple[Values, Values]]:
     """A run without autocast: what surrounds a call does not change its arithmetic (a rule from Python may want it)."""
 
     @wraps(run)
     def wrapped(spec: Spec, rules: Rules, call: Call, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
-        if hasattr(rules, "extern") or not torch.is_autocast_enabled(call.device.type):
+        kind = call.device.type
+        if hasattr(rules, "extern") or kind == "meta" or not torch.is_autocast_enabled(kind):
             return run(spec, rules, call, *args, **kwargs)
-        with torch.autocast(call.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False):
             return run(spec, rules, call, *args, **kwargs)
 
     return wrapped
@@ -105,7 +112,7 @@ def run_scan(
 
     x: inputs (taps as `name_lagK`) and p: params, as `prepared` returns them. `fold`: 'scan', 'left' or 'tree'.
     """
-    if hasattr(rules, "layers") and not whole:
+    if hasattr(rules, "layers") and not whole and not transformed():
         layered: tuple[Values, Values] = rules.layered(spec, rules, call, x, p, initial, mask, reset, cu_seqlens)
         return layered
     params, n = Fields(p), call.n
