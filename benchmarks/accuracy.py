@@ -204,9 +204,10 @@ def peer(name: str, x: Tensors, weight: Tensor, exact: Tensors) -> Row:
     peer_tuning.short()
     fixed = {k: x[k] for k in chunk_peers.NOT_TRAINED.get(name, ())}
     free_ = {k: t for k, t in x.items() if k not in fixed}
+    row: Row = {}
     try:
         with torch.no_grad():
-            row: Row = {"fla output": short(relative(chunk_peers.PEERS[name](x), exact["output"]))}
+            row = {"fla output": short(relative(chunk_peers.PEERS[name](x), exact["output"]))}
         found = errors(derived(lambda given: chunk_peers.PEERS[name]({**given, **fixed}), free_, weight), exact)
         return row | summary(found, "fla ")
     except RuntimeError as error:
@@ -250,7 +251,7 @@ def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--specs", default=",".join(SPECS))
     parser.add_argument("--data", default="", help="kinds of data, with commas between; all")
-    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes at once")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes at once")
     given = parser.parse_args()
     if given.job:
         torch.set_num_threads(2)

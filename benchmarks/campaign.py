@@ -160,9 +160,10 @@ def main() -> int:
     if not given.list:
         end = time.monotonic() + 60 * given.minutes
         for topic in topics if given.again else campaign.open(topics):
-            seconds = min(60 * topic.minutes * given.share, end - time.monotonic() - GRACE)
-            if seconds < 2 * GRACE:
-                continue
+            full = 60 * topic.minutes * given.share
+            seconds = min(full, end - time.monotonic() - GRACE)
+            if seconds < max(2 * GRACE, min(full, 60.0) if "--resume" in topic.flags else 0.6 * full):
+                continue  # what cannot be gone on with is not begun to be cut off
             print(f"{topic.name}: at most {seconds:.0f} s ...", flush=True)
             campaign.run(topic, seconds)
             held = campaign.states[topic.name]

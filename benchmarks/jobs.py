@@ -89,6 +89,7 @@ class Results:
         self.rows: dict[tuple[Any, ...], Row] = {}
         self.done: list[str] = []  # cells that need not run again
         self.missing: dict[str, str] = {}  # cells that do, and why
+        self.late: set[str] = set()  # cells that ran out of their own time once; a second time is the last
         self.command = command()
         signal.signal(signal.SIGTERM, _end)
         if resume and path is not None and path.is_file():
@@ -96,6 +97,7 @@ class Results:
             if kept["commit"] == commit():  # else they are of other code
                 self.done = kept.get("cells", [])
                 self.rows = {self.key(row): row for row in kept["rows"]}
+                self.late = {k for k, why in kept.get("incomplete", {}).items() if why.startswith(_LATE[2])}
 
     @staticmethod
     def key(row: Row) -> tuple[Any, ...]:
@@ -154,7 +156,7 @@ class Results:
         def close(group: Group, cell: Cell, why: str | None) -> None:
             name = _name(group, cell)
             self.missing.pop(name, None)
-            if why is not None and why.startswith(_LATE):
+            if why is not None and why.startswith(_LATE) and not (why.startswith(_LATE[2]) and name in self.late):
                 self.missing[name] = why
             else:
                 self.done.append(name)

@@ -2,7 +2,7 @@
 
     python benchmarks/training.py --text wiki.valid.txt --held wiki.test.txt --out benchmarks/results/training.json
 
-50 M parameters, 1,000 steps of 16 x 1024 bytes, bf16 autocast around the scan, equal weights, data and rates; mixers of
+50 M parameters, 1,000 steps of 8 x 1024 bytes, bf16 autocast around the scan, equal weights, data and rates; mixers of
 gla.psm and mamba2.psm. The reference's scans stand in reference_mixers.py and share nothing with psmc but the shapes.
 Losses are in nats a byte: "last" is the mean over the last tenth of the steps, "held out" on text not trained on. Speed
 leaves the first 20 steps out. A plot stands beside the result file.
@@ -176,7 +176,7 @@ def main() -> int:
     parser.add_argument("--held", type=Path, help="held-out text (default: the last tenth of --text)")
     parser.add_argument("--mixers", default=",".join(MIXERS))
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=16, help="sequences a step (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="sequences a step (default %(default)s)")
     parser.add_argument("--length", type=int, default=1024, help="bytes of a sequence (default %(default)s)")
     parser.add_argument("--parameters", type=float, default=50e6)
     parser.add_argument("--layers", type=int, default=12)

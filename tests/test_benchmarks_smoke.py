@@ -71,6 +71,10 @@ def test_a_cell_that_hangs_is_ended_and_left_for_another_time(script: str, tmp_p
     later = jobs.Results(out, True)
     later.run(script, [group("hangs", "runs", limit=2)], failed, seconds=1)
     assert list(later.missing.values()) == ["no time left"]
+    last = jobs.Results(out, True)
+    last.late = set(later.missing)
+    last.run(script, [group("hangs", "runs", limit=2)], failed)
+    assert not last.missing and last.exit_code == 0, "what ran out of its time twice is not tried again"
 
 
 def test_a_script_that_cannot_start_is_not_tried_for_ever(tmp_path: Path) -> None:
