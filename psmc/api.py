@@ -122,6 +122,12 @@ class Described:
     _compile: Callable[[], Compilation]
     _extern: Callable[..., Any] | None
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Pickled as its spec (and the rule from Python), which is compiled again where it is read."""
+        from psmc.ir.text import show
+
+        return _from_text, (show(self.declared), self._extern)
+
     @cached_property
     def _compilation(self) -> Compilation:
         return self._compile()
@@ -161,6 +167,12 @@ class Described:
         from psmc.duality.evidence import evidence
 
         return evidence(self, **options)
+
+
+def _from_text(text: str, extern: Callable[..., Any] | None) -> Any:
+    from psmc.pipeline import pick, read_text
+
+    return realise(pick(read_text(text, "<pickled>"), None, "<pickled>"), extern)
 
 
 def _described(

@@ -124,6 +124,18 @@ def test_only_files_are_replaced(tmp_path: Path) -> None:
     assert private.read_text() == "new" and private.stat().st_mode & 0o777 == 0o600
 
 
+def test_pickled_models(spec, tmp_path: Path) -> None:
+    """A model that holds an aggregator is saved whole, and read by another process."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    model.scan = psmc.load(spec("cached_pickled"))
+    torch.save(model, tmp_path / "model.pt")
+    code = "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); print(m.scan(torch.ones(1, 3)).tolist())"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "[[1.0, 2.0, 3.0]]\n", done.stderr[-2000:]
+
+
 def test_processes_at_once(spec, tmp_path: Path) -> None:
     """Each loads the same spec from an empty cache, and writes the same file with `psmc compile`."""
     path = spec("cached_together")
