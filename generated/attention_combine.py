@@ -733,7 +733,7 @@ ATTENTION_TILES = {  # kernel -> products -> ((largest width, (queries, keys, wa
 
 
 ATTENTION_KERNELS_0 = AttentionKernels(SimpleNamespace(
-    digest='324aa98972a7c40c_0',
+    digest='d49e5a76b41a52de_0',
     forward=attention_forward_kernel_0,
     query=attention_query_kernel_0,
     keys=(attention_keys_kernel_0_0, attention_keys_kernel_0_0,),
@@ -2772,7 +2772,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='attention_combine',
-    digest='eb3e8674453830f5',
+    digest='096eaa21267774cc',
     inputs=(Slot('x', ('N', 'D')),),
     params=(Slot('query', ('D', 'D')), Slot('key', ('D', 'D')), Slot('value', ('D', 'D')),),
     components=(Slot('h', ('N', 'D')),),

@@ -303,6 +303,25 @@ else:
     def test_masks(length: int, tokens: int, tmp_path: Path) -> None:
         held_to_the_oracle(MASKED, tmp_path, length, N=tokens, E=5)
 
+    def test_every_argument_of_a_call() -> None:
+        """Packed sequences, masks, resets and a state: outputs, gradients and the state after, beside torch's in fp64."""
+        agg = psmc.load(ROOT / "examples" / "attention_combine.psm")
+        made = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(s, generator=made) / 2 for s in ((1, 5, 2, 4), (4, 4), (4, 4), (4, 4))]
+        flags = torch.tensor([[True, True, False, True, True]]), torch.tensor([[False, False, False, True, False]])
+        begun = agg(*drawn, return_state=True)[1]
+        calls = ({"cu_seqlens": torch.tensor([0, 3, 3, 5])}, {"mask": flags[0], "reset": flags[1]}, {"initial_state": begun})
+        for arguments in calls:
+            sides = []
+            for dtype in (torch.float32, torch.float64):
+                tensors = [x.to(dtype, copy=True).requires_grad_() for x in drawn]
+                given = {k: {n: y.to(dtype) if y.is_floating_point() else y for n, y in x.items()} if isinstance(x, dict) else x
+                         for k, x in arguments.items()}  # fmt: skip
+                out, state = agg(*tensors, return_state=True, **given)
+                sides.append([out, *state.values(), *torch.autograd.grad(out.square().sum(), tensors)])
+            for mine, right in zip(*sides, strict=True):
+                torch.testing.assert_close(mine.double(), right.double(), rtol=1e-5, atol=1e-5)
+
     def test_three_sets_in_a_rule(tmp_path: Path) -> None:
         held_to_the_oracle(THREE, tmp_path, 3, H=2, N=3, M=4, E=5, V=3)
 

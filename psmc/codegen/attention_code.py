@@ -34,9 +34,9 @@ def print_attention(agg: Aggregator, fused: bool = True, tuned: Tuned | None = N
     unlike = list(dict.fromkeys(forms))
     text = kernel_text(unlike)
     sizes = tiles_text(rows(tiles()), tuned, _literal())
-    digest = hashlib.sha256((text + sizes if tuned else text).encode()).hexdigest()[:16]
     parts = [text, paste(ATTENTION_KIT, frozenset({"AttentionKernels"})).body, *tiles_class(tuned)]
     parts.append(f"ATTENTION_TILES = {sizes}\n")
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     parts += [_table(n, form, digest) for n, form in enumerate(unlike)]
     held = {a: f"ATTENTION_KERNELS_{unlike.index(form)}" for a, form in zip(run, forms, strict=True)}
     parts.append("".join(f"ATTENTION_{n} = {held.get(a)}\n" for n, a in enumerate(found)))
