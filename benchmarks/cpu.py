@@ -224,10 +224,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.perf_counter if options.wall else time.process_time
-    rows = [row for spec in options.spec for row in measure(spec, options.tokens, options.rounds, clock)]
-    if options.out:
-        command = " ".join(["python benchmarks/cpu.py", *sys.argv[1:]])
-        write(options.out, rows, command, threads=options.threads, clock="wall" if options.wall else "process")
+    command = " ".join(["python benchmarks/cpu.py", *sys.argv[1:]])
+    rows: list[dict[str, Any]] = []
+    for spec in options.spec:
+        rows += measure(spec, options.tokens, options.rounds, clock)
+        if options.out:  # after each, so that what was measured is there whatever comes next
+            write(options.out, rows, command, threads=options.threads, clock="wall" if options.wall else "process")
 
 
 if __name__ == "__main__":
