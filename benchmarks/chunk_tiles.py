@@ -57,7 +57,7 @@ def call_of(made: Any, kernel: str, args: tuple[Any, ...], bt: int) -> Callable[
     decay = 2 if wide else int(log is not None)
     shape = (c.shape[0], c.shape[1], c.shape[2])
     a = ChunkCall(start, None, None if wide else log, None, c, (q, b, log if wide else None), (), (), shape, 0, 1.0,
-                  None, None, c.dtype, decay)  # fmt: skip
+                  None, None, c.dtype, decay, False)  # fmt: skip
     how = made.plan("forward", a, bt)
     if kernel == "prepare":
         return lambda: made._prepared(a, how, None)

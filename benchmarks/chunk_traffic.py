@@ -27,7 +27,7 @@ import psmc  # noqa: E402
 from benchmarks.measure import show  # noqa: E402
 
 SPECS = ("linear_attention", "retnet", "mamba2", "gla", "hgrn2", "gated_rfa", "rwkv6", "mlstm", "value_gate",
-         "two_writes")
+         "grid_gate", "two_writes")
 SHAPE = (8, 4096, 16, 128, 128)
 _FREE = ("empty", "new_empty", "detach", "_unsafe_view", "alias", "device", "promote_types")
 BANDWIDTH = 4.27e12  # bytes/s of a device copy on an H200

@@ -37,9 +37,9 @@ The runtime holds what this spec needs of it. Needs torch; nothing else.
  1629  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
  1817  Matrix states a chunk of tokens at a time, as batched matrix products
  1969  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 2270  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2539  The public face of a compiled aggregator: a parallel call, a step, states
- 2740  the spec's border
+ 2271  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 2540  The public face of a compiled aggregator: a parallel call, a step, states
+ 2741  the spec's border
 """
 
 from __future__ import annotations
@@ -1990,8 +1990,8 @@ class FusedLayer(NamedTuple):
     """What the kernels compute of a layer and its readout themselves.
 
     keys, c, values: (name, 'input' | 'param' | 'factor', lag) of the tensors that they read; given(x, s, prev, p, n):
-    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. output:
-    what the kernels give, in full.
+    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. decay,
+    over: as in ChunkCall. output: what the kernels give, in full.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -2002,6 +2002,7 @@ class FusedLayer(NamedTuple):
     scale: Callable[..., float]
     shift: int
     decay: int
+    over: bool
     output: str
 
 
@@ -2741,7 +2742,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gated_deltanet_recurrence',
-    digest='9497becc55bb2683',
+    digest='e5217628867a1e0c',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('beta', within=(0.0, 1.0, '[]')), Slot('g', within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('A', ('K', 'K')), Slot('S', ('K', 'V')),),

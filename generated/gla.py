@@ -30,25 +30,25 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    74  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
   116  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
-  973  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1252  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1409  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1641  The border, continued: states, flags and packing
- 1763  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 1839  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1902  One checked call in PyTorch: lift, the scan of the plan, readout
- 2068  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2131  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2336  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2516  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 2704  Matrix states a chunk of tokens at a time, as batched matrix products
- 2856  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 2978  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3160  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 3550  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 3886  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4155  The public face of a compiled aggregator: a parallel call, a step, states
- 4367  the spec's border
+ 1003  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1282  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1439  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1671  The border, continued: states, flags and packing
+ 1793  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 1869  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1932  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2098  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2161  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2366  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2546  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 2734  Matrix states a chunk of tokens at a time, as batched matrix products
+ 2886  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 3010  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3190  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 3535  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 3872  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4141  The public face of a compiled aggregator: a parallel call, a step, states
+ 4353  the spec's border
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ def load_b_across(raw, row, i_g, length, o_k, K: tl.constexpr, BT: tl.constexpr)
 
 @jit
 def load_log(raw, row, i_g, length, o_k, K: tl.constexpr, BT: tl.constexpr):
-    """Log of the decay, finite, [BT, BK]."""
+    """Log of the decay over the key, finite, [BT, BK]."""
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
     b_k2 = rows(p_k2 + i_g // k2_r * k2_g, row, k2_t, length, o_k, K, BT)
     b_x = kept(b_k2, p_code, row, length, o_k, 0, False, K, BT)
@@ -338,8 +338,9 @@ def load_log_across(raw, row, i_g, length, o_k, K: tl.constexpr, BT: tl.constexp
 def load_c(raw, row, i_g, length, o_v, V: tl.constexpr, BT: tl.constexpr):
     """What enters the state over the value, [BT, BV]."""
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
-    b_x = rows(p_c + i_g // c_r * c_g, row, c_t, length, o_v, V, BT)
-    return kept(b_x, p_code, row, length, o_v, 0, False, V, BT)
+    b_c = rows(p_c + i_g // c_r * c_g, row, c_t, length, o_v, V, BT)
+    b_x = kept(b_c, p_code, row, length, o_v, 0, False, V, BT)
+    return b_x
 
 
 @jit
@@ -373,9 +374,11 @@ def store_keys(
 
 @jit
 def store_values(
-    p_code, p_dc, b_dy, b_dc, row, i_c, i_g, length, o_v, G, V: tl.constexpr, BT: tl.constexpr,
+    raw, p_dc, b_dy, b_dc, row, i_c, i_g, length, o_v, G,
+    V: tl.constexpr, BT: tl.constexpr,
 ):
     """Gradients of c and of what the output reads over the value."""
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
     b_dc = kept(b_dc, p_code, row, length, o_v, 0, False, V, BT)
     store_rows(p_dc + i_g * V, b_dc, row, G * V, length, o_v, V, BT)
 
@@ -581,13 +584,78 @@ def chunk_prepare_kernel(
     store_rows(p_pairs + i_g * BT, b_a, row, G * BT, length, t, BT, BT)
 
 
+@jit
+def load_in(raw, p_bs, row, i_g, length, o_k, G, DECAY: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    """b, with the decays up to the chunk's end if they are over the key, [BT, BK]."""
+    if DECAY == 2:
+        b_b = rows(p_bs + i_g * K, row, G * K, length, o_k, K, BT)
+    else:
+        b_b = load_b(raw, row, i_g, length, o_k, K, BT)
+    return b_b
+
+
+@jit
+def pairs_across(p_pairs, row, i_g, length, G, BT: tl.constexpr):
+    """A or P [B, T, G, BT] of a chunk as [s, t]: not a transpose, which Triton 3.4-3.7 gets wrong in a product."""
+    t = tl.arange(0, BT)
+    return tl.load(p_pairs + ((row + t) * G + i_g)[None, :] * BT + t[:, None], mask=(t < length)[None, :], other=0)
+
+
+@jit
+def met(w, m, b_p, b_b, PREC: tl.constexpr):
+    """What pairs P that meet at a reference read of b [BT, BK], from weights w of tokens up to it and from it on."""
+    return w * product(tl.where(m, b_p, 0.0), b_b * w, PREC)
+
+
+@jit
+def halves_shares(b_q, b_b, b_x, b_p, b_pt, e, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr):
+    """Shares of dq and db [BT, BK] from pairs that meet at the middle of a block of 2^(e+1) tokens."""
+    w = tl.exp2(exponents(halves(e, SHIFT, False, BT), b_x, PREC))  # [BT, BK]
+    return met(w, across(e, False, BT), b_p, b_b, PREC), met(w, across(e, True, BT), b_pt, b_q, PREC)
+
+
+@jit
+def inner_shares(b_q, b_b, b_x, b_p, b_pt, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr, LB: tl.constexpr,
+                 LT: tl.constexpr):
+    """What tokens of one chunk give to dq and db of each other for a decay over the key, self terms left out; P [t, s] =
+    dy_t . c_s, and its transpose. In blocks of 2^LB tokens as a product of what is scaled from the block's start on, or
+    by halves where some exponent is beyond 60.0."""
+    b_dq, b_db = tl.zeros(b_x.shape, tl.float32), tl.zeros(b_x.shape, tl.float32)
+    since = exponents(near(0, False, LB, BT), b_x, PREC)
+    last = LT
+    first = 0
+    if tl.max(tl.max(tl.abs(since), 1), 0) <= 60.0:
+        first = LB
+        to = since
+        if SHIFT:
+            to = exponents(near(SHIFT, False, LB, BT), b_x, PREC)
+        to, since = tl.exp2(to), tl.exp2(-since)
+        b_dq = to * product(tl.where(near(1, False, LB, BT), b_p, 0.0), b_b * since, PREC)
+        b_db = since * product(tl.where(near(1, True, LB, BT), b_pt, 0.0), b_q * to, PREC)
+    for e in range(first, last):
+        x_dq, x_db = halves_shares(b_q, b_b, b_x, b_p, b_pt, e, SHIFT, PREC, BT)
+        b_dq += x_dq
+        b_db += x_db
+    return b_dq, b_db
+
+
+@jit
+def log_gradient(b_q, b_b, b_dq, b_db, x_db, b_h, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr):
+    """Of the log of a decay over the key: paths that cross its token. b_dq: without self terms; b_db: of paths to behind the
+    chunk, x_db: to its own tokens; b_h [BK]: of paths through all of it. Where s to u does not cross t, x_db counts what
+    dq does: it cancels."""
+    t = tl.arange(0, BT)
+    b_dlog = chosen(t[:, None] > t[None, :], b_b * b_db, PREC) - chosen(later(0, True, BT), b_b * x_db, PREC)
+    return b_dlog + b_h[None, :] + chosen(later(SHIFT, True, BT), b_q * b_dq, PREC)
+
+
 @jit(do_not_specialize=["T", "S", "SEG"])
 def chunk_forward_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
     p_qs, p_bs, p_pairs, p_total, p_sums, p_start, p_zstart, p_out, p_y, p_final, p_zfinal, p_states, p_zstates, p_cu,
     p_chunks, T, S, SEG, G, scale,
-    DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
+    DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, LB: tl.constexpr, LT: tl.constexpr,
 ):
     """The output and the last state. A program has a block of BV columns of one lane's state on chip, and walks over one
     of S segments of SEG tokens; p_start [N, S, G, K, V]. p_states: the states before each chunk are wanted, too; p_y: y
@@ -640,8 +708,10 @@ def chunk_forward_kernel(
                 b_a *= b_n[None, :]
                 b_f = b_n[:, None]
                 gives = b_c * b_f
+        if not OVER_V:
+            b_y += product(b_a, b_c, PREC)
         b_s += product(tl.trans(b_b), gives, PREC)
-        b_y = (b_y + product(b_a, b_c, PREC)) * scale
+        b_y *= scale
         b_w = 0.0
         store_rows(p_out + i_g * V, b_y, row, G * V, length, o_v, V, BT)
     if p_final is not None:
@@ -651,9 +721,9 @@ def chunk_forward_kernel(
 @jit(do_not_specialize=["T", "S", "SEG"])
 def chunk_states_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_qs, p_bs, p_total, p_sums, p_do, p_seen, p_dw, p_start, p_zstart, p_end, p_zend, p_decay, p_states, p_zstates,
-    p_cu, p_chunks, T, S, SEG, G, scale,
-    BACK: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
+    p_qs, p_bs, p_total, p_sums, p_do, p_seen, p_dw, p_dys, p_vtotal, p_start, p_zstart, p_end, p_zend, p_decay, p_vdecay,
+    p_states, p_zstates, p_cu, p_chunks, T, S, SEG, G, scale,
+    BACK: tl.constexpr, DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
 ):
     """States before each chunk, from (x, z) = (b, c); BACK: costates behind each chunk, from (q, dy), last chunk first.
@@ -727,7 +797,7 @@ def chunk_states_kernel(
 
 @jit(do_not_specialize=["S"])
 def chunk_join_kernel(
-    p_first, p_end, p_decay, p_start, p_last, S, G,
+    p_first, p_end, p_decay, p_vdecay, p_start, p_last, S, G,
     BACK: tl.constexpr, DECAY: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BE: tl.constexpr,
 ):
     """What each segment starts from, p_start [N, S, G, K, V], and the last end, p_last [N, G, K, V]; p_first likewise
@@ -747,61 +817,20 @@ def chunk_join_kernel(
             b_s *= tl.exp2(tl.load(p_decay + place * K + o_e // V, mask=m, other=0))
         elif DECAY == 1:
             b_s *= tl.exp2(tl.load(p_decay + place))
+        if p_vdecay is not None:
+            b_s *= tl.exp2(tl.load(p_vdecay + place * V + o_e % V, mask=m, other=0))
         b_s += tl.load(p_end + place * (K * V) + o_e, mask=m, other=0)
     tl.store(p_last + (i_n * G + i_g) * (K * V) + o_e, b_s, mask=m)
-
-
-@jit
-def halves_shares(b_q, b_b, b_x, b_p, b_pt, e, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr):
-    """Shares of dq and db [BT, BK] from pairs that meet at the middle of a block of 2^(e+1) tokens."""
-    w = tl.exp2(exponents(halves(e, SHIFT, False, BT), b_x, PREC))  # [BT, BK]
-    b_dq = w * product(tl.where(across(e, False, BT), b_p, 0.0), b_b * w, PREC)
-    b_db = w * product(tl.where(across(e, True, BT), b_pt, 0.0), b_q * w, PREC)
-    return b_dq, b_db
-
-
-@jit
-def inner_shares(b_q, b_b, b_x, b_p, b_pt, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr, LB: tl.constexpr,
-                 LT: tl.constexpr):
-    """What tokens of one chunk give to dq and db of each other for a decay over the key, self terms left out; P [t, s] =
-    dy_t . c_s, and its transpose. In blocks of 2^LB tokens as a product of what is scaled from the block's start on, or
-    by halves where some exponent is beyond 60.0."""
-    b_dq, b_db = tl.zeros(b_x.shape, tl.float32), tl.zeros(b_x.shape, tl.float32)
-    since = exponents(near(0, False, LB, BT), b_x, PREC)
-    last = LT
-    first = 0
-    if tl.max(tl.max(tl.abs(since), 1), 0) <= 60.0:
-        first = LB
-        to = since
-        if SHIFT:
-            to = exponents(near(SHIFT, False, LB, BT), b_x, PREC)
-        to, since = tl.exp2(to), tl.exp2(-since)
-        b_dq = to * product(tl.where(near(1, False, LB, BT), b_p, 0.0), b_b * since, PREC)
-        b_db = since * product(tl.where(near(1, True, LB, BT), b_pt, 0.0), b_q * to, PREC)
-    for e in range(first, last):
-        x_dq, x_db = halves_shares(b_q, b_b, b_x, b_p, b_pt, e, SHIFT, PREC, BT)
-        b_dq += x_dq
-        b_db += x_db
-    return b_dq, b_db
-
-
-@jit
-def load_in(raw, p_bs, row, i_g, length, o_k, G, DECAY: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-    """b, with the decays up to the chunk's end if they are over the key, [BT, BK]."""
-    if DECAY == 2:
-        b_b = rows(p_bs + i_g * K, row, G * K, length, o_k, K, BT)
-    else:
-        b_b = load_b(raw, row, i_g, length, o_k, K, BT)
-    return b_b
 
 
 @jit(do_not_specialize=["T", "SHARE"])
 def chunk_gradients_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_bs, p_pairs, p_total, p_sums, p_do, p_seen, p_dw, p_states, p_costates, p_zstates, p_zcostates, p_dk0, p_dk1, p_dk2, p_dc,
-    p_dlog, p_dn, p_cu, p_chunks, p_owner, T, SHARE, G, scale,
-    DECAY: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, LB: tl.constexpr, LT: tl.constexpr,
+    p_bs, p_pairs, p_total, p_sums, p_do, p_seen, p_dw, p_dys, p_cs, p_vpairs, p_vtotal, p_states, p_costates, p_zstates,
+    p_zcostates, p_dk0, p_dk1, p_dk2, p_dc, p_dlog, p_dn,
+    p_cu, p_chunks, p_owner, T, SHARE, G, scale,
+    DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, LB: tl.constexpr, LT: tl.constexpr,
 ):
     """Gradients of all that q, b, c, n, the decay and the readout are made of. One chunk of one lane. With S
     the state before it and G the costate behind it, P[t, s] = dy_t . c_s, and E = 2**to, F = 2**after,
@@ -821,8 +850,7 @@ def chunk_gradients_kernel(
     share = (i_k * SHARE + row + o_t) * G + i_g
     b_n = numbers_n(raw, row, i_g, length, BT)
     if DECAY == 2:
-        p_a = p_pairs + ((row + o_t) * G + i_g)[None, :] * BT + o_t[:, None]
-        b_a = tl.load(p_a, mask=(o_t < length)[None, :], other=0) * scale  # A' [s, t]
+        b_a = pairs_across(p_pairs, row, i_g, length, G, BT) * scale  # A' [s, t]
         b_f = 1.0
     else:
         b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
@@ -841,7 +869,7 @@ def chunk_gradients_kernel(
             b_r = tl.where(later(SHIFT, True, BT), 1.0, 0.0)
         b_a *= b_r * scale * b_n[:, None]
     b_p = tl.zeros([BT, BT], tl.float32)  # [t, s]
-    b_pt = tl.zeros([BT, BT], tl.float32)  # [s, t]: not a transpose, which Triton 3.4-3.7 gets wrong in a product
+    b_pt = tl.zeros([BT, BT], tl.float32)  # [s, t], as `pairs_across` says
     b_dq = tl.zeros([BT, BK], tl.float32)
     b_db = tl.zeros([BT, BK], tl.float32)
     b_h = tl.zeros([BK], tl.float32)  # rowsum(G * S)
@@ -851,19 +879,21 @@ def chunk_gradients_kernel(
         b_dy = back_out(raw, p_do, p_seen, p_sums, row, i_g, length, o_v, G, V, BT)
         b_s = load_matrix(p_states, at, o_k, o_v, K, V)  # [BK, BV]
         b_m = load_matrix(p_costates, at, o_k, o_v, K, V)
-        b_p += product(b_dy, tl.trans(b_c), PREC)
-        b_pt += product(b_c, tl.trans(b_dy), PREC)
+        keep = 1.0
+        if not OVER_V:
+            b_p += product(b_dy, tl.trans(b_c), PREC)
+            b_pt += product(b_c, tl.trans(b_dy), PREC)
         b_dq += product(b_dy, tl.trans(b_s), PREC)
         b_db += product(b_c, tl.trans(b_m), PREC)
-        if i_v // BV % NK == i_k:
+        if (not OVER_V) and i_v // BV % NK == i_k:
             b_dc = product(load_in(raw, p_bs, row, i_g, length, o_k, G, DECAY, K, BT), b_m, PREC)
             for n in tl.static_range(1, NK):
                 o_n = (i_k + n) % NK * BK + tl.arange(0, BK)
                 x_m = load_matrix(p_costates, at, o_n, o_v, K, V)
                 b_dc += product(load_in(raw, p_bs, row, i_g, length, o_n, G, DECAY, K, BT), x_m, PREC)
             b_dc = b_dc * b_f + product(b_a, b_dy, PREC)
-            store_values(p_code, p_dc, b_dy, b_dc, row, i_c, i_g, length, o_v, G, V, BT)
-        b_h += tl.sum(b_s.to(tl.float32) * b_m.to(tl.float32), 1)
+            store_values(raw, p_dc, b_dy, b_dc, row, i_c, i_g, length, o_v, G, V, BT)
+        b_h += tl.sum(b_s.to(tl.float32) * b_m.to(tl.float32) * keep, 1)
     b_dq *= scale
     b_dlog = b_dq
     if DECAY == 2:
@@ -876,8 +906,7 @@ def chunk_gradients_kernel(
         x_dq, x_db = inner_shares(b_q, b_b, b_x, b_p, b_pt, SHIFT, PREC, BT, LB, LT)
         b_h *= tl.exp2(tl.load(p_total + at * K + o_k, mask=o_k < K, other=0))
         b_dq += x_dq
-        b_dlog = chosen(o_t[:, None] > o_t[None, :], b_b * b_db, PREC) - chosen(later(0, True, BT), b_b * x_db, PREC)
-        b_dlog += b_h[None, :] + chosen(later(SHIFT, True, BT), b_q * b_dq, PREC)
+        b_dlog = log_gradient(b_q, b_b, b_dq, b_db, x_db, b_h, SHIFT, PREC, BT)
         b_db += x_db
         if SHIFT == 0:
             own = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_p.to(tl.float32), 0.0), 1)[:, None]
@@ -934,10 +963,11 @@ def chunk_step_kernel(
     if DECAY == 1:
         keep *= tl.exp2(tl.load(p_log + i_g // l_r * l_g + i_n * l_t).to(tl.float32) * 1.4426950408889634)
     elif DECAY == 2:
-        keep = tl.exp2(tl.sum(load_log(raw, i_n, i_g, 1, o_k, K, 1), 0) * 1.4426950408889634)
+        keep = tl.exp2(tl.sum(load_log(raw, i_n, i_g, 1, o_k, K, 1).to(tl.float32), 0) * 1.4426950408889634)
     if p_n is not None:
         b_b *= tl.load(p_n + i_g // n_r * n_g + i_n * n_t).to(tl.float32)
-    next_s = b_s * keep[:, None] + b_b[:, None] * b_c
+    next_s = b_s
+    next_s = next_s * keep[:, None] + b_b[:, None] * b_c
     tl.store(at, next_s, mask=m)
     b_y = tl.sum(b_q[:, None] * (b_s if SHIFT else next_s), 0)[None, :] * scale  # [1, BV]
     b_w = 0.0
@@ -2874,12 +2904,13 @@ class Lanes(NamedTuple):
 
 class ChunkCall(NamedTuple):
     """One call. keys: what q, b and a log over the key are made of, [B, T, G, K] each, or [1, 1, G, K] of a param; c
-    [B, T, G, V]; values: what the readout reads, likewise; numbers [B, T, G] for the readout; log, n [B, T, G]; start
-    [N, G, K, V] and zstart [N, G, K] in fp32. A tensor may have fewer lanes, each for several of the G in turn.
+    [B, T, G, V]; values: what the readout and a log over the value read, likewise; numbers [B, T, G] for the readout;
+    log, n [B, T, G]; start [N, G, K, V] and zstart [N, G, K] in fp32. A tensor may have fewer lanes, each for several
+    of the G in turn.
 
     shape: B, T, G; shift, scale: y_t = scale qᵀ S_(t - shift); code [B, T] int8: bit 0 a token counts, bit 1 the state
     is new before it; cu: N + 1 offsets of sequences in a batch of 1; dtype: of the output; decay: 0 none, 1 a number a
-    token, 2 over the key.
+    token, 2 over the key; over: over the value, too.
     """
 
     start: Tensor | None
@@ -2888,7 +2919,7 @@ class ChunkCall(NamedTuple):
     n: Tensor | None
     c: Tensor
     keys: tuple[Tensor | None, ...]
-    values: tuple[Tensor, ...]
+    values: tuple[Tensor | None, ...]
     numbers: tuple[Tensor, ...]
     shape: tuple[int, int, int]
     shift: int
@@ -2897,6 +2928,7 @@ class ChunkCall(NamedTuple):
     cu: Tensor | None
     dtype: torch.dtype
     decay: int
+    over: bool
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -3011,7 +3043,7 @@ def fused_call(
     return ChunkCall(
         *starts, number("log"), number("n"), found(*fused.c), tuple(found(*k) for k in fused.keys),
         tuple(found(*v) for v in fused.values), tuple(x for k in fused.numbers if (x := number(k)) is not None),
-        (*call.leading, lanes), fused.shift, fused.scale(call.n), code, cu, call.dtype, decay,
+        (*call.leading, lanes), fused.shift, fused.scale(call.n), code, cu, call.dtype, decay, fused.over,
     )  # fmt: skip
 
 
@@ -3028,15 +3060,12 @@ def chunk_layer(
     """
     outer, key = tuple(sizes[:-1]), sizes[-1]
     f = LayerFactors(call, layer, outer, found, mask, reset)
-    over = "log_value" in f
-    sides = [(w, key) if over else (key, w) for w in widths]
-    if not simple_layer(layer, f) or not all(kernels.takes(*side, call.device) for side in sides):
+    if not simple_layer(layer, f) or not all(kernels.takes(key, w, call.device) for w in widths):
         return None
-    over_value = f.log() if over else None
     dtypes = [call.dtype if all(p[0] in layer.shown for p in r.parts) else torch.float32 for r in layer.reads]
     columns = [f.rows(f"b{k}") for k in range(layer.columns)]
     numbers = [f.number(k) for k in range(layer.columns)]
-    log = f.log()
+    log, log_value = f.log(), f.log_value()
     queries = [
         [(f.rows(n), s, f.scale(n)) for n, s in ((f"q{r}", 0), (f"p{r}", 1)) if n in f] for r in range(len(dtypes))
     ]
@@ -3053,11 +3082,7 @@ def chunk_layer(
                 ends = []
                 for k, (b, c, n) in enumerate(zip(columns, values, numbers, strict=True)):
                     first = None if k else begin
-                    if over_value is None:
-                        y, end = kernels.scan(q, b, c, log, first, cu, shift, scale, dtypes[r], n)
-                    else:
-                        b = b if n is None else b * n.unsqueeze(-1)
-                        y, end = kernels.value_scan(q, b, c, over_value, first, cu, shift, scale)
+                    y, end = kernels.scan(q, b, c, log, first, cu, shift, scale, dtypes[r], n, None, log_value)
                     total = y if total is None else total + y
                     ends.append(end)
                 final = sum(ends[1:], ends[0]) if final is None else final
@@ -3094,7 +3119,7 @@ def chunk_step(
 def simple_layer(layer: Any, f: LayerFactors) -> bool:
     """Whether the kernels know this kind of layer."""
     other = any(name in f for name in ("decay", "decay_key", "decay_value"))
-    other |= "log_value" in f and ("log" in f or "log_key" in f or True in layer.vectors)
+    other |= "log_value" in f and True in layer.vectors  # a sum that C = 1 makes has no value to decay over
     if other or layer.rank or not layer.reads or any(r.extra for r in layer.reads):
         return False
     return all(f.call.leading) and f.call.compute == torch.float32
@@ -3138,15 +3163,20 @@ class LayerFactors:
 
     def log(self) -> Tensor | None:
         """[B, T, G] or [B, T, G, K]; 0 at tokens that do not count, -inf before a restart."""
-        name = next((n for n in ("log", "log_key", "log_value") if n in self), None)
-        log = None if name is None else self.rows(name, name == "log")
-        if self.mask is not None and log is not None:
-            log = torch.where(self._over(self.mask, log), log, 0.0)
+        name = next((n for n in ("log", "log_key") if n in self), None)
+        log = None if name is None else self._counted(self.rows(name, name == "log"))
         if self.reset is not None:
             if log is None:
                 log = torch.zeros((), device=self.call.device).expand(self.shape)
             log = torch.where(self._over(self.reset, log), -torch.inf, log)
         return log
+
+    def log_value(self) -> Tensor | None:
+        """[B, T, G, V], 0 at tokens that do not count; restarts are in the other log."""
+        return self._counted(self.rows("log_value")) if "log_value" in self else None
+
+    def _counted(self, log: Tensor) -> Tensor:
+        return log if self.mask is None else torch.where(self._over(self.mask, log), log, 0.0)
 
     def fresh(self, p: Tensor) -> Tensor:
         """Queries of prev.S, which is nothing at a restart."""
@@ -3161,6 +3191,7 @@ class LayerFactors:
 
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 _NEAR = 4  # 2^4 tokens of a chunk are a product among themselves
+_NOTHING = SimpleNamespace(q=None, b=None, pairs=None, total=None)  # is made ready
 
 
 class ChunkKernels:
@@ -3184,32 +3215,25 @@ class ChunkKernels:
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
         shift: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None, number: Tensor | None = None,
-        code: Tensor | None = None,
+        code: Tensor | None = None, log_value: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in `dtype` (q's), and the last state [N, G, K, V] in fp32, by
         kernels that fuse nothing.
 
         q, b [B, T, G, K], c [B, T, G, V]; log: log of the decay, None, [B, T, G] or [B, T, G, K]; start [N, G, K, V] or
-        None; cu: N + 1 offsets of sequences in a batch of 1; number: [B, T, G], multiplies b (log not over K).
-        Differentiable in q, b, c, log, start and number.
+        None; cu: N + 1 offsets of sequences in a batch of 1; number: [B, T, G], multiplies b (log not over K);
+        log_value: log of a decay over the value, [B, T, G, V]. Differentiable in q, b, c, both logs, start and number.
         """
         wide = log is not None and log.dim() == 4
         decay = 2 if wide else int(log is not None or code is not None)
         keys = (q, b, log if wide else None)
+        values = (log_value,) * len(self.table.params[1])
         shape = (c.shape[0], c.shape[1], max(q.shape[2], b.shape[2], c.shape[2]))
         y, final, _ = self.call(
-            ChunkCall(start, None, None if wide else log, number, c, keys, (), (), shape, shift, scale, code, cu,
-                      dtype or q.dtype, decay)
+            ChunkCall(start, None, None if wide else log, number, c, keys, values, (), shape, shift, scale, code, cu,
+                      dtype or q.dtype, decay, log_value is not None)
         )  # fmt: skip
         return y, final
-
-    def value_scan(
-        self, q: Tensor, b: Tensor, c: Tensor, log: Tensor, start: Tensor | None, cu: Tensor | None = None,
-        shift: int = 0, scale: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`scan` with a decay over the value: log [B, T, G, V]; y is in c's dtype."""
-        found = _ValueScan.apply(self, q, b, c, log, start, cu, shift, scale)  # type: ignore[no-untyped-call]
-        return found[0], found[1]
 
     def call(self, a: ChunkCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """The output [B, T, G, V], the last states [N, G, K, V] and [N, G, K] of z in fp32. Differentiable."""
@@ -3241,8 +3265,9 @@ class ChunkKernels:
         grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
         self.table.forward[grid](
             *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, *begin, out, y, *last, states, zstates,
-            n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.shift, how.precision,
-            n.key, n.value, how.bt, how.bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+            n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.over, a.shift,
+            how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1,
+            num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         seen = out if self.table.seen == "output" else y
         return out, final, zfinal, Kept(seen, sums, states, zstates) if keep else Kept(None, None, None, None)
@@ -3292,45 +3317,35 @@ class ChunkKernels:
         if states is None:
             states, zstates = self.states(a, made, None, how.bt)
         back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, ends=(d_start, d_zstart))
+        back.value = value = self._prepared_value(a, how, back)
         costates, zcostates = self.states(a, made, back, how.bt, (d_final, d_zfinal))
         reached = [x for x, stored in zip(numbers, self.table.grads[2], strict=True) if stored]
         self.table.gradients[(n.chunks * n.lanes * blocks,)](
-            *a.raw, made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, states, costates, zstates, zcostates,
-            *keys, dc, *values, *reached, dlog, dn, n.cu, n.first, n.owner, n.tokens, n.batch * n.tokens, n.lanes,
-            a.scale, a.decay, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, _NEAR,
-            how.bt.bit_length() - 1, num_warps=how.warps, num_stages=how.stages,
+            *a.raw, made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs,
+            value.total, states, costates, zstates, zcostates, *keys, dc, *values, *reached, dlog, dn, n.cu, n.first,
+            n.owner, n.tokens, n.batch * n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift, how.precision, n.key,
+            n.value, how.bt, bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1, num_warps=how.warps,
+            num_stages=how.stages,
         )  # fmt: skip
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
         return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers]
 
     def states(
         self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0,
-        begin: tuple[Tensor | None, Tensor | None] | None = None, reverse: bool = True,
+        begin: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it. `back` without
-        `reverse` has but the `ends`."""
+        """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
         how = self.plan("states", a, bt)
         n = how.lanes
         found = self._states(n, how.operand, a)
         begin = (a.start, a.zstart) if begin is None else begin
         ends = (None, None) if back is None else back.ends
-        back = back if reverse else None
         if how.segments > 1:
             spare = self._matrices(n, n.sequences, a) if ends[0] is None else ends
             begin = self._starts(a, made, begin, spare, back, how)
             ends = None, None
-        self._walk(a, made, begin, ends, None, found, back, how)
+        self._walk(a, made, begin, ends, (None, None), found, back, how)
         return found
-
-    def last(self, a: ChunkCall) -> Tensor:
-        """The last states [N, G, K, V] alone."""
-        how = self.plan("states", a)
-        final = self._matrices(how.lanes, how.lanes.sequences, a)
-        made = self._prepared(a, how, None)
-        if not a.c.numel() or not all(a.shape):
-            return final[0].zero_() if a.start is None else final[0].copy_(a.start)
-        self.states(a, made, SimpleNamespace(ends=final), how.bt, None, False)
-        return final[0]
 
     def _starts(
         self, a: ChunkCall, made: SimpleNamespace, first: Any, last: Any, back: SimpleNamespace | None,
@@ -3339,8 +3354,9 @@ class ChunkKernels:
         """What each segment starts from, [N, S, G, K, V] and [N, S, G, K]; into `last`: where the last ends."""
         n = how.lanes
         ends, starts = (self._matrices(n, n.sequences * how.segments, a) for _ in range(2))
-        width = n.key if a.decay == 2 else 1
-        left = torch.empty(n.sequences, how.segments, n.lanes, width, dtype=torch.float32, device=a.c.device)
+        each = n.sequences, how.segments, n.lanes
+        widths = n.key if a.decay == 2 else 1, 0
+        left = [torch.empty(*each, w, dtype=torch.float32, device=a.c.device) if w else None for w in widths]
         own = self.plan("states", a, how.bt)
         own.segments, own.segment = how.segments, how.segment
         self._walk(a, made, (None, None), ends, left, (None, None), back, own)
@@ -3348,50 +3364,61 @@ class ChunkKernels:
             if end is not None:
                 block = min(1024, _block(n.key * value))
                 self.table.join[(n.sequences * n.lanes * -(-n.key * value // block),)](
-                    begin, end, left, start, final, how.segments, n.lanes, back is not None, a.decay, n.key, value,
+                    begin, end, *left, start, final, how.segments, n.lanes, back is not None, a.decay, n.key, value,
                     block,
                 )  # fmt: skip
         return starts
 
     def _walk(
-        self, a: ChunkCall, made: SimpleNamespace, begin: Any, ends: Any, left: Tensor | None, states: Any,
+        self, a: ChunkCall, made: SimpleNamespace, begin: Any, ends: Any, left: Any, states: Any,
         back: SimpleNamespace | None, how: SimpleNamespace,
     ) -> None:  # fmt: skip
         n = how.lanes
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
-        given = back or SimpleNamespace(do=None, seen=None, dw=None, sums=None)
+        given = back or SimpleNamespace(do=None, seen=None, dw=None, sums=None, value=_NOTHING)
         self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
-            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.dw, *begin, *ends, left,
-            *states, n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, back is not None, a.decay,
-            a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, num_warps=how.warps,
-            num_stages=how.stages,
+            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.dw, given.value.q,
+            given.value.total, *begin, *ends, *left, *states, n.cu, n.first, n.tokens, how.segments, how.segment,
+            n.lanes, a.scale, back is not None, a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk,
+            how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
 
     def _prepared(self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None) -> SimpleNamespace:
         """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K].
         For one of a number a token: in place of the totals the sums of its logs, [chunks, G, 2, BT]."""
         n = how.lanes
+        if a.decay == 2:
+            return self._ready(self.table.prepare, a, how, n.key, sums)
+        if a.decay == 0:
+            return _NOTHING
+        total = torch.empty(n.chunks, n.lanes, 2, how.bt, dtype=torch.float32, device=a.c.device)
+        block = min(16, 1 << (n.lanes - 1).bit_length())
+        self.table.sums[(n.chunks * -(-n.lanes // block),)](
+            *a.raw, total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.bt, block, num_warps=4,
+        )  # fmt: skip
+        return SimpleNamespace(q=None, b=None, pairs=None, total=total)
+
+    def _prepared_value(self, a: ChunkCall, how: SimpleNamespace, back: SimpleNamespace) -> SimpleNamespace:
+        """For a decay over the value the same of dy, c and P."""
+        return _NOTHING
+
+    def _ready(
+        self, kernel: Any, a: ChunkCall, how: SimpleNamespace, width: int, *given: Tensor | None
+    ) -> SimpleNamespace:
+        n = how.lanes
         device = a.c.device
-        if a.decay != 2:
-            none = SimpleNamespace(q=None, b=None, pairs=None, total=None)
-            if a.decay == 1:
-                none.total = torch.empty(n.chunks, n.lanes, 2, how.bt, dtype=torch.float32, device=device)
-                block = min(16, 1 << (n.lanes - 1).bit_length())
-                self.table.sums[(n.chunks * -(-n.lanes // block),)](
-                    *a.raw, none.total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.bt, block, num_warps=4,
-                )  # fmt: skip
-            return none
         made = SimpleNamespace(
-            q=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
-            b=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
+            q=torch.empty(*a.shape, width, dtype=how.operand, device=device),
+            b=torch.empty(*a.shape, width, dtype=how.operand, device=device),
             pairs=torch.empty(*a.shape, how.bt, dtype=how.operand, device=device),
-            total=torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=device),
+            total=torch.empty(n.chunks, n.lanes, width, dtype=torch.float32, device=device),
         )
         own = self.plan("prepare", a, how.bt)
-        self.table.prepare[(n.chunks * n.lanes,)](
-            *a.raw, made.q, made.b, made.pairs, made.total, sums, n.cu, n.first, n.owner, n.tokens, n.lanes, a.shift,
-            how.precision, n.key, how.bt, min(how.bk, own.bks), _NEAR, how.bt.bit_length() - 1, num_warps=own.warps,
+        kernel[(n.chunks * n.lanes,)](
+            *a.raw, made.q, made.b, made.pairs, made.total, *given, n.cu, n.first, n.owner, n.tokens, n.lanes, a.shift,
+            how.precision, width, how.bt, min(_block(width), own.bks), _NEAR, how.bt.bit_length() - 1,
+            num_warps=own.warps,
         )  # fmt: skip
         return made
 
@@ -3505,48 +3532,6 @@ class _ChunkScan(torch.autograd.Function):
         return None, None, *whole
 
 
-class _ValueScan(torch.autograd.Function):
-    """With F(q, b, c, log; dy) = Σ dy · (the scan over the key of q, b, c), linear in q and in dy, a scan over the
-    value is y = dF/dq at (b, c, dy) = (c, b, q), on states transposed, and Σ y · dy = F(dy, c, b, log; q)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, kernels: ChunkKernels, q: Tensor, b: Tensor, c: Tensor, log: Tensor, start: Tensor | None,
-        cu: Tensor | None, shift: int, scale: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        q, b, c, log = _laid(q), _laid(b), _laid(c), _laid(log)
-        shape = (c.shape[0], c.shape[1], max(q.shape[2], b.shape[2], c.shape[2]))
-        start = None if start is None else start.float().mT.contiguous()
-        a = ChunkCall(start, None, None, None, b, (c, c, log), (), (), shape, shift, scale, None, cu, c.dtype, 2)
-        none = Kept(None, None, None, None)
-        only = tuple(n == 5 for n in range(len(a.tensors)))
-        like = a._replace(keys=(c.expand(*shape, -1), c, log))
-        y = kernels.backward(like, none, q.expand(*shape, -1), None, None, only)
-        final = kernels.last(a)
-        ctx.kernels, ctx.plain = kernels, a.of([None] * len(a.tensors))
-        ctx.save_for_backward(q, b, c, log, start)
-        ctx.set_materialize_grads(False)
-        return y[5], final.mT  # type: ignore[return-value]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        q, b, c, log, start = ctx.saved_tensors
-        plain: ChunkCall = ctx.plain
-        dy, d_final = grads
-        if dy is None:
-            dy = torch.zeros(*plain.shape, c.shape[3], dtype=c.dtype, device=c.device)
-        a = plain.of([start, None, None, None, b, _laid(dy), c, log])
-        dq, _, _, kept = ctx.kernels.forward(a, True)
-        d_final = None if d_final is None else d_final.float().mT.contiguous()
-        wanted = (True,) * 5 + (False, True, True)
-        found = ctx.kernels.backward(a, kept, q.expand(*plain.shape, -1), d_final, None, wanted)
-        d_start, _, _, _, db, _, dc, dlog = found
-        d_start = d_start.mT if ctx.needs_input_grad[5] else None
-        folded = [_folded(d, x) for d, x in ((dq, q), (db, b), (dc, c), (dlog, log))]
-        return None, *folded, d_start, None, None, None
-
-
 # --- A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout.
 
 
@@ -3571,8 +3556,8 @@ class FusedLayer(NamedTuple):
     """What the kernels compute of a layer and its readout themselves.
 
     keys, c, values: (name, 'input' | 'param' | 'factor', lag) of the tensors that they read; given(x, s, prev, p, n):
-    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. output:
-    what the kernels give, in full.
+    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. decay,
+    over: as in ChunkCall. output: what the kernels give, in full.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -3583,6 +3568,7 @@ class FusedLayer(NamedTuple):
     scale: Callable[..., float]
     shift: int
     decay: int
+    over: bool
     output: str
 
 
@@ -4368,7 +4354,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='9b9a94825c148f34',
+    digest='e2b71aee621d6802',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),
@@ -4381,7 +4367,7 @@ SPEC = Spec(
 )
 
 LAYERS = (
-    Chunked(('S',), factors_0, rank=0, columns=1, reads=(Reads(0, (('y_S', 0, (0,)),)), ), orders=((0, 1),), outer=0, vectors=(False,), plain={'log_key': 'g', 'b0': 'k', 'c0': 'v', 'q0': 'q'}, scales=lambda n: {'q0': 1 / math.sqrt(n.K)}, shown=('y_S',), fused=FusedLayer((('q', 'input', 0), ('k', 'input', 0), ('g', 'input', 0)), ('v', 'input', 0), (), (), given_0, lambda n: 1 / math.sqrt(n.K), 0, 2, 'o')),
+    Chunked(('S',), factors_0, rank=0, columns=1, reads=(Reads(0, (('y_S', 0, (0,)),)), ), orders=((0, 1),), outer=0, vectors=(False,), plain={'log_key': 'g', 'b0': 'k', 'c0': 'v', 'q0': 'q'}, scales=lambda n: {'q0': 1 / math.sqrt(n.K)}, shown=('y_S',), fused=FusedLayer((('q', 'input', 0), ('k', 'input', 0), ('g', 'input', 0)), ('v', 'input', 0), (), (), given_0, lambda n: 1 / math.sqrt(n.K), 0, 2, False, 'o')),
 )
 
 gla = Aggregator(SPEC, SimpleNamespace(lift=lift, combine=combine, advance=advance, output=output, identity=identity, layered=run_layers, layers=LAYERS, readout=readout, matrices=ChunkKernels(CHUNK_KERNELS), stepped=step_layers), fold="scan", kernels=KERNELS)

@@ -35,25 +35,30 @@ NAMES = {2: "bf16", 4: "fp32"}
 
 
 def source(
-    kernel: str, size: int, decay: int, key: int, value: int, spec: str | None = None, tile: ChunkTile | None = None
-) -> tuple[ASTSource, dict[str, int]]:
+    kernel: str, size: int, decay: int, key: int, value: int, spec: str | None = None, tile: ChunkTile | None = None,
+    over: bool = False,
+) -> tuple[ASTSource, dict[str, int]]:  # fmt: skip
     """A kernel as the host launches it on contiguous tensors of `size` bytes; of a spec's own kernels, if there is one;
-    with another tile than the shipped one, if there is one."""
+    with another tile than the shipped one, if there is one. over: the decay is over the value, too."""
     fused = None if spec is None else fused_spec(spec)
     shift = 0 if fused is None else fused.shift
-    made = kernels(table(decay == 2) if tile is None else one_tile(decay == 2, kernel, tile), fused)
+    over = over if fused is None else fused.log_value is not None
+    made = kernels(table(decay == 2, over) if tile is None else one_tile(decay == 2, kernel, tile), fused)
     function = getattr(made.table, kernel)
     bk = max(16, 1 << (key - 1).bit_length())
-    tiled = {"normed": "gradients", "step": "forward", "sums": "states"}.get(kernel, kernel)
+    tiled = {"normed": "gradients", "step": "forward", "prepare_value": "prepare", "sums": "states"}.get(kernel, kernel)
     tokens, bv, bks, warps, stages = next(t for limit, t in made.table.tiles[tiled][size] if bk <= limit)
     operand = NAMES[size]
     absent = {"p_code", "p_cu", "p_chunks", "p_owner", "p_slots", "p_y"}
     absent |= set() if made.table.norm else {"p_zstart", "p_zfinal", "p_zstates", "p_zend", "p_zcostates", "p_dw", "p_z"}
     absent |= set() if made.table.width else {"p_sums"}
     absent |= set() if made.table.seen else {"p_seen"}
-    absent |= set() if decay == 2 else {"p_qs", "p_bs", "p_pairs", "p_k2"}
-    absent |= {"p_total"} if decay == 0 else set()
+    if decay < 2:
+        absent |= {"p_k2"} | (set() if kernel == "prepare_value" else {"p_qs", "p_bs", "p_pairs"})
+    absent |= {"p_total"} if decay == 0 and kernel != "prepare_value" else set()
     absent |= set() if decay == 1 else {"p_log", "p_dlog"}
+    if not over:
+        absent |= {"p_dys", "p_cs", "p_vpairs", "p_vtotal", "p_vdecay"}
     if fused is None:
         absent |= {"p_n", "p_dn"} | ({"p_dk2"} if decay < 2 else set())
     elif not any(a.name == "n" for a in fused.numbers):
@@ -61,15 +66,17 @@ def source(
     absent -= {"p_k2", "p_dk2"} if fused is not None else set()
     if decay == 2 and kernel in ("forward", "states"):  # q and b lie scaled
         absent |= {n for n in function.arg_names if re.fullmatch(r"p_k\d", n)}
-    whole = {"p_log", "p_n", "p_total", "p_sums", "p_dw", "p_start", "p_final", "p_end", "p_decay", "p_dlog", "p_dn", "p_s",
-             "p_z", "p_zstart", "p_zfinal", "p_zstates", "p_zend", "p_zcostates"}  # fmt: skip
+    whole = {"p_log", "p_n", "p_total", "p_vtotal", "p_sums", "p_dw", "p_start", "p_final", "p_end", "p_decay", "p_vdecay",
+             "p_dlog", "p_dn", "p_s", "p_z", "p_zstart", "p_zfinal", "p_zstates", "p_zend", "p_zcostates"}  # fmt: skip
+    side, whole_v = value if kernel == "prepare_value" else key, max(16, 1 << (value - 1).bit_length())
+    whole_k = whole_v if kernel == "prepare_value" else bk
     fixed = {
-        "DECAY": decay, "SHIFT": shift, "PREC": {2: "bf16", 4: "tf32x3"}[size], "K": key, "V": value, "BT": tokens,
-        "BK": min(bk, bks) if kernel in ("states", "gradients", "prepare") else bk, "BV": max(16, min(bv, 1 << (value - 1).bit_length())),
+        "DECAY": decay, "OVER_V": over, "SHIFT": shift, "PREC": {2: "bf16", 4: "tf32x3"}[size], "K": side, "V": value,
+        "BT": tokens, "BK": bk if kernel in ("forward", "step") else min(whole_k, bks), "BV": min(bv, whole_v),
         "NS": stages, "BACK": True, "BG": 16, "LB": 4, "LT": tokens.bit_length() - 1,
     }  # fmt: skip
     if kernel == "step":
-        fixed["BV"] = min(128, fixed["BV"] * 2)
+        fixed["BV"] = min(128, whole_v)
         warps = 8
     signature, constants, aligned = {}, {}, {}
     for n, name in enumerate(function.arg_names):
@@ -96,10 +103,10 @@ def fused_spec(name: str) -> Fused:
 
 def resources(
     kernel: str, size: int, decay: int, key: int, value: int, target: str = "sm_90", spec: str | None = None,
-    tile: ChunkTile | None = None,
+    tile: ChunkTile | None = None, over: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Registers, bytes spilt and bytes of shared memory."""
-    built = triton.compile(*_arguments(source(kernel, size, decay, key, value, spec, tile), target))
+    built = triton.compile(*_arguments(source(kernel, size, decay, key, value, spec, tile, over), target))
     found = {"shared": built.metadata.shared}
     if target == "sm_90":
         ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -126,21 +133,35 @@ def test_resources(kernel: str, decay: int) -> None:
     assert found["spilt"] <= 512, found
 
 
+@pytest.mark.parametrize(
+    ("kernel", "spec", "decay"),
+    [("forward", "value_gate", 0), ("prepare_value", "value_gate", 0), ("values", "value_gate", 0),
+     ("forward", "grid_gate", 2), ("gradients", "grid_gate", 2), ("values", "grid_gate", 2), ("step", "grid_gate", 2)],
+)  # fmt: skip
+def test_resources_over_the_value(kernel: str, spec: str, decay: int) -> None:
+    found = resources(kernel, 2, decay, 128, 128, spec=spec)
+    assert found["shared"] <= SHARED
+    assert found["spilt"] <= 512, found
+
+
 @pytest.mark.parametrize("target", ["sm_100", "gfx942"])
 def test_other_targets(target: str) -> None:
     assert resources("states", 2, 1, 64, 64, target)["shared"] <= SHARED
+    assert resources("forward", 2, 0, 64, 64, target, over=True)["shared"] <= SHARED
 
 
 def report() -> None:
     """Everything, as a table: python tests/test_chunk_cubins.py."""
     for size, key, value in ((2, 128, 128), (2, 64, 64), (2, 256, 256), (4, 64, 64), (4, 128, 128), (2, 96, 80)):
-        for decay in (0, 1, 2):
-            for kernel in (*((), ("sums",), ("prepare",))[decay], "forward", "states", "gradients"):
+        for decay, over in ((0, False), (1, False), (2, False), (0, True), (2, True)):
+            made = ("prepare_value", "values") if over else ()
+            for kernel in (*((), ("sums",), ("prepare",))[decay], "forward", "states", "gradients", *made):
                 try:
-                    found = resources(kernel, size, decay, key, value)
+                    found = resources(kernel, size, decay, key, value, over=over)
                 except Exception as error:
                     found = {"failed": str(error)[:100]}
-                print(NAMES[size], f"K {key} V {value} decay {decay}", kernel, found, flush=True)
+                shown = f"K {key} V {value} decay {decay}{' and over the value' if over else ''}"
+                print(NAMES[size], shown, kernel, found, flush=True)
     for decay in (1, 2):  # what psmc tune may try
         shipped = tiles(decay == 2).data
         names = [f"{k}/2/128" for k in ("forward", "states", "gradients", *(("prepare",) if decay == 2 else ()))]

@@ -96,7 +96,7 @@ def test_candidates_are_few_valid_and_begin_with_the_shipped_tile(plan: str) -> 
 
 def test_what_is_common_to_all_kernels_changes_for_all_of_them() -> None:
     for wide in (False, True):
-        shipped = chunk_tiles(wide).data
+        shipped = chunk_tiles(wide, True).data
         assert tiles.disagreement("chunked", shipped) is None
         whole = [c for c in tiles.candidates("chunked", shipped, {"forward/2/128"}) if not c.kernel]
         assert [{r.numbers[0] for r in c.rows} for c in whole] == [{32}, {128}]

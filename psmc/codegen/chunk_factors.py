@@ -1,7 +1,7 @@
-"""What the chunk kernels compute themselves, read off the structure: q, b and the log of the decay from a token's
+"""What the chunk kernels compute themselves, read off the structure: q, b and the logs of the decay from a token's
 inputs, the output from y, and the transposes of both.
 
-A factor is fused where it is elementwise over the key's index in inputs and params that have that index alone; a number
+A factor is fused where it is elementwise over its own index in inputs and params that have that index alone; a number
 a token, which has no index, stays torch's (it is 1/K of the traffic). The readout is fused where it is elementwise over
 the value in y, in w (what a normaliser gives), in sums over the key of elementwise terms, and in inputs, params and
 numbers.
@@ -46,10 +46,10 @@ class Raw:
 @dataclass(frozen=True)
 class Fused:
     """keys, values: what has the index of the key, of the value; c: what lies behind C. q, b, log (None: no decay over
-    the key): scalar expressions over `keys`. scale: the text of the number that multiplies q. numbers: [B, T, G], what
-    torch computes; of these `log` and `n` by name, s0, ... for the readout. sums: terms of sums over the key. readout:
-    over y, w, c, sums (e0, ...), values, numbers; None: the output is y. seen: y as an expression over the output (its
-    ref is Y itself where y must be kept)."""
+    the key): scalar expressions over `keys`; log_value (None: no decay over the value): over `values` and c. scale: the
+    text of the number that multiplies q. numbers: [B, T, G], what torch computes; of these `log` and `n` by name, s0,
+    ... for the readout. sums: terms of sums over the key. readout: over y, w, c, sums (e0, ...), values, numbers; None:
+    the output is y. seen: y as an expression over the output (its ref is Y itself where y must be kept)."""
 
     stack: tuple[Affine, ...]
     output: str
@@ -60,6 +60,7 @@ class Fused:
     q: Expr
     b: Expr
     log: Expr | None
+    log_value: Expr | None
     scale: str
     numbers: tuple[Assign, ...]
     torch_rows: tuple[Assign, ...]
@@ -91,9 +92,9 @@ def fuse(agg: Aggregator, structure: Structure) -> Fused | None:
     single = [a.value is None for a in stack] in ([False], [False, True])
     if head.rank or head.outer or head.injection.rank != 1 or not single or head.decay.logs is None:
         return None
-    if head.decay.kind not in ("none", "constant", "scalar", "K") or len(readout.linear) != len(stack):
+    if len(readout.linear) != len(stack):
         return None
-    if len(stack) == 2 and stack[1].injection.right[0].value != ONE:
+    if len(stack) == 2 and (stack[1].injection.right[0].value != ONE or head.decay.kind in ("V", "KV")):
         return None
     asked = queries(stack, list(readout.linear))
     if len(asked) != 1 or len({p.component for p in readout.linear}) != len(stack):
@@ -127,12 +128,13 @@ class _Fusion:
         elif "log" in self.rows:
             self.numbers.append(self.rows["log"])
         c = self._behind(self.rows["c0"])
+        log_value = self._over_value(self.rows["log_value"], c) if "log_value" in self.rows else None
         shown = self._readout(linear, epilogue, c)
         if shown is None:
             return None
         direct = shown == scalar(Y)
         return Fused(
-            self.stack, epilogue.name, shift, tuple(self.keys), tuple(self.values), c, q, b, log, scale,
+            self.stack, epilogue.name, shift, tuple(self.keys), tuple(self.values), c, q, b, log, log_value, scale,
             tuple(self.numbers), tuple(self.torch_rows), tuple(self.sums), None if direct else shown,
             None if direct else _seen(shown),
         )  # fmt: skip
@@ -161,14 +163,23 @@ class _Fusion:
 
     def _factor(self, row: Assign) -> Expr:
         """An expression over `keys`; where it is not elementwise, a key of its own."""
-        kept = len(self.keys)
-        found = self._elementwise(row.value, row.indices[-1], self.keys)
+        return self._held(row, self.keys)
+
+    def _held(self, row: Assign, held: list[Raw]) -> Expr:
+        kept = len(held)
+        found = self._elementwise(row.value, row.indices[-1], held)
         if found is None or not any(isinstance(x, Ref) and x.space != SIZE for x in walk(found)):
-            del self.keys[kept:]
+            del held[kept:]
             self.torch_rows.append(row)
-            self.keys.append(Raw(row.name, "factor"))
-            return self.keys[-1].ref
+            held.append(Raw(row.name, "factor"))
+            return held[-1].ref
         return found
+
+    def _over_value(self, row: Assign, c: Raw) -> Expr:
+        """An expression over `values` and c."""
+        found = self._held(row, self.values)
+        self.values = [x for x in self.values if x != c]
+        return transform(found, lambda node: scalar(C) if node == c.ref else None)
 
     def _behind(self, row: Assign) -> Raw:
         found: list[Raw] = []
@@ -213,7 +224,7 @@ class _Fusion:
     def _readout(self, linear: tuple[Linear, ...], epilogue: Assign, c: Raw) -> Expr | None:
         (index,) = epilogue.indices
         named = {x.name: scalar(Y if x.component == self.head.component else W) for x in linear}
-        held: list[Raw] = []
+        held = list(self.values)
 
         def show(node: Expr) -> Expr | None:
             if isinstance(node, Ref) and node.space == "let":
@@ -286,13 +297,16 @@ def print_fused(agg: Aggregator, structure: Structure) -> tuple[Source, str] | N
     return source, (
         f"FusedLayer({keys!r}, {(f.c.name, f.c.kind, f.c.lag)!r}, {values!r}, {numbers!r}, given_0, "
         f"lambda n: {f.scale}, "
-        f"{f.shift}, {f.decay}, {f.output!r})"
+        f"{f.shift}, {f.decay}, {f.log_value is not None}, {f.output!r})"
     )
 
 
-def transposed(f: Fused) -> tuple[tuple[tuple[str, Expr], ...], tuple[tuple[str, Expr], ...]]:
+_Pulled = tuple[tuple[str, Expr], ...]
+
+
+def transposed(f: Fused) -> tuple[_Pulled, _Pulled, _Pulled]:
     """(of the readout, by what it is the cotangent of: y, w, c, values, sums, numbers; of the factors and sums, by
-    key): scalar expressions, those that are not 0."""
+    key; of the log over the value, by c and value): scalar expressions, those that are not 0."""
     sums = [scalar(f"e{n}") for n in range(len(f.sums))]
     shown = [scalar(a.name) for a in f.numbers if a.name[0] == "s"]
     back: list[tuple[str, Expr]] = []
@@ -305,7 +319,15 @@ def transposed(f: Fused) -> tuple[tuple[tuple[str, Expr], ...], tuple[tuple[str,
     logs = [] if f.log is None else ["dlog"]
     given = [scalar(n) for n in ("dq", "db", *logs, *(f"de{n}" for n in range(len(f.sums))))]
     through = vjp(rows, given, [k.ref for k in f.keys])
-    return tuple(back), tuple((f"k{n}", e) for n, e in enumerate(through) if e is not None)
+    over_value: list[Expr | None] = []
+    if f.log_value is not None:
+        over_value = vjp([f.log_value], [scalar("dlog")], [scalar(C), *(v.ref for v in f.values)])
+    names = ["c", *(f"v{n}" for n in range(len(f.values)))]
+    return (
+        tuple(back),
+        tuple((f"k{n}", e) for n, e in enumerate(through) if e is not None),
+        tuple((n, e) for n, e in zip(names, over_value, strict=False) if e is not None),
+    )
 
 
 def _again(expr: Expr, f: Fused) -> Expr:

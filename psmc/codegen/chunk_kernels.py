@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 from psmc.codegen.chunk_factors import SIZE, Fused, Raw, fuse, reads_seen, scalar, transposed
@@ -17,10 +17,16 @@ from psmc.structure.report import Affine, Structure
 
 _LOG2E = "1.4426950408889634"
 _BOUND = "60.0"  # exponents within which a product of two scaled factors neither overflows nor loses digits
-_FILES = ("parts", "tokens", "lift", "decays", "sums", "prepare", "forward", "states", "inner", "gradients", "normed",
-          "step")  # fmt: skip
+_FILES = (
+    "parts", "tokens", "lift", "decays", "sums", "prepare", "inner", "decayed", "forward", "states", "gradients",
+    "values", "normed", "step",
+)  # fmt: skip
 _KERNELS = ("sums", "forward", "states", "join", "gradients", "step")
-_SAYS = {"q": "What reads the state", "b": "What enters the state over the key", "log": "Log of the decay, finite"}
+_SAYS = {
+    "q": "What reads the state", "b": "What enters the state over the key",
+    "log": "Log of the decay over the key, finite",
+    "c": "What enters the state over the value", "log_value": "Log of the decay over the value, finite",
+}  # fmt: skip
 
 
 def print_chunk_kernels(agg: Aggregator, structure: Structure, tuned: Tuned | None = None) -> str:
@@ -29,16 +35,18 @@ def print_chunk_kernels(agg: Aggregator, structure: Structure, tuned: Tuned | No
     found = [x.affine for x in structure.layers if x.affine is not None and x.cls == "affine" and by_kernel(x.affine)]
     if not found:
         return ""
-    wide = any(a.decay.kind in ("K", "V") for a in found)
-    return kernel_text(tiles(wide), fuse(agg, structure), tuned) + "\n\nKERNELS = None\n"
+    wide, valued = (any(a.decay.kind in (side, "KV") for a in found) for side in "KV")
+    fused = fuse(agg, structure) or plain(valued)
+    return kernel_text(tiles(wide, valued), fused, tuned) + "\n\nKERNELS = None\n"
 
 
-def kernel_text(sizes: ChunkTiles, fused: Fused | None = None, tuned: Tuned | None = None) -> str:
-    """Without `fused`: q, b and the log of a decay over the key lie in memory, and the output is y."""
-    f = _view(fused or _PLAIN)
-    files = [name for name in _FILES if (name != "prepare" or f.log) and (name != "normed" or f.norm)]
+def kernel_text(sizes: ChunkTiles, fused: Fused, tuned: Tuned | None = None) -> str:
+    """The kernels and their table."""
+    f = _view(fused)
+    where = {"prepare": f.log or f.log_value, "decayed": f.log_value, "values": f.log_value, "normed": f.norm}
+    files = [name for name in _FILES if where.get(name, True)]
     parts = [render(f"chunk_{name}.py.j2", log2e=_LOG2E, bound=_BOUND, f=f) for name in files]
-    kernels = [*_KERNELS, *(["prepare"] if f.log else []), *(["normed"] if f.norm else [])]
+    kernels = [*_KERNELS, *(s.kernel for s in f.sides), *(n for n in ("values", "normed") if n in files)]
     rows = "".join(f"    {name}=chunk_{name}_kernel,\n" for name in kernels)
     table = (
         f"CHUNK_KERNELS = SimpleNamespace(\n{rows}"
@@ -50,15 +58,19 @@ def kernel_text(sizes: ChunkTiles, fused: Fused | None = None, tuned: Tuned | No
 
 
 def by_kernel(affine: Affine) -> bool:
-    """Whether these kernels run a layer: no transition of low rank, no decay over both key and value."""
-    return affine.rank == 0 and affine.decay.kind in ("none", "constant", "scalar", "K", "V")
+    """Whether these kernels run a layer: no transition of low rank, a decay that comes apart into key and value."""
+    return affine.rank == 0 and affine.decay.parts is not None
 
 
-_QUERY, _KEY, _LOG = (Raw(name, "factor") for name in ("q", "b", "log"))
-_PLAIN = Fused(
-    stack=(), output="", shift=0, keys=(_QUERY, _KEY, _LOG), values=(), c=Raw("c", "factor"), q=_QUERY.ref, b=_KEY.ref,
-    log=_LOG.ref, scale="1.0", numbers=(), torch_rows=(), sums=(), readout=None, seen=None,
-)  # fmt: skip
+def plain(valued: bool) -> Fused:
+    """Nothing fused: q, b and the logs of a decay over the key and, if `valued`, over the value lie in memory, and the
+    output is y."""
+    q, b, log, log_value = (Raw(name, "factor") for name in ("q", "b", "log", "log_value"))
+    return Fused(
+        stack=(), output="", shift=0, keys=(q, b, log), values=(log_value,) if valued else (), c=Raw("c", "factor"),
+        q=q.ref, b=b.ref, log=log.ref, log_value=log_value.ref if valued else None, scale="1.0", numbers=(),
+        torch_rows=(), sums=(), readout=None, seen=None,
+    )  # fmt: skip
 
 
 def _tidy(text: str) -> str:
@@ -74,7 +86,8 @@ def _view(f: Fused) -> SimpleNamespace:
     values = {_key(raw): f"v{n}" for n, raw in enumerate(f.values)}
     shown = [a.name for a in f.numbers if a.name[0] == "s"]
     numbers = {key_of(scalar(name)): name for name in shown}
-    tile = {k: f"b_{x}.to(tl.float32)" for k, x in {**keys, **values, key_of(scalar("c")): "c"}.items()}
+    sides = {"k": keys, "v": {**values, key_of(scalar("c")): "c"}}
+    tile = {k: f"b_{x}.to(tl.float32)" for k, x in {**keys, **sides["v"]}.items()}
     tile |= {k: f"b_{x}[:, None]" for k, x in numbers.items()}
     tile |= {key_of(scalar(n)): f"b_{n}[:, None]" for n in ("w", *_names(f, "e"))}
     tile |= {key_of(scalar(n)): f"b_{n}" for n in ("y", "seen", "dq", "db", "dlog")}
@@ -91,17 +104,20 @@ def _view(f: Fused) -> SimpleNamespace:
     def over(expr: Expr, held: dict[Key, str]) -> list[str]:
         return sorted({held[key_of(r)] for r in refs(expr) if key_of(r) in held}, key=lambda n: (n[0], int(n[1:] or 0)))
 
-    def factor(name: str, expr: Expr) -> SimpleNamespace:
-        plain = next((f"b_{x}" for k, x in keys.items() if any(key_of(r) == k and r == expr for r in refs(expr))), None)
-        call = plain or function(f"lift_{name}", [(name, expr)]).call(tile)
-        return SimpleNamespace(name=name, says=_SAYS.get(name, ""), reads=over(expr, keys), call=call,
-                               lifted=plain is None)  # fmt: skip
+    def factor(name: str, expr: Expr, w: str = "k") -> SimpleNamespace:
+        held = sides[w]
+        lies = next((f"b_{x}" for k, x in held.items() if any(key_of(r) == k and r == expr for r in refs(expr))), None)
+        call = lies or function(f"lift_{name}", [(name, expr)]).call(tile)
+        across = name != "q" and (f.log if w == "k" else f.log_value) is not None
+        return SimpleNamespace(name=name, says=_SAYS.get(name, ""), reads=over(expr, held), call=call, w=w,
+                               lifted=lies is None, across=across)  # fmt: skip
 
-    loaded = [factor(n, x) for n, x in (("q", f.q), ("b", f.b), ("log", f.log)) if x is not None]
+    over_key, over_value = (("q", f.q), ("b", f.b), ("log", f.log)), (("c", scalar("c")), ("log_value", f.log_value))
+    loaded = [factor(n, x, w) for w, xs in (("k", over_key), ("v", over_value)) for n, x in xs if x is not None]
     sums = [factor(n, x) for n, x in zip(_names(f, "e"), f.sums, strict=True)]
     for n, x in enumerate(sums):
         x.at = n + f.norm
-    back, through = transposed(f)
+    back, through, through_value = transposed(f)
     readout = None
     held = {**values, **numbers}
     if f.readout is not None:
@@ -120,19 +136,24 @@ def _view(f: Fused) -> SimpleNamespace:
             reads=sorted({*(x for _, e in back for x in over(e, held)), *(["c"] if "c" in asked else [])}),
         )
     behind = function("lane_factors", through)
+    back_log = _pulled(function, through_value, tile, lambda e: over(e, sides["v"])) if through_value else None
     stored = [SimpleNamespace(name=n, param=f.keys[int(n[1:])].kind == "param") for n in behind.results]
     summed = [n[3:] for n in ahead.results if n[3:] in (*_names(f, "e"), *shown)]
-    kept_values = [SimpleNamespace(name=n[3:], param=f.values[int(n[4:])].kind == "param") for n in ahead.results
-                   if n[3:] in values.values()]  # fmt: skip
+    gathered = [*ahead.results, *(back_log.stored if back_log else ())]
+    shares = {n: " + ".join(x for x in gathered if x in (f"b_d{n}", f"d_{n}")) for n in values.values()}
+    kept_values = [SimpleNamespace(name=n, param=raw.kind == "param", sum=shares[n])
+                   for n, raw in zip(shares, f.values, strict=True) if shares[n]]  # fmt: skip
     reached = [n for n in summed if n[0] == "s"]
     places = [*keys.values(), "c", *values.values(), *shown]
     pointers = [f"p_{n}" for n in (*places, "log", "n", "code")]
     strides = [f"{n}_{axis}" for n in (*places, "l", "n") for axis in "tgr"]
-    fed = {x for part in loaded if part.name != "log" for x in part.reads}
+    fed = {x for part in loaded if part.name in "qb" for x in part.reads}
+    outs = ", ".join(ahead.results)
     return SimpleNamespace(
         legend=_legend(f), args=", ".join([*pointers, *strides]), log=f.log is not None, norm=f.norm,
+        log_value=f.log_value is not None, sides=_sides(f, outs), back_log=back_log,
         texts=[t.rstrip() for t in (*helper_texts(made), *(x.text for x in made))],
-        factors=loaded, sums=sums, readout=readout, back=ahead if back else None, outs=", ".join(ahead.results),
+        factors=loaded, sums=sums, readout=readout, back=ahead if back else None, outs=outs,
         back_says=" and the readout's gradients" if len(ahead.results) > 1 else "", width=max(1, f.norm + len(sums)),
         handed=f.norm + len(sums), sum_names="".join(f"b_{n}, " for n in _names(f, "e")),
         sum_grads="".join(f"d_{n}, " for n in summed if n[0] == "e"),
@@ -150,6 +171,30 @@ def _view(f: Fused) -> SimpleNamespace:
         operands=tuple(n for n, (x, raw) in enumerate(zip(keys.values(), f.keys, strict=True))
                        if x in fed and raw.kind != "param"),
         seen=_how_seen(f, back),
+    )  # fmt: skip
+
+
+def _sides(f: Fused, outs: str) -> list[SimpleNamespace]:
+    """What chunk_prepare makes ready, of the sides that have a decay. Its K is the side's size."""
+    key = SimpleNamespace(kernel="prepare", outs="b_q", reads="load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)", b="b",
+                          log="log", args="p_sums")  # fmt: skip
+    value = SimpleNamespace(
+        kernel="prepare_value", outs=outs.replace("b_dy", "b_q", 1), b="c", log="log_value",
+        args="p_do, p_seen, p_sums", reads="back_out(raw, p_do, p_seen, p_sums, row, i_g, length, o_k, G, K, BT)",
+    )  # fmt: skip
+    return [side for side, log in ((key, f.log), (value, f.log_value)) if log is not None]
+
+
+def _pulled(
+    function: Callable[[str, Sequence[tuple[str, Expr]]], LaneFunction], rows: Sequence[tuple[str, Expr]],
+    tile: dict[Key, str], reads: Callable[[Expr], list[str]],
+) -> SimpleNamespace:  # fmt: skip
+    """From the cotangent of the log over the value those of what it is made of."""
+    made = function("lane_log_value", rows)
+    stored = [f"d_{n}" for n in made.results if n != "c"]
+    return SimpleNamespace(
+        outs=", ".join(f"d_{n}" for n in made.results), call=made.call(tile), stored=stored,
+        reads=sorted({x for _, e in rows for x in reads(e)}),
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def emit(
         kernels = f"{attended}\n\n{kernels or 'KERNELS = None'}"
     written = "\n".join((functions, kernels, layers, f"dict({rules})"))
     roots = {"Aggregator", "Spec", "Slot", "Values", *names_read(ast.parse(written))}
-    pasted = paste(files, frozenset(roots), _never(agg, plan, names, layers, matrices))
+    pasted = paste(files, frozenset(roots), _never(agg, plan, names, layers, kernels))
     runtime = pasted.body
     digest = hashlib.sha256("\n".join((spec_text, functions, kernels, runtime, repr(plan))).encode()).hexdigest()[:16]
     used = names_read(ast.parse("\n".join((written, runtime)))) | {"SimpleNamespace", *(["Callable"] if extern else [])}
@@ -119,9 +119,10 @@ def _short(title: str) -> str:
     return head if len(head) <= 110 else head[:110].rsplit(" ", 1)[0] + " ..."
 
 
-def _never(agg: Aggregator, plan: Plan, names: list[str], layers: str, matrices: bool) -> frozenset[str]:
+def _never(agg: Aggregator, plan: Plan, names: list[str], layers: str, kernels: str) -> frozenset[str]:
     """Conditions in the runtime that this spec never meets."""
     outputs = (a.value for a in (*agg.output.lets, *agg.output.results))
+    matrices = plan.name == "chunked" and bool(kernels)
     return frozenset(
         text
         for met, texts in (
@@ -130,6 +131,7 @@ def _never(agg: Aggregator, plan: Plan, names: list[str], layers: str, matrices:
             (any("level" in r.space or r.space == "prev" for r in refs(*outputs)), ("spec.previous", "spec.levels")),
             (bool(layers), ("hasattr(rules, 'layers')",)),
             (matrices, ("hasattr(self.rules, 'matrices')", "hasattr(self.rules, 'stepped')", "lazily")),
+            (not matrices or "log_value" in kernels, ("a.over",)),
             ("recurrence" in names, ("hasattr(rules, 'recurrence')", "sequences")),
             (plan.fold == "left", ("left",)),
             (isinstance(agg.combine, Extern), ("hasattr(rules, 'extern')", "hasattr(self.rules, 'extern')")),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from psmc.plan.tiles import Row
 
-KERNELS = ("forward", "states", "gradients", "prepare")
+KERNELS = ("forward", "states", "gradients", "prepare", "values")
 _KEYS = (64, 128, 256)  # a row holds up to this key block
 
 
@@ -43,22 +43,29 @@ class ChunkTiles:
             for size in (2, 4):
                 found = [(k, t.numbers) for name, s, k, t in self.rows if (name, s) == (kernel, size)]
                 sizes.append(f"{size}: ({', '.join(map(repr, found))})")
-            lines.append(f'        "{kernel}": {{{", ".join(sizes)}}},\n')
+            if found:
+                lines.append(f'        "{kernel}": {{{", ".join(sizes)}}},\n')
         return "{\n" + "".join(lines) + "    }"
 
 
-def tiles(wide: bool) -> ChunkTiles:
-    """`wide`: some decay runs over the key. All kernels of a module agree on the tokens of a chunk."""
+def tiles(wide: bool, valued: bool = False) -> ChunkTiles:
+    """`wide`, `valued`: some decay runs over the key, over the value. All kernels of a module agree on the tokens of a
+    chunk."""
     rows = []
     for size in (2, 4):
         for key in _KEYS:
-            rows += [(kernel, size, key, _tile(kernel, size, key, wide)) for kernel in KERNELS]
+            rows += [(k, size, key, _tile(k, size, key, wide, valued)) for k in KERNELS if valued or k != "values"]
     return ChunkTiles(tuple(rows))
 
 
-def _tile(kernel: str, size: int, key: int, wide: bool) -> ChunkTile:
-    """On chip: a state block K x BV of fp32 in registers (255 a thread), tiles in shared memory (227 KiB)."""
+def _tile(kernel: str, size: int, key: int, wide: bool, valued: bool) -> ChunkTile:
+    """On chip: a state block K x BV of fp32 in registers (255 a thread), tiles in shared memory (227 KiB). What scales
+    by a decay over the value holds half a dozen tiles [BT, BV] at once: they are narrow."""
     tokens = 64 if size == 2 and key <= 128 else 32
+    if kernel == "values":
+        return ChunkTile(tokens, 32, min(key, 64), 8, 1)
+    if kernel == "forward" and valued:
+        return ChunkTile(tokens, 32, key, 8, 2 if size == 2 else 1)
     if kernel == "forward":
         return ChunkTile(tokens, 64 if key <= 128 else 32, key, 4, 2 if size == 2 else 1)
     if kernel == "states":

@@ -14,6 +14,7 @@ from psmc.runtime.kit_chunk_views import ChunkCall, Kept, Lanes, _block, _folded
 
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 _NEAR = 4  # 2^4 tokens of a chunk are a product among themselves
+_NOTHING = SimpleNamespace(q=None, b=None, pairs=None, total=None)  # is made ready
 
 
 class ChunkKernels:
@@ -37,32 +38,25 @@ class ChunkKernels:
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
         shift: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None, number: Tensor | None = None,
-        code: Tensor | None = None,
+        code: Tensor | None = None, log_value: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """y_t = scale q_tᵀ S_(t - shift) [B, T, G, V] in `dtype` (q's), and the last state [N, G, K, V] in fp32, by
         kernels that fuse nothing.
 
         q, b [B, T, G, K], c [B, T, G, V]; log: log of the decay, None, [B, T, G] or [B, T, G, K]; start [N, G, K, V] or
-        None; cu: N + 1 offsets of sequences in a batch of 1; number: [B, T, G], multiplies b (log not over K).
-        Differentiable in q, b, c, log, start and number.
+        None; cu: N + 1 offsets of sequences in a batch of 1; number: [B, T, G], multiplies b (log not over K);
+        log_value: log of a decay over the value, [B, T, G, V]. Differentiable in q, b, c, both logs, start and number.
         """
         wide = log is not None and log.dim() == 4
         decay = 2 if wide else int(log is not None or code is not None)
         keys = (q, b, log if wide else None)
+        values = (log_value,) * len(self.table.params[1])
         shape = (c.shape[0], c.shape[1], max(q.shape[2], b.shape[2], c.shape[2]))
         y, final, _ = self.call(
-            ChunkCall(start, None, None if wide else log, number, c, keys, (), (), shape, shift, scale, code, cu,
-                      dtype or q.dtype, decay)
+            ChunkCall(start, None, None if wide else log, number, c, keys, values, (), shape, shift, scale, code, cu,
+                      dtype or q.dtype, decay, log_value is not None)
         )  # fmt: skip
         return y, final
-
-    def value_scan(
-        self, q: Tensor, b: Tensor, c: Tensor, log: Tensor, start: Tensor | None, cu: Tensor | None = None,
-        shift: int = 0, scale: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`scan` with a decay over the value: log [B, T, G, V]; y is in c's dtype."""
-        found = _ValueScan.apply(self, q, b, c, log, start, cu, shift, scale)  # type: ignore[no-untyped-call]
-        return found[0], found[1]
 
     def call(self, a: ChunkCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """The output [B, T, G, V], the last states [N, G, K, V] and [N, G, K] of z in fp32. Differentiable."""
@@ -94,8 +88,9 @@ class ChunkKernels:
         grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
         self.table.forward[grid](
             *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, *begin, out, y, *last, states, zstates,
-            n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.shift, how.precision,
-            n.key, n.value, how.bt, how.bk, how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+            n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.over, a.shift,
+            how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1,
+            num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         seen = out if self.table.seen == "output" else y
         return out, final, zfinal, Kept(seen, sums, states, zstates) if keep else Kept(None, None, None, None)
@@ -145,45 +140,42 @@ class ChunkKernels:
         if states is None:
             states, zstates = self.states(a, made, None, how.bt)
         back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, ends=(d_start, d_zstart))
+        back.value = value = self._prepared_value(a, how, back)
         costates, zcostates = self.states(a, made, back, how.bt, (d_final, d_zfinal))
         reached = [x for x, stored in zip(numbers, self.table.grads[2], strict=True) if stored]
         self.table.gradients[(n.chunks * n.lanes * blocks,)](
-            *a.raw, made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, states, costates, zstates, zcostates,
-            *keys, dc, *values, *reached, dlog, dn, n.cu, n.first, n.owner, n.tokens, n.batch * n.tokens, n.lanes,
-            a.scale, a.decay, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, _NEAR,
-            how.bt.bit_length() - 1, num_warps=how.warps, num_stages=how.stages,
+            *a.raw, made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs,
+            value.total, states, costates, zstates, zcostates, *keys, dc, *values, *reached, dlog, dn, n.cu, n.first,
+            n.owner, n.tokens, n.batch * n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift, how.precision, n.key,
+            n.value, how.bt, bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1, num_warps=how.warps,
+            num_stages=how.stages,
         )  # fmt: skip
+        if a.over:
+            own = self.plan("values", a, how.bt)
+            self.table.values[(n.chunks * n.lanes * -(-n.value // own.bv),)](
+                *a.raw, made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, states, costates, dc, *values,
+                n.cu, n.first, n.owner, n.tokens, n.lanes, a.scale, a.decay, a.shift, own.precision, n.key, n.value,
+                own.bt, min(own.bk, own.bks), own.bv, _NEAR, own.bt.bit_length() - 1, num_warps=own.warps,
+            )  # fmt: skip
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
         return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers]
 
     def states(
         self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0,
-        begin: tuple[Tensor | None, Tensor | None] | None = None, reverse: bool = True,
+        begin: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it. `back` without
-        `reverse` has but the `ends`."""
+        """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
         how = self.plan("states", a, bt)
         n = how.lanes
         found = self._states(n, how.operand, a)
         begin = (a.start, a.zstart) if begin is None else begin
         ends = (None, None) if back is None else back.ends
-        back = back if reverse else None
         if how.segments > 1:
             spare = self._matrices(n, n.sequences, a) if ends[0] is None else ends
             begin = self._starts(a, made, begin, spare, back, how)
             ends = None, None
-        self._walk(a, made, begin, ends, None, found, back, how)
+        self._walk(a, made, begin, ends, (None, None), found, back, how)
         return found
-
-    def last(self, a: ChunkCall) -> Tensor:
-        """The last states [N, G, K, V] alone."""
-        how = self.plan("states", a)
-        final = self._matrices(how.lanes, how.lanes.sequences, a)
-        made = self._prepared(a, how, None)
-        if not a.c.numel() or not all(a.shape):
-            return final[0].zero_() if a.start is None else final[0].copy_(a.start)
-        self.states(a, made, SimpleNamespace(ends=final), how.bt, None, False)
-        return final[0]
 
     def _starts(
         self, a: ChunkCall, made: SimpleNamespace, first: Any, last: Any, back: SimpleNamespace | None,
@@ -192,8 +184,9 @@ class ChunkKernels:
         """What each segment starts from, [N, S, G, K, V] and [N, S, G, K]; into `last`: where the last ends."""
         n = how.lanes
         ends, starts = (self._matrices(n, n.sequences * how.segments, a) for _ in range(2))
-        width = n.key if a.decay == 2 else 1
-        left = torch.empty(n.sequences, how.segments, n.lanes, width, dtype=torch.float32, device=a.c.device)
+        each = n.sequences, how.segments, n.lanes
+        widths = n.key if a.decay == 2 else 1, n.value if a.over else 0
+        left = [torch.empty(*each, w, dtype=torch.float32, device=a.c.device) if w else None for w in widths]
         own = self.plan("states", a, how.bt)
         own.segments, own.segment = how.segments, how.segment
         self._walk(a, made, (None, None), ends, left, (None, None), back, own)
@@ -201,50 +194,63 @@ class ChunkKernels:
             if end is not None:
                 block = min(1024, _block(n.key * value))
                 self.table.join[(n.sequences * n.lanes * -(-n.key * value // block),)](
-                    begin, end, left, start, final, how.segments, n.lanes, back is not None, a.decay, n.key, value,
+                    begin, end, *left, start, final, how.segments, n.lanes, back is not None, a.decay, n.key, value,
                     block,
                 )  # fmt: skip
         return starts
 
     def _walk(
-        self, a: ChunkCall, made: SimpleNamespace, begin: Any, ends: Any, left: Tensor | None, states: Any,
+        self, a: ChunkCall, made: SimpleNamespace, begin: Any, ends: Any, left: Any, states: Any,
         back: SimpleNamespace | None, how: SimpleNamespace,
     ) -> None:  # fmt: skip
         n = how.lanes
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
-        given = back or SimpleNamespace(do=None, seen=None, dw=None, sums=None)
+        given = back or SimpleNamespace(do=None, seen=None, dw=None, sums=None, value=_NOTHING)
         self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
-            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.dw, *begin, *ends, left,
-            *states, n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, back is not None, a.decay,
-            a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, num_warps=how.warps,
-            num_stages=how.stages,
+            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.dw, given.value.q,
+            given.value.total, *begin, *ends, *left, *states, n.cu, n.first, n.tokens, how.segments, how.segment,
+            n.lanes, a.scale, back is not None, a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk,
+            how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
 
     def _prepared(self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None) -> SimpleNamespace:
         """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K].
         For one of a number a token: in place of the totals the sums of its logs, [chunks, G, 2, BT]."""
         n = how.lanes
+        if a.decay == 2:
+            return self._ready(self.table.prepare, a, how, n.key, sums)
+        if a.decay == 0:
+            return _NOTHING
+        total = torch.empty(n.chunks, n.lanes, 2, how.bt, dtype=torch.float32, device=a.c.device)
+        block = min(16, 1 << (n.lanes - 1).bit_length())
+        self.table.sums[(n.chunks * -(-n.lanes // block),)](
+            *a.raw, total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.bt, block, num_warps=4,
+        )  # fmt: skip
+        return SimpleNamespace(q=None, b=None, pairs=None, total=total)
+
+    def _prepared_value(self, a: ChunkCall, how: SimpleNamespace, back: SimpleNamespace) -> SimpleNamespace:
+        """For a decay over the value the same of dy, c and P."""
+        if not a.over:
+            return _NOTHING
+        return self._ready(self.table.prepare_value, a, how, how.lanes.value, back.do, back.seen, back.sums)
+
+    def _ready(
+        self, kernel: Any, a: ChunkCall, how: SimpleNamespace, width: int, *given: Tensor | None
+    ) -> SimpleNamespace:
+        n = how.lanes
         device = a.c.device
-        if a.decay != 2:
-            none = SimpleNamespace(q=None, b=None, pairs=None, total=None)
-            if a.decay == 1:
-                none.total = torch.empty(n.chunks, n.lanes, 2, how.bt, dtype=torch.float32, device=device)
-                block = min(16, 1 << (n.lanes - 1).bit_length())
-                self.table.sums[(n.chunks * -(-n.lanes // block),)](
-                    *a.raw, none.total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.bt, block, num_warps=4,
-                )  # fmt: skip
-            return none
         made = SimpleNamespace(
-            q=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
-            b=torch.empty(*a.shape, n.key, dtype=how.operand, device=device),
+            q=torch.empty(*a.shape, width, dtype=how.operand, device=device),
+            b=torch.empty(*a.shape, width, dtype=how.operand, device=device),
             pairs=torch.empty(*a.shape, how.bt, dtype=how.operand, device=device),
-            total=torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=device),
+            total=torch.empty(n.chunks, n.lanes, width, dtype=torch.float32, device=device),
         )
         own = self.plan("prepare", a, how.bt)
-        self.table.prepare[(n.chunks * n.lanes,)](
-            *a.raw, made.q, made.b, made.pairs, made.total, sums, n.cu, n.first, n.owner, n.tokens, n.lanes, a.shift,
-            how.precision, n.key, how.bt, min(how.bk, own.bks), _NEAR, how.bt.bit_length() - 1, num_warps=own.warps,
+        kernel[(n.chunks * n.lanes,)](
+            *a.raw, made.q, made.b, made.pairs, made.total, *given, n.cu, n.first, n.owner, n.tokens, n.lanes, a.shift,
+            how.precision, width, how.bt, min(_block(width), own.bks), _NEAR, how.bt.bit_length() - 1,
+            num_warps=own.warps,
         )  # fmt: skip
         return made
 
@@ -356,45 +362,3 @@ class _ChunkScan(torch.autograd.Function):
             else:
                 whole.append(_folded(d.sum(0)[None, None] if param else d, x))
         return None, None, *whole
-
-
-class _ValueScan(torch.autograd.Function):
-    """With F(q, b, c, log; dy) = Σ dy · (the scan over the key of q, b, c), linear in q and in dy, a scan over the
-    value is y = dF/dq at (b, c, dy) = (c, b, q), on states transposed, and Σ y · dy = F(dy, c, b, log; q)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, kernels: ChunkKernels, q: Tensor, b: Tensor, c: Tensor, log: Tensor, start: Tensor | None,
-        cu: Tensor | None, shift: int, scale: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        q, b, c, log = _laid(q), _laid(b), _laid(c), _laid(log)
-        shape = (c.shape[0], c.shape[1], max(q.shape[2], b.shape[2], c.shape[2]))
-        start = None if start is None else start.float().mT.contiguous()
-        a = ChunkCall(start, None, None, None, b, (c, c, log), (), (), shape, shift, scale, None, cu, c.dtype, 2)
-        none = Kept(None, None, None, None)
-        only = tuple(n == 5 for n in range(len(a.tensors)))
-        like = a._replace(keys=(c.expand(*shape, -1), c, log))
-        y = kernels.backward(like, none, q.expand(*shape, -1), None, None, only)
-        final = kernels.last(a)
-        ctx.kernels, ctx.plain = kernels, a.of([None] * len(a.tensors))
-        ctx.save_for_backward(q, b, c, log, start)
-        ctx.set_materialize_grads(False)
-        return y[5], final.mT  # type: ignore[return-value]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        q, b, c, log, start = ctx.saved_tensors
-        plain: ChunkCall = ctx.plain
-        dy, d_final = grads
-        if dy is None:
-            dy = torch.zeros(*plain.shape, c.shape[3], dtype=c.dtype, device=c.device)
-        a = plain.of([start, None, None, None, b, _laid(dy), c, log])
-        dq, _, _, kept = ctx.kernels.forward(a, True)
-        d_final = None if d_final is None else d_final.float().mT.contiguous()
-        wanted = (True,) * 5 + (False, True, True)
-        found = ctx.kernels.backward(a, kept, q.expand(*plain.shape, -1), d_final, None, wanted)
-        d_start, _, _, _, db, _, dc, dlog = found
-        d_start = d_start.mT if ctx.needs_input_grad[5] else None
-        folded = [_folded(d, x) for d, x in ((dq, q), (db, b), (dc, c), (dlog, log))]
-        return None, *folded, d_start, None, None, None

@@ -46,7 +46,7 @@ def fused_call(
     return ChunkCall(
         *starts, number("log"), number("n"), found(*fused.c), tuple(found(*k) for k in fused.keys),
         tuple(found(*v) for v in fused.values), tuple(x for k in fused.numbers if (x := number(k)) is not None),
-        (*call.leading, lanes), fused.shift, fused.scale(call.n), code, cu, call.dtype, decay,
+        (*call.leading, lanes), fused.shift, fused.scale(call.n), code, cu, call.dtype, decay, fused.over,
     )  # fmt: skip
 
 
@@ -63,15 +63,12 @@ def chunk_layer(
     """
     outer, key = tuple(sizes[:-1]), sizes[-1]
     f = LayerFactors(call, layer, outer, found, mask, reset)
-    over = "log_value" in f
-    sides = [(w, key) if over else (key, w) for w in widths]
-    if not simple_layer(layer, f) or not all(kernels.takes(*side, call.device) for side in sides):
+    if not simple_layer(layer, f) or not all(kernels.takes(key, w, call.device) for w in widths):
         return None
-    over_value = f.log() if over else None
     dtypes = [call.dtype if all(p[0] in layer.shown for p in r.parts) else torch.float32 for r in layer.reads]
     columns = [f.rows(f"b{k}") for k in range(layer.columns)]
     numbers = [f.number(k) for k in range(layer.columns)]
-    log = f.log()
+    log, log_value = f.log(), f.log_value()
     queries = [
         [(f.rows(n), s, f.scale(n)) for n, s in ((f"q{r}", 0), (f"p{r}", 1)) if n in f] for r in range(len(dtypes))
     ]
@@ -88,11 +85,7 @@ def chunk_layer(
                 ends = []
                 for k, (b, c, n) in enumerate(zip(columns, values, numbers, strict=True)):
                     first = None if k else begin
-                    if over_value is None:
-                        y, end = kernels.scan(q, b, c, log, first, cu, shift, scale, dtypes[r], n)
-                    else:
-                        b = b if n is None else b * n.unsqueeze(-1)
-                        y, end = kernels.value_scan(q, b, c, over_value, first, cu, shift, scale)
+                    y, end = kernels.scan(q, b, c, log, first, cu, shift, scale, dtypes[r], n, None, log_value)
                     total = y if total is None else total + y
                     ends.append(end)
                 final = sum(ends[1:], ends[0]) if final is None else final
@@ -129,7 +122,7 @@ def chunk_step(
 def simple_layer(layer: Any, f: LayerFactors) -> bool:
     """Whether the kernels know this kind of layer."""
     other = any(name in f for name in ("decay", "decay_key", "decay_value"))
-    other |= "log_value" in f and ("log" in f or "log_key" in f or True in layer.vectors)
+    other |= "log_value" in f and True in layer.vectors  # a sum that C = 1 makes has no value to decay over
     if other or layer.rank or not layer.reads or any(r.extra for r in layer.reads):
         return False
     return all(f.call.leading) and f.call.compute == torch.float32
@@ -173,15 +166,20 @@ class LayerFactors:
 
     def log(self) -> Tensor | None:
         """[B, T, G] or [B, T, G, K]; 0 at tokens that do not count, -inf before a restart."""
-        name = next((n for n in ("log", "log_key", "log_value") if n in self), None)
-        log = None if name is None else self.rows(name, name == "log")
-        if self.mask is not None and log is not None:
-            log = torch.where(self._over(self.mask, log), log, 0.0)
+        name = next((n for n in ("log", "log_key") if n in self), None)
+        log = None if name is None else self._counted(self.rows(name, name == "log"))
         if self.reset is not None:
             if log is None:
                 log = torch.zeros((), device=self.call.device).expand(self.shape)
             log = torch.where(self._over(self.reset, log), -torch.inf, log)
         return log
+
+    def log_value(self) -> Tensor | None:
+        """[B, T, G, V], 0 at tokens that do not count; restarts are in the other log."""
+        return self._counted(self.rows("log_value")) if "log_value" in self else None
+
+    def _counted(self, log: Tensor) -> Tensor:
+        return log if self.mask is None else torch.where(self._over(self.mask, log), log, 0.0)
 
     def fresh(self, p: Tensor) -> Tensor:
         """Queries of prev.S, which is nothing at a restart."""

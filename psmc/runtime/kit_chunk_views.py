@@ -26,12 +26,13 @@ class Lanes(NamedTuple):
 
 class ChunkCall(NamedTuple):
     """One call. keys: what q, b and a log over the key are made of, [B, T, G, K] each, or [1, 1, G, K] of a param; c
-    [B, T, G, V]; values: what the readout reads, likewise; numbers [B, T, G] for the readout; log, n [B, T, G]; start
-    [N, G, K, V] and zstart [N, G, K] in fp32. A tensor may have fewer lanes, each for several of the G in turn.
+    [B, T, G, V]; values: what the readout and a log over the value read, likewise; numbers [B, T, G] for the readout;
+    log, n [B, T, G]; start [N, G, K, V] and zstart [N, G, K] in fp32. A tensor may have fewer lanes, each for several
+    of the G in turn.
 
     shape: B, T, G; shift, scale: y_t = scale qᵀ S_(t - shift); code [B, T] int8: bit 0 a token counts, bit 1 the state
     is new before it; cu: N + 1 offsets of sequences in a batch of 1; dtype: of the output; decay: 0 none, 1 a number a
-    token, 2 over the key.
+    token, 2 over the key; over: over the value, too.
     """
 
     start: Tensor | None
@@ -40,7 +41,7 @@ class ChunkCall(NamedTuple):
     n: Tensor | None
     c: Tensor
     keys: tuple[Tensor | None, ...]
-    values: tuple[Tensor, ...]
+    values: tuple[Tensor | None, ...]
     numbers: tuple[Tensor, ...]
     shape: tuple[int, int, int]
     shift: int
@@ -49,6 +50,7 @@ class ChunkCall(NamedTuple):
     cu: Tensor | None
     dtype: torch.dtype
     decay: int
+    over: bool
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -41,8 +41,8 @@ class FusedLayer(NamedTuple):
     """What the kernels compute of a layer and its readout themselves.
 
     keys, c, values: (name, 'input' | 'param' | 'factor', lag) of the tensors that they read; given(x, s, prev, p, n):
-    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. output:
-    what the kernels give, in full.
+    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. decay,
+    over: as in ChunkCall. output: what the kernels give, in full.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -53,6 +53,7 @@ class FusedLayer(NamedTuple):
     scale: Callable[..., float]
     shift: int
     decay: int
+    over: bool
     output: str
 
 
