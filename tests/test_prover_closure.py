@@ -228,3 +228,10 @@ BRANCHES = [
 def test_conditions_hold_in_their_branches(lift: str, interval: str, lands: bool) -> None:
     agg = spec(f"input x, y, n : int state s in {interval} = 1 lift {{ s = {lift} }} combine (l, r) {{ s = max(l.s, r.s) }}")
     assert ("s" in closure(agg).closed) == lands
+
+
+@pytest.mark.parametrize("value", ["rsqrt(-1 - x^2)", "1 / sqrt(logsigmoid(x))", "1 / (x - x)"])
+def test_what_has_no_value_anywhere(value: str) -> None:
+    """Its image is empty, or 0 alone: nothing is known of its inverse, and nothing is divided by 0 to find out."""
+    agg = spec(f"input x; state s in (0, inf) = 1; lift {{ s = {value} }} combine (l, r) {{ s = l.s * r.s }}")
+    assert not isinstance(prove(agg).associativity, Refuted)

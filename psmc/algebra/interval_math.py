@@ -138,6 +138,8 @@ def _interval(lo: _Ext, hi: _Ext) -> Interval:
 
 
 def inverse(x: Interval) -> Interval:
+    if x.lo == x.hi == 0:  # 0 alone, or no number at all: a root of what is negative
+        return ANY
     if positive(x):
         lo = Fraction(0) if x.hi is None else 1 / x.hi
         hi = None if not x.lo else 1 / x.lo
