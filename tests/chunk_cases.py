@@ -36,9 +36,8 @@ def one_tile(wide: bool, kernel: str, tile: ChunkTile) -> ChunkTiles:
     )
 
 
-def kernels(sizes: ChunkTiles, fused: Fused | None = None) -> ChunkKernels:
-    """The printed kernels, loaded."""
-    valued = any(kernel == "values" for kernel, *_ in sizes.rows)
+def kernels(sizes: ChunkTiles, fused: Fused | None = None, valued: bool = False) -> ChunkKernels:
+    """The printed kernels, loaded; without `fused` those that fuse nothing, `valued`: with a decay over the value."""
     text = "from types import SimpleNamespace\n" + kernel_text(sizes, fused or plain(valued))
     if text not in _MADE:
         file = _FOLDER / f"chunk_{len(_MADE)}.py"

@@ -43,14 +43,14 @@ def source(
     fused = None if spec is None else fused_spec(spec)
     shift = 0 if fused is None else fused.shift
     over = over if fused is None else fused.log_value is not None
-    made = kernels(table(decay == 2, over) if tile is None else one_tile(decay == 2, kernel, tile), fused)
+    made = kernels(table(decay == 2, over) if tile is None else one_tile(decay == 2, kernel, tile), fused, over)
     function = getattr(made.table, kernel)
     bk = max(16, 1 << (key - 1).bit_length())
-    tiled = {"normed": "gradients", "step": "forward", "prepare_value": "prepare", "sums": "states"}.get(kernel, kernel)
+    tiled = {"normed": "gradients", "shares": "forward", "norms": "forward", "step": "forward", "prepare_value": "prepare", "sums": "states"}.get(kernel, kernel)
     tokens, bv, bks, warps, stages = next(t for limit, t in made.table.tiles[tiled][size] if bk <= limit)
     operand = NAMES[size]
     absent = {"p_code", "p_cu", "p_chunks", "p_owner", "p_slots", "p_y"}
-    absent |= set() if made.table.norm else {"p_zstart", "p_zfinal", "p_zstates", "p_zend", "p_zcostates", "p_dw", "p_z"}
+    absent |= set() if made.table.norm else {"p_zstates", "p_zcostates", "p_dw", "p_z"}
     absent |= set() if made.table.width else {"p_sums"}
     absent |= set() if made.table.seen else {"p_seen"}
     if decay < 2:
@@ -67,13 +67,13 @@ def source(
     if decay == 2 and kernel in ("forward", "states"):  # q and b lie scaled
         absent |= {n for n in function.arg_names if re.fullmatch(r"p_k\d", n)}
     whole = {"p_log", "p_n", "p_total", "p_vtotal", "p_sums", "p_dw", "p_start", "p_final", "p_end", "p_decay", "p_vdecay",
-             "p_dlog", "p_dn", "p_s", "p_z", "p_zstart", "p_zfinal", "p_zstates", "p_zend", "p_zcostates"}  # fmt: skip
+             "p_dlog", "p_dn", "p_s", "p_z", "p_zstates", "p_zcostates", "p_shares", "p_norms", "p_last"}  # fmt: skip
     side, whole_v = value if kernel == "prepare_value" else key, max(16, 1 << (value - 1).bit_length())
     whole_k = whole_v if kernel == "prepare_value" else bk
     fixed = {
         "DECAY": decay, "OVER_V": over, "SHIFT": shift, "PREC": {2: "bf16", 4: "tf32x3"}[size], "K": side, "V": value,
-        "BT": tokens, "BK": bk if kernel in ("forward", "step") else min(whole_k, bks), "BV": min(bv, whole_v),
-        "NS": stages, "BACK": True, "BG": 16, "LB": 4, "LT": tokens.bit_length() - 1,
+        "BT": tokens, "BK": bk if kernel in ("forward", "step", "shares") else min(whole_k, bks), "BV": min(bv, whole_v),
+        "NS": stages, "BACK": True, "BG": 16, "BC": 32, "LB": 4, "LT": tokens.bit_length() - 1,
     }  # fmt: skip
     if kernel == "step":
         fixed["BV"] = min(128, whole_v)

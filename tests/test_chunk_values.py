@@ -30,15 +30,15 @@ else:
 
     @pytest.mark.parametrize(("decay", "shift"), [(0, 0), (1, 1), (2, 0)])
     def test_odd_sizes(decay: int, shift: int) -> None:
-        check(Data(1, 37, 2, 24, 20, decay, over=True).errors(kernels(table(valued=True, **SMALL)), shift))
+        check(Data(1, 37, 2, 24, 20, decay, over=True).errors(kernels(table(valued=True, **SMALL), valued=True), shift))
 
     @pytest.mark.parametrize(("decay", "shift"), [(0, 1), (1, 0), (2, 1)])
     def test_hard_decays_packed(decay: int, shift: int) -> None:
         data = Data(1, 71, 1, 16, 24, decay, cu=[0, 1, 40, 40, 71], hard=True, over=True)
-        check(data.errors(kernels(table(valued=True, **SMALL)), shift))
+        check(data.errors(kernels(table(valued=True, **SMALL), valued=True), shift))
 
     def test_segments_of_time() -> None:
-        made = kernels(table(valued=True, tokens=16, values=16, keys=16))
+        made = kernels(table(valued=True, tokens=16, values=16, keys=16), valued=True)
         made.processors = 6
         try:
             assert made._split(torch.empty(0), 2, 400, 16)[0] > 1
@@ -47,13 +47,13 @@ else:
             made.processors = 1
 
     def test_half_and_grouped_lanes() -> None:
-        check(Data(1, 33, 1, 16, 16, 2, dtype=torch.float16, over=True).errors(kernels(table(valued=True, **SMALL))), 1e-3)
-        check(Data(2, 1, 4, 16, 16, 0, grouped=True, start=False, over=True).errors(kernels(table(valued=True, **SMALL))))
+        check(Data(1, 33, 1, 16, 16, 2, dtype=torch.float16, over=True).errors(kernels(table(valued=True, **SMALL), valued=True)), 1e-3)
+        check(Data(2, 1, 4, 16, 16, 0, grouped=True, start=False, over=True).errors(kernels(table(valued=True, **SMALL), valued=True)))
 
     @pytest.mark.parametrize(("decay", "shift"), [(0, 0), (0, 1), (2, 0)])
     def test_later_tokens_change_nothing(decay: int, shift: int) -> None:
         """Bitwise, also where another decay, or growth, moves a row across the bound of the product form."""
-        made = kernels(table(valued=True, **SMALL))
+        made = kernels(table(valued=True, **SMALL), valued=True)
         q, b, c, log, start, over = (None if x is None else x.detach() for x in Data(1, 40, 1, 16, 24, decay, over=True).leaves)
 
         def scan(q: torch.Tensor, b: torch.Tensor, c: torch.Tensor, over: torch.Tensor) -> torch.Tensor:

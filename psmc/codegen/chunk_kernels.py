@@ -19,9 +19,10 @@ _LOG2E = "1.4426950408889634"
 _BOUND = "60.0"  # exponents within which a product of two scaled factors neither overflows nor loses digits
 _FILES = (
     "parts", "tokens", "lift", "decays", "sums", "prepare", "inner", "decayed", "forward", "states", "gradients",
-    "values", "normed", "step",
+    "values", "norms", "step",
 )  # fmt: skip
-_KERNELS = ("sums", "forward", "states", "join", "gradients", "step")
+_KERNELS = ("sums", "forward", "states", "join", "gradients", "values", "step")
+_NORMS = ("normed", "shares", "norms")
 _SAYS = {
     "q": "What reads the state", "b": "What enters the state over the key",
     "log": "Log of the decay over the key, finite",
@@ -43,10 +44,10 @@ def print_chunk_kernels(agg: Aggregator, structure: Structure, tuned: Tuned | No
 def kernel_text(sizes: ChunkTiles, fused: Fused, tuned: Tuned | None = None) -> str:
     """The kernels and their table."""
     f = _view(fused)
-    where = {"prepare": f.log or f.log_value, "decayed": f.log_value, "values": f.log_value, "normed": f.norm}
+    where = {"prepare": f.log or f.log_value, "decayed": f.log_value, "norms": f.norm}
     files = [name for name in _FILES if where.get(name, True)]
     parts = [render(f"chunk_{name}.py.j2", log2e=_LOG2E, bound=_BOUND, f=f) for name in files]
-    kernels = [*_KERNELS, *(s.kernel for s in f.sides), *(n for n in ("values", "normed") if n in files)]
+    kernels = [*_KERNELS, *(s.kernel for s in f.sides), *(_NORMS if f.norm else ())]
     rows = "".join(f"    {name}=chunk_{name}_kernel,\n" for name in kernels)
     table = (
         f"CHUNK_KERNELS = SimpleNamespace(\n{rows}"

@@ -54,7 +54,7 @@ def tiles(wide: bool, valued: bool = False) -> ChunkTiles:
     rows = []
     for size in (2, 4):
         for key in _KEYS:
-            rows += [(k, size, key, _tile(k, size, key, wide, valued)) for k in KERNELS if valued or k != "values"]
+            rows += [(k, size, key, _tile(k, size, key, wide, valued)) for k in KERNELS]
     return ChunkTiles(tuple(rows))
 
 
@@ -62,16 +62,18 @@ def _tile(kernel: str, size: int, key: int, wide: bool, valued: bool) -> ChunkTi
     """On chip: a state block K x BV of fp32 in registers (255 a thread), tiles in shared memory (227 KiB). What scales
     by a decay over the value holds half a dozen tiles [BT, BV] at once: they are narrow."""
     tokens = 64 if size == 2 and key <= 128 else 32
-    if kernel == "values":
+    if kernel == "values" and valued:
         return ChunkTile(tokens, 32, min(key, 64), 8, 1)
+    if kernel == "values":
+        return ChunkTile(tokens, 64 if size == 4 or key > 128 else 128, min(key, 64), 4, 2 if size == 2 else 1)
     if kernel == "forward" and valued:
         return ChunkTile(tokens, 32, key, 8, 2 if size == 2 else 1)
     if kernel == "forward":
         return ChunkTile(tokens, 64 if key <= 128 else 32, key, 4, 2 if size == 2 else 1)
     if kernel == "states":
         return ChunkTile(tokens, 64, 64, 4, 2 if size == 2 else 1)
+    if kernel == "gradients" and wide:
+        return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 8, 1)
     if kernel == "gradients":
-        if wide:
-            return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 8, 1)
-        return ChunkTile(tokens, 64 if size == 2 else 32, key, 8 if key > 64 else 4, 1)
+        return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 4, 2 if size == 2 else 1)
     return ChunkTile(tokens, 64, min(key, 64), 8, 1)

@@ -78,16 +78,15 @@ class ChunkKernels:
             return out, final, zfinal, Kept(None, None, None, None)
         sums = self._sums(a)
         made = self._prepared(a, how, sums)
-        begin = a.start, a.zstart
-        last: Any = (final, zfinal)
+        zstates = self._norms(a, made, None, how, a.zstart, zfinal)
+        begin, last = a.start, final
         if how.segments > 1:
-            begin = self._starts(a, made, begin, last, None, how)
-            last = None, None
+            begin, last = self._starts(a, made, begin, last, None, how), None
         y = torch.empty_like(out) if keep and self.table.seen == "y" else None
-        states, zstates = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else (None, None)
+        states = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else None
         grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
         self.table.forward[grid](
-            *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, *begin, out, y, *last, states, zstates,
+            *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, begin, zstates, out, y, last, states,
             n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.over, a.shift,
             how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1,
             num_warps=how.warps, num_stages=how.stages,
@@ -136,83 +135,99 @@ class ChunkKernels:
                 *a.raw, do, kept.seen, kept.sums, dw, n.cu, n.first, n.owner, n.tokens, n.lanes, n.value, how.bt,
                 how.bv,
             )  # fmt: skip
-        states, zstates = kept.states, kept.zstates
-        if states is None:
-            states, zstates = self.states(a, made, None, how.bt)
-        back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, ends=(d_start, d_zstart))
+        states = self.states(a, made, None, how.bt) if kept.states is None else kept.states
+        back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, begin=d_final, end=d_start)
         back.value = value = self._prepared_value(a, how, back)
-        costates, zcostates = self.states(a, made, back, how.bt, (d_final, d_zfinal))
+        costates = self.states(a, made, back, how.bt)
+        zcostates = self._norms(a, made, back, how, d_zfinal, d_zstart)
         reached = [x for x, stored in zip(numbers, self.table.grads[2], strict=True) if stored]
         self.table.gradients[(n.chunks * n.lanes * blocks,)](
             *a.raw, made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs,
-            value.total, states, costates, zstates, zcostates, *keys, dc, *values, *reached, dlog, dn, n.cu, n.first,
+            value.total, states, costates, kept.zstates, zcostates, *keys, *reached, dlog, dn, n.cu, n.first,
             n.owner, n.tokens, n.batch * n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift, how.precision, n.key,
             n.value, how.bt, bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1, num_warps=how.warps,
             num_stages=how.stages,
         )  # fmt: skip
-        if a.over:
-            own = self.plan("values", a, how.bt)
-            self.table.values[(n.chunks * n.lanes * -(-n.value // own.bv),)](
-                *a.raw, made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, states, costates, dc, *values,
-                n.cu, n.first, n.owner, n.tokens, n.lanes, a.scale, a.decay, a.shift, own.precision, n.key, n.value,
-                own.bt, min(own.bk, own.bks), own.bv, _NEAR, own.bt.bit_length() - 1, num_warps=own.warps,
-            )  # fmt: skip
+        own = self.plan("values", a, how.bt)
+        self.table.values[(n.chunks * n.lanes * -(-n.value // own.bv),)](
+            *a.raw, made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, states if a.over else None, costates,
+            dc, *values, n.cu, n.first, n.owner, n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift, own.precision,
+            n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages, _NEAR, own.bt.bit_length() - 1,
+            num_warps=own.warps, num_stages=own.stages,
+        )  # fmt: skip
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
         return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers]
 
     def states(
-        self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0,
-        begin: tuple[Tensor | None, Tensor | None] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0
+    ) -> Tensor:
         """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
         how = self.plan("states", a, bt)
         n = how.lanes
         found = self._states(n, how.operand, a)
-        begin = (a.start, a.zstart) if begin is None else begin
-        ends = (None, None) if back is None else back.ends
+        begin, end = (a.start, None) if back is None else (back.begin, back.end)
         if how.segments > 1:
-            spare = self._matrices(n, n.sequences, a) if ends[0] is None else ends
-            begin = self._starts(a, made, begin, spare, back, how)
-            ends = None, None
-        self._walk(a, made, begin, ends, (None, None), found, back, how)
+            begin, end = self._starts(a, made, begin, end, back, how), None
+        self._walk(a, made, begin, end, (None, None), found, back, how)
         return found
 
     def _starts(
-        self, a: ChunkCall, made: SimpleNamespace, first: Any, last: Any, back: SimpleNamespace | None,
-        how: SimpleNamespace,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """What each segment starts from, [N, S, G, K, V] and [N, S, G, K]; into `last`: where the last ends."""
+        self, a: ChunkCall, made: SimpleNamespace, first: Tensor | None, last: Tensor | None,
+        back: SimpleNamespace | None, how: SimpleNamespace,
+    ) -> Tensor:  # fmt: skip
+        """What each segment starts from, [N, S, G, K, V]; into `last`: where the last ends."""
         n = how.lanes
-        ends, starts = (self._matrices(n, n.sequences * how.segments, a) for _ in range(2))
+        few: Any = {"dtype": torch.float32, "device": a.c.device}
         each = n.sequences, how.segments, n.lanes
+        ends, starts = (torch.empty(*each, n.key, n.value, **few) for _ in range(2))
         widths = n.key if a.decay == 2 else 1, n.value if a.over else 0
-        left = [torch.empty(*each, w, dtype=torch.float32, device=a.c.device) if w else None for w in widths]
+        left = [torch.empty(*each, w, **few) if w else None for w in widths]
         own = self.plan("states", a, how.bt)
         own.segments, own.segment = how.segments, how.segment
-        self._walk(a, made, (None, None), ends, left, (None, None), back, own)
-        for begin, end, start, final, value in zip(first, ends, starts, last, (n.value, 1), strict=True):
-            if end is not None:
-                block = min(1024, _block(n.key * value))
-                self.table.join[(n.sequences * n.lanes * -(-n.key * value // block),)](
-                    begin, end, *left, start, final, how.segments, n.lanes, back is not None, a.decay, n.key, value,
-                    block,
-                )  # fmt: skip
+        self._walk(a, made, None, ends, left, None, back, own)
+        block = min(1024, _block(n.key * n.value))
+        self.table.join[(n.sequences * n.lanes * -(-n.key * n.value // block),)](
+            first, ends, *left, starts, last, how.segments, n.lanes, back is not None, a.decay, n.key, n.value, block,
+        )  # fmt: skip
         return starts
 
     def _walk(
-        self, a: ChunkCall, made: SimpleNamespace, begin: Any, ends: Any, left: Any, states: Any,
-        back: SimpleNamespace | None, how: SimpleNamespace,
+        self, a: ChunkCall, made: SimpleNamespace, begin: Tensor | None, end: Tensor | None, left: Any,
+        states: Tensor | None, back: SimpleNamespace | None, how: SimpleNamespace,
     ) -> None:  # fmt: skip
         n = how.lanes
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
-        given = back or SimpleNamespace(do=None, seen=None, dw=None, sums=None, value=_NOTHING)
+        given = back or SimpleNamespace(do=None, seen=None, sums=None, value=_NOTHING)
         self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
-            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.dw, given.value.q,
-            given.value.total, *begin, *ends, *left, *states, n.cu, n.first, n.tokens, how.segments, how.segment,
+            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.value.q,
+            given.value.total, begin, end, *left, states, n.cu, n.first, n.tokens, how.segments, how.segment,
             n.lanes, a.scale, back is not None, a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk,
             how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
+
+    def _norms(
+        self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, how: SimpleNamespace,
+        first: Tensor | None, last: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """z before each chunk, [chunks, G, K] in fp32, if there is a z; with `back` its costate behind it. From `first`
+        on; into `last` [N, G, K]: where it ends."""
+        if not self.table.norm:
+            return None
+        n = how.lanes
+        shares, found = (
+            torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=a.c.device) for _ in range(2)
+        )
+        self.table.shares[(n.chunks * n.lanes,)](
+            *a.scaled.raw, made.q, made.b, made.total, None if back is None else back.dw, shares, n.cu, n.first, n.owner,
+            n.tokens, n.lanes, a.scale, back is not None, a.decay, a.shift, how.precision, n.key, how.bt, how.bk,
+        )  # fmt: skip
+        block = min(how.bk, 32)
+        self.table.norms[(n.sequences * n.lanes * -(-n.key // block),)](
+            made.total, shares, first, found, last, n.cu, n.first, n.tokens, n.lanes, back is not None, a.decay,
+            how.precision, n.key, how.bt, block, 32,
+        )  # fmt: skip
+        return found
 
     def _prepared(self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None) -> SimpleNamespace:
         """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K].
@@ -225,7 +240,7 @@ class ChunkKernels:
         total = torch.empty(n.chunks, n.lanes, 2, how.bt, dtype=torch.float32, device=a.c.device)
         block = min(16, 1 << (n.lanes - 1).bit_length())
         self.table.sums[(n.chunks * -(-n.lanes // block),)](
-            *a.raw, total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.bt, block, num_warps=4,
+            *a.raw, total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.precision, how.bt, block, num_warps=4,
         )  # fmt: skip
         return SimpleNamespace(q=None, b=None, pairs=None, total=total)
 
@@ -261,10 +276,9 @@ class ChunkKernels:
         z = torch.empty(count, n.lanes, n.key, **options) if self.table.norm else None
         return torch.empty(count, n.lanes, n.key, n.value, **options), z
 
-    def _states(self, n: Lanes, operand: torch.dtype, a: ChunkCall) -> tuple[Tensor, Tensor | None]:
-        states = torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=operand, device=a.c.device)
-        norm = self.table.norm
-        return states, torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=a.c.device) if norm else None
+    @staticmethod
+    def _states(n: Lanes, operand: torch.dtype, a: ChunkCall) -> Tensor:
+        return torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=operand, device=a.c.device)
 
     def _sums(self, a: ChunkCall) -> Tensor | None:
         if not self.table.width:
