@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
-from psmc.codegen.chunk_factors import SIZE, Fused, Raw, fuse, reads_seen, scalar, transposed
+from psmc.codegen.chunk_factors import COTANGENT, SIZE, Fused, Raw, fuse, reads_seen, scalar, transposed
 from psmc.codegen.render import render
 from psmc.codegen.tiles_code import tiles_class, tiles_text
 from psmc.codegen.triton_expr import Key, LaneFunction, helper_texts, key_of, print_function
@@ -125,12 +125,15 @@ def _view(f: Fused) -> SimpleNamespace:
         call = function("lane_readout", [("o", f.readout)]).call(tile)
         readout = SimpleNamespace(reads=over(f.readout, held), call=call)
     ahead = SimpleNamespace(results=["b_dy"])
-    if back:
-        pull = function("lane_back", back)
+    if back:  # what is the cotangent itself stays as it was loaded: such a tile enters a product from shared memory
+        same = [f"b_d{n}" for n, e in back if e == scalar(COTANGENT)]
+        pull = function("lane_back", [(n, e) for n, e in back if f"b_d{n}" not in same])
         asked = [r.name for _, e in back for r in refs(e)]
         at = {"w": 0} | {n: x.at for n, x in zip(_names(f, "e"), sums, strict=True)}
         ahead = SimpleNamespace(
-            results=[f"b_d{n}" for n in pull.results],
+            results=[f"b_d{n}" for n, _ in back],
+            same=same,
+            made=[f"b_d{n}" for n in pull.results],
             call=pull.call(tile),
             seen=reads_seen(tuple(e for _, e in back)),
             sums=[SimpleNamespace(name=n, at=i) for n, i in at.items() if n in asked],

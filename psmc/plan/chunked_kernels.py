@@ -60,12 +60,13 @@ def tiles(wide: bool, valued: bool = False) -> ChunkTiles:
 
 def _tile(kernel: str, size: int, key: int, wide: bool, valued: bool) -> ChunkTile:
     """On chip: a state block K x BV of fp32 in registers (255 a thread), tiles in shared memory (227 KiB). What scales
-    by a decay over the value holds half a dozen tiles [BT, BV] at once: they are narrow."""
+    by a decay over the value holds half a dozen tiles [BT, BV] at once: they are narrow. What only accumulates over its
+    loop takes one stage: its products are not waited for before Triton 3.6 copies the next tiles over their operands."""
     tokens = 64 if size == 2 and key <= 128 else 32
     if kernel == "values" and valued:
         return ChunkTile(tokens, 32, min(key, 64), 8, 1)
     if kernel == "values":
-        return ChunkTile(tokens, 64 if size == 4 or key > 128 else 128, min(key, 64), 4, 2 if size == 2 else 1)
+        return ChunkTile(tokens, 64 if size == 4 or key > 128 else 128, min(key, 64), 4, 1)
     if kernel == "forward" and valued:
         return ChunkTile(tokens, 32, key, 8, 2 if size == 2 else 1)
     if kernel == "forward":
@@ -75,5 +76,5 @@ def _tile(kernel: str, size: int, key: int, wide: bool, valued: bool) -> ChunkTi
     if kernel == "gradients" and wide:
         return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 8, 1)
     if kernel == "gradients":
-        return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 4, 2 if size == 2 else 1)
+        return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 4, 1)
     return ChunkTile(tokens, 64, min(key, 64), 8, 1)
