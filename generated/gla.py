@@ -30,25 +30,25 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    74  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
   116  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
- 1003  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1282  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1439  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1671  The border, continued: states, flags and packing
- 1793  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 1869  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1932  One checked call in PyTorch: lift, the scan of the plan, readout
- 2098  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2161  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2366  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2546  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 2734  Matrix states a chunk of tokens at a time, as batched matrix products
- 2886  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 3010  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3190  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 3535  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 3872  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4141  The public face of a compiled aggregator: a parallel call, a step, states
- 4353  the spec's border
+ 1069  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1348  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1505  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1737  The border, continued: states, flags and packing
+ 1859  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 1935  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1998  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2164  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2227  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2432  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2612  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 2800  Matrix states a chunk of tokens at a time, as batched matrix products
+ 2952  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 3076  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3256  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 3621  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 3958  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4227  The public face of a compiled aggregator: a parallel call, a step, states
+ 4439  the spec's border
 """
 
 from __future__ import annotations
@@ -395,27 +395,49 @@ def numbers_n(raw, row, i_g, length, BT: tl.constexpr):
 
 
 @jit
-def number_sums(p_total, at, SHIFT: tl.constexpr, BT: tl.constexpr):
+def number_sums(p_total, at, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr):
     """What chunk_sums_kernel wrote of a chunk: w and f up to t - SHIFT, up to s, each [BT], and in all. Loads this small come
     in whichever layout they are used in, so none waits for a barrier; sums made on the spot would."""
     p = p_total + at * (2 * BT)
     t = tl.arange(0, BT)
-    w_s, f_s = tl.load(p + t), tl.load(p + BT + t)
+    w_s, w_e, f_s, f_e = tl.load(p + t), tl.load(p + BT - 1), 0.0, 0.0
     w_t, f_t = w_s, f_s
     if SHIFT:
-        w_t, f_t = tl.load(p + t - 1, mask=t > 0, other=0), tl.load(p + BT + t - 1, mask=t > 0, other=0)
-    return w_t, f_t, w_s, f_s, tl.load(p + BT - 1), tl.load(p + 2 * BT - 1)
+        w_t = tl.load(p + t - 1, mask=t > 0, other=0)
+    if PREC != "bf16":
+        f_s, f_e = tl.load(p + BT + t), tl.load(p + 2 * BT - 1)
+        f_t = f_s
+        if SHIFT:
+            f_t = tl.load(p + BT + t - 1, mask=t > 0, other=0)
+    return w_t, f_t, w_s, f_s, w_e, f_e
 
 
 @jit
-def ratio(w_t, f_t, w_s, f_s, SHIFT: tl.constexpr, FLIP: tl.constexpr, BT: tl.constexpr):
+def between(w_t, f_t, w_s, f_s, PREC: tl.constexpr):
+    """The decay between two sums of `number_sums`."""
+    if PREC == "bf16":
+        found = tl.exp2(w_t - w_s)
+    else:
+        found = tl.exp2((w_t - w_s) + (f_t - f_s))
+    return found
+
+
+@jit
+def up_to(w_t, f_t, PREC: tl.constexpr):
+    return between(w_t, f_t, 0.0, 0.0, PREC)
+
+
+@jit
+def ratio(w_t, f_t, w_s, f_s, SHIFT: tl.constexpr, FLIP: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr):
     """R(t - SHIFT, s) [BT, BT], 0 above, from `number_sums`; FLIP: its transpose."""
     m = later(SHIFT, FLIP, BT)
+    if PREC == "bf16":
+        f_t, f_s = w_t, w_s
     if FLIP:
-        e = (w_t[None, :] - w_s[:, None]) + (f_t[None, :] - f_s[:, None])
+        b_r = between(w_t[None, :], f_t[None, :], w_s[:, None], f_s[:, None], PREC)
     else:
-        e = (w_t[:, None] - w_s[None, :]) + (f_t[:, None] - f_s[None, :])
-    return tl.where(m, tl.exp2(e), 0.0)
+        b_r = between(w_t[:, None], f_t[:, None], w_s[None, :], f_s[None, :], PREC)
+    return tl.where(m, b_r, 0.0)
 
 
 @jit
@@ -494,10 +516,10 @@ def near(SHIFT: tl.constexpr, FLIP: tl.constexpr, LB: tl.constexpr, BT: tl.const
 @jit(do_not_specialize=["T"])
 def chunk_sums_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_total, p_cu, p_chunks, p_owner, T, G, BT: tl.constexpr, BG: tl.constexpr,
+    p_total, p_cu, p_chunks, p_owner, T, G, PREC: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr,
 ):
-    """For a decay of a number a token, of one chunk and BG lanes: the sums of its logs up to each token as whole numbers w
-    and remainders f, [chunks, G, 2, BT], so that a difference behind strong decays keeps its digits."""
+    """For a decay of a number a token, of one chunk and BG lanes: the sums of its logs up to each token, [chunks, G, 2, BT]:
+    for precise operands as whole numbers w and remainders f, so that a difference behind strong decays keeps its digits."""
     NG = tl.cdiv(G, BG)
     pid = tl.program_id(0)
     i_c = (pid // NG).to(tl.int64)
@@ -511,10 +533,13 @@ def chunk_sums_kernel(
         b_x = tl.load(p_log + (row + t)[:, None] * l_t + (o_g // l_r * l_g)[None, :], mask=m, other=0)
     code = code_of(p_code, row, length, BT)[:, None]
     b_x = decays(tl.where(code % 2 == 1, b_x, 0.0), code) * 1.4426950408889634
-    w = tl.floor(b_x + 0.5)
+    w = b_x
+    if PREC != "bf16":
+        w = tl.floor(b_x + 0.5)
     p = p_total + ((i_c * G + o_g) * (2 * BT))[None, :] + t[:, None]
     tl.store(p, tl.cumsum(w, 0), mask=(o_g < G)[None, :])
-    tl.store(p + BT, tl.cumsum(b_x - w, 0), mask=(o_g < G)[None, :])
+    if PREC != "bf16":
+        tl.store(p + BT, tl.cumsum(b_x - w, 0), mask=(o_g < G)[None, :])
 
 
 @jit
@@ -652,8 +677,8 @@ def log_gradient(b_q, b_b, b_dq, b_db, x_db, b_h, SHIFT: tl.constexpr, PREC: tl.
 @jit(do_not_specialize=["T", "S", "SEG"])
 def chunk_forward_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_qs, p_bs, p_pairs, p_total, p_sums, p_start, p_zstart, p_out, p_y, p_final, p_zfinal, p_states, p_zstates, p_cu,
-    p_chunks, T, S, SEG, G, scale,
+    p_qs, p_bs, p_pairs, p_total, p_sums, p_start, p_zstates, p_out, p_y, p_final, p_states, p_cu, p_chunks, T, S, SEG, G,
+    scale,
     DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, LB: tl.constexpr, LT: tl.constexpr,
 ):
@@ -676,8 +701,6 @@ def chunk_forward_kernel(
     for i_t in tl.range(0, total, BT, num_stages=NS):
         row, length = begin + i_t, total - i_t
         at = (chunk + i_t // BT) * G + i_g
-        if p_states is not None:
-            store_matrix(p_states, at, b_s, o_k, o_v, K, V)
         if DECAY == 2:
             b_q = rows(p_qs + i_g * K, row, G * K, length, o_k, K, BT)  # [BT, BK]
             b_b = rows(p_bs + i_g * K, row, G * K, length, o_k, K, BT)  # [BT, BK]
@@ -685,31 +708,37 @@ def chunk_forward_kernel(
             b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
             b_b = load_b(raw, row, i_g, length, o_k, K, BT)
         b_c = load_c(raw, row, i_g, length, o_v, V, BT)  # [BT, BV]
-        b_y = product(b_q, b_s, PREC)
+        before = operand(b_s, PREC)
+        if p_states is not None:
+            store_matrix(p_states, at, before, o_k, o_v, K, V)
+        b_e, b_f, keep = 1.0, 1.0, 1.0  # [BT], [BT], of the state
         if DECAY == 2:
             b_a = rows(p_pairs + i_g * BT, row, G * BT, length, o_t, BT, BT)
-            keep = tl.exp2(tl.load(p_total + at * K + o_k, mask=o_k < K, other=0))  # [BK]
-            b_e, b_f, gives = 1.0, 1.0, b_c
-            b_s *= keep[:, None]
-        elif DECAY == 1:
-            b_n = numbers_n(raw, row, i_g, length, BT)
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, BT)
-            b_a = product(b_q, tl.trans(b_b), PREC) * (ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT) * b_n[None, :])
-            b_e, b_f = tl.exp2(w_t + f_t)[:, None], (tl.exp2((w_e - w_s) + (f_e - f_s)) * b_n)[:, None]  # [BT, 1]
-            b_y *= b_e
-            keep = tl.exp2(w_e + f_e)
-            gives = b_c * b_f
-            b_s *= keep
+            keep = tl.exp2(tl.load(p_total + at * K + o_k, mask=o_k < K, other=0))[:, None]  # [BK, 1]
         else:
-            b_a = tl.where(later(SHIFT, False, BT), product(b_q, tl.trans(b_b), PREC), 0.0)
-            b_e, b_f, keep, gives = 1.0, 1.0, 1.0, b_c
+            b_a = product(b_q, tl.trans(b_b), PREC)
+            if DECAY == 1:
+                w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, PREC, BT)
+                b_a *= ratio(w_t, f_t, w_s, f_s, SHIFT, False, PREC, BT)
+                b_e, b_f = up_to(w_t, f_t, PREC), between(w_e, f_e, w_s, f_s, PREC)
+                keep = up_to(w_e, f_e, PREC)
+            else:
+                b_a = tl.where(later(SHIFT, False, BT), b_a, 0.0)
             if p_n is not None:
                 b_n = numbers_n(raw, row, i_g, length, BT)
-                b_a *= b_n[None, :]
-                b_f = b_n[:, None]
-                gives = b_c * b_f
+        b_y = product(b_q, before, PREC)
+        if DECAY == 1:
+            b_y *= b_e[:, None]
+        if DECAY > 0:
+            b_s *= keep
+        b_u = b_c
+        if p_n is not None:
+            b_u = operand(b_c * b_n[:, None], PREC)
+        gives = b_u
+        if DECAY == 1:
+            gives = b_u * b_f[:, None]
         if not OVER_V:
-            b_y += product(b_a, b_c, PREC)
+            b_y += product(b_a, b_u, PREC)
         b_s += product(tl.trans(b_b), gives, PREC)
         b_y *= scale
         b_w = 0.0
@@ -721,8 +750,8 @@ def chunk_forward_kernel(
 @jit(do_not_specialize=["T", "S", "SEG"])
 def chunk_states_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_qs, p_bs, p_total, p_sums, p_do, p_seen, p_dw, p_dys, p_vtotal, p_start, p_zstart, p_end, p_zend, p_decay, p_vdecay,
-    p_states, p_zstates, p_cu, p_chunks, T, S, SEG, G, scale,
+    p_qs, p_bs, p_total, p_sums, p_do, p_seen, p_dys, p_vtotal, p_start, p_end, p_decay, p_vdecay,
+    p_states, p_cu, p_chunks, T, S, SEG, G, scale,
     BACK: tl.constexpr, DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
 ):
@@ -766,18 +795,18 @@ def chunk_states_kernel(
                 b_x = load_b(raw, row, i_g, length, o_k, K, BT)
             b_z_in = load_c(raw, row, i_g, length, o_v, V, BT)
         w = tl.full([BT], 1.0, tl.float32)
-        keep = 1.0
         if DECAY == 2:
             keep = tl.load(p_total + at * K + o_k, mask=o_k < K, other=0)
             b_left += keep
-            keep = tl.exp2(keep)
-            b_s *= keep[:, None]
+            b_s *= tl.exp2(keep)[:, None]
         elif DECAY == 1:
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, BT)
-            w = tl.exp2(w_t + f_t if BACK else (w_e - w_s) + (f_e - f_s))
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, PREC, BT)
+            if BACK:
+                w = up_to(w_t, f_t, PREC)
+            else:
+                w = between(w_e, f_e, w_s, f_s, PREC)
             b_left += w_e + f_e
-            keep = tl.exp2(w_e + f_e)
-            b_s *= keep
+            b_s *= up_to(w_e, f_e, PREC)
         if DECAY < 2:
             if p_n is not None:
                 if not BACK:
@@ -827,17 +856,17 @@ def chunk_join_kernel(
 def chunk_gradients_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
     p_bs, p_pairs, p_total, p_sums, p_do, p_seen, p_dw, p_dys, p_cs, p_vpairs, p_vtotal, p_states, p_costates, p_zstates,
-    p_zcostates, p_dk0, p_dk1, p_dk2, p_dc, p_dlog, p_dn,
+    p_zcostates, p_dk0, p_dk1, p_dk2, p_dlog, p_dn,
     p_cu, p_chunks, p_owner, T, SHARE, G, scale,
     DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, LB: tl.constexpr, LT: tl.constexpr,
 ):
-    """Gradients of all that q, b, c, n, the decay and the readout are made of. One chunk of one lane. With S
-    the state before it and G the costate behind it, P[t, s] = dy_t . c_s, and E = 2**to, F = 2**after,
-        dq = E (S dy) + (P R) b,   db = F (G c) + (P R)' q,   dc = G' (F b) + A' dy,   dn = rowsum(b db / n)
-    A program has a block of K, and every NK-th block of V for dc; p_dlog and p_dn [NK, B, T, G] get its share.
-    The log's gradient at t is the sum over all paths that cross t: from before the chunk to behind it, 2**total S.G;
-    from u < t to behind, b.F (G c); from before to u >= t, q.E (S dy); from s < t to u >= t, (A P R)[u, s]."""
+    """Gradients of all that q, b, n and the decay are made of. One chunk and block of K of one lane. With S the state before
+    it and G the costate behind it, P[t, s] = dy_t . c_s, and E = 2**to, F = 2**after,
+        dq = E (S dy) + (P R) b,   db = F (G c) + (P R)' q,   dn = rowsum(b db / n)
+    p_dlog and p_dn [NK, B, T, G] get its share. The log's gradient at t is the sum over all paths that cross t: from before
+    the chunk to behind it, 2**total S.G; from u < t to behind, b.F (G c); from before to u >= t, q.E (S dy); from s < t to
+    u >= t, (A P R)[u, s] = what u gives to dq less what s gives to db."""
     raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
     NK: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
@@ -848,26 +877,6 @@ def chunk_gradients_kernel(
     at = i_c * G + i_g
     o_k, o_t = i_k * BK + tl.arange(0, BK), tl.arange(0, BT)
     share = (i_k * SHARE + row + o_t) * G + i_g
-    b_n = numbers_n(raw, row, i_g, length, BT)
-    if DECAY == 2:
-        b_a = pairs_across(p_pairs, row, i_g, length, G, BT) * scale  # A' [s, t]
-        b_f = 1.0
-    else:
-        b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
-        b_b = load_b(raw, row, i_g, length, o_k, K, BT)
-        b_a = product(b_b, tl.trans(b_q), PREC)
-        for n in tl.static_range(1, NK):
-            o_n = (i_k + n) % NK * BK + tl.arange(0, BK)
-            x_q = load_q(raw, row, i_g, length, o_n, SHIFT, K, BT)
-            b_a += product(load_b(raw, row, i_g, length, o_n, K, BT), tl.trans(x_q), PREC)
-        b_f = b_n[:, None]
-        if DECAY == 1:
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, BT)
-            b_f *= tl.exp2((w_e - w_s) + (f_e - f_s))[:, None]  # [BT, 1]
-            b_r = ratio(w_t, f_t, w_s, f_s, SHIFT, True, BT)
-        else:
-            b_r = tl.where(later(SHIFT, True, BT), 1.0, 0.0)
-        b_a *= b_r * scale * b_n[:, None]
     b_p = tl.zeros([BT, BT], tl.float32)  # [t, s]
     b_pt = tl.zeros([BT, BT], tl.float32)  # [s, t], as `pairs_across` says
     b_dq = tl.zeros([BT, BK], tl.float32)
@@ -885,20 +894,13 @@ def chunk_gradients_kernel(
             b_pt += product(b_c, tl.trans(b_dy), PREC)
         b_dq += product(b_dy, tl.trans(b_s), PREC)
         b_db += product(b_c, tl.trans(b_m), PREC)
-        if (not OVER_V) and i_v // BV % NK == i_k:
-            b_dc = product(load_in(raw, p_bs, row, i_g, length, o_k, G, DECAY, K, BT), b_m, PREC)
-            for n in tl.static_range(1, NK):
-                o_n = (i_k + n) % NK * BK + tl.arange(0, BK)
-                x_m = load_matrix(p_costates, at, o_n, o_v, K, V)
-                b_dc += product(load_in(raw, p_bs, row, i_g, length, o_n, G, DECAY, K, BT), x_m, PREC)
-            b_dc = b_dc * b_f + product(b_a, b_dy, PREC)
-            store_values(raw, p_dc, b_dy, b_dc, row, i_c, i_g, length, o_v, G, V, BT)
-        b_h += tl.sum(b_s.to(tl.float32) * b_m.to(tl.float32) * keep, 1)
+        if (DECAY == 2) or (p_dlog is not None):
+            b_h += tl.sum(b_s.to(tl.float32) * b_m.to(tl.float32) * keep, 1)
+    b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
+    b_b = load_b(raw, row, i_g, length, o_k, K, BT)
     b_dq *= scale
     b_dlog = b_dq
     if DECAY == 2:
-        b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
-        b_b = load_b(raw, row, i_g, length, o_k, K, BT)
         b_x = load_log(raw, row, i_g, length, o_k, K, BT)
         b_dq *= tl.exp2(exponents(later(SHIFT, False, BT), b_x, PREC))
         b_db *= tl.exp2(exponents(o_t[:, None] < o_t[None, :], b_x, PREC))
@@ -914,27 +916,89 @@ def chunk_gradients_kernel(
             b_db += own * b_q
     else:
         if DECAY == 1:
-            b_dq *= tl.exp2(w_t + f_t)[:, None]
-            b_db *= tl.exp2((w_e - w_s) + (f_e - f_s))[:, None]
-            if p_dlog is not None:
-                # [s, u]; R(t, t) does not depend on the decay. It is of all K: one program counts it.
-                x = tl.where((o_t[:, None] < o_t[None, :]) & (i_k == 0), b_a * b_pt, 0.0)
-                # Where s to u does not cross t, both sums hold the same number: it cancels.
-                read = tl.sum(b_q * b_dq, 1) + tl.sum(x, 0)
-                kept_here = tl.cumsum(tl.sum(x, 1), 0, reverse=True)
-                fed = tl.sum(b_b * b_db, 1) * b_n
-                b_d = tl.exp2(w_e + f_e) * tl.sum(b_h, 0) + tl.cumsum(fed, 0) - fed + tl.cumsum(read, 0, reverse=True)
-                b_d = tl.where(code_of(p_code, row, length, BT) == 1, b_d - kept_here - (read if SHIFT else 0.0), 0.0)
-                tl.store(p_dlog + share, b_d, mask=o_t < length)
-            b_p *= ratio(w_t, f_t, w_s, f_s, SHIFT, False, BT)
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, PREC, BT)
+            b_dq *= up_to(w_t, f_t, PREC)[:, None]
+            b_db *= between(w_e, f_e, w_s, f_s, PREC)[:, None]
+            b_p *= ratio(w_t, f_t, w_s, f_s, SHIFT, False, PREC, BT)
+            b_pt *= ratio(w_t, f_t, w_s, f_s, SHIFT, True, PREC, BT)
         else:
             b_p = tl.where(later(SHIFT, False, BT), b_p, 0.0)
-        b_dq += product(b_p * b_n[None, :], b_b, PREC) * scale
-        b_db += product(b_pt * b_r, b_q, PREC) * scale
-        if p_dn is not None:
-            tl.store(p_dn + share, tl.sum(b_b * b_db, 1), mask=o_t < length)
-        b_db *= b_n[:, None]
+            b_pt = tl.where(later(SHIFT, True, BT), b_pt, 0.0)
+        b_n = numbers_n(raw, row, i_g, length, BT)
+        if p_n is not None:
+            b_p *= b_n[None, :]
+        x_dq, x_db = product(b_p, b_b, PREC) * scale, product(b_pt, b_q, PREC) * scale
+        if p_dlog is not None:
+            # Where s to u does not cross t, it is in what u reads and in what s gives: it cancels.
+            read, fed = tl.sum(b_q * b_dq, 1), tl.sum(b_b * b_db, 1) * b_n
+            inner = tl.sum(b_q * x_dq, 1) - tl.sum(b_b * x_db, 1) * b_n
+            b_d = tl.cumsum(fed, 0) - fed + tl.cumsum(read + inner, 0, reverse=True)
+            if SHIFT:
+                b_d -= read + tl.sum(b_q * x_dq, 1)
+            b_d += up_to(w_e, f_e, PREC) * tl.sum(b_h, 0)
+            b_d = tl.where(code_of(p_code, row, length, BT) == 1, b_d, 0.0)
+            tl.store(p_dlog + share, b_d, mask=o_t < length)
+        b_dq += x_dq
+        b_db += x_db
+        if p_n is not None:
+            if p_dn is not None:
+                tl.store(p_dn + share, tl.sum(b_b * b_db, 1), mask=o_t < length)
+            b_db *= b_n[:, None]
     store_keys(raw, p_dk0, p_dk1, p_dk2, b_dq, b_db, b_dlog, row, i_c, i_g, length, o_k, G, SHIFT, K, BT)
+
+
+@jit(do_not_specialize=["T"])
+def chunk_values_kernel(
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
+    p_qs, p_bs, p_pairs, p_total, p_sums, p_do, p_seen, p_states, p_costates, p_dc, p_cu, p_chunks,
+    p_owner, T, G, scale,
+    DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, LB: tl.constexpr, LT: tl.constexpr,
+):
+    """Gradients of c and of what the readout reads over the value, of one chunk, lane and block of V. With F = 2**after,
+        dc = G' (F b) + A' dy
+    """
+    raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    i_v, i_g, i_c = pid % NV, pid // NV % G, (pid // (NV * G)).to(tl.int64)
+    row, length = chunk_at(p_cu, p_chunks, p_owner, i_c, T, BT)
+    if length <= 0:
+        return
+    at = i_c * G + i_g
+    o_v, o_t = i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
+    b_dc = tl.zeros([BT, BV], tl.float32)
+    b_at = tl.zeros([BT, BT], tl.float32)  # [s, t], as `pairs_across` says
+    for i_k in tl.range(0, K, BK, num_stages=NS):
+        o_k = i_k + tl.arange(0, BK)
+        b_b = load_in(raw, p_bs, row, i_g, length, o_k, G, DECAY, K, BT)  # [BT, BK]
+        b_m = load_matrix(p_costates, at, o_k, o_v, K, V)  # [BK, BV]
+        if (DECAY < 2) or OVER_V:
+            if DECAY == 2:
+                b_q = rows(p_qs + i_g * K, row, G * K, length, o_k, K, BT)
+            else:
+                b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
+                b_at += product(b_b, tl.trans(b_q), PREC)
+        b_dc += product(b_b, b_m, PREC)
+    if DECAY == 2:
+        b_at = pairs_across(p_pairs, row, i_g, length, G, BT)
+    else:
+        b_n = numbers_n(raw, row, i_g, length, BT)
+        if DECAY == 1:
+            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, PREC, BT)
+            b_at *= ratio(w_t, f_t, w_s, f_s, SHIFT, True, PREC, BT)
+            b_dc *= between(w_e, f_e, w_s, f_s, PREC)[:, None]
+        else:
+            b_at = tl.where(later(SHIFT, True, BT), b_at, 0.0)
+        if p_n is not None:
+            b_at *= b_n[:, None]
+            b_dc *= b_n[:, None]
+    b_at = operand(b_at * scale, PREC)
+    b_dy = back_out(raw, p_do, p_seen, p_sums, row, i_g, length, o_v, G, V, BT)
+    b_dlog = 0.0
+    if not OVER_V:
+        b_dc += product(b_at, b_dy, PREC)
+    store_values(raw, p_dc, b_dy, b_dc, row, i_c, i_g, length, o_v, G, V, BT)
 
 
 @jit
@@ -980,6 +1044,7 @@ CHUNK_KERNELS = SimpleNamespace(
     states=chunk_states_kernel,
     join=chunk_join_kernel,
     gradients=chunk_gradients_kernel,
+    values=chunk_values_kernel,
     step=chunk_step_kernel,
     prepare=chunk_prepare_kernel,
     interpreted=triton is not None and not isinstance(chunk_forward_kernel, triton.JITFunction),
@@ -994,6 +1059,7 @@ CHUNK_KERNELS = SimpleNamespace(
         "states": {2: ((64, (64, 64, 64, 4, 2)), (128, (64, 64, 64, 4, 2)), (256, (32, 64, 64, 4, 2))), 4: ((64, (32, 64, 64, 4, 1)), (128, (32, 64, 64, 4, 1)), (256, (32, 64, 64, 4, 1)))},
         "gradients": {2: ((64, (64, 64, 64, 8, 1)), (128, (64, 64, 64, 8, 1)), (256, (32, 64, 64, 8, 1))), 4: ((64, (32, 32, 64, 8, 1)), (128, (32, 32, 64, 8, 1)), (256, (32, 32, 64, 8, 1)))},
         "prepare": {2: ((64, (64, 64, 64, 8, 1)), (128, (64, 64, 64, 8, 1)), (256, (32, 64, 64, 8, 1))), 4: ((64, (32, 64, 64, 8, 1)), (128, (32, 64, 64, 8, 1)), (256, (32, 64, 64, 8, 1)))},
+        "values": {2: ((64, (64, 128, 64, 4, 1)), (128, (64, 128, 64, 4, 1)), (256, (32, 64, 64, 4, 1))), 4: ((64, (32, 64, 64, 4, 1)), (128, (32, 64, 64, 4, 1)), (256, (32, 64, 64, 4, 1)))},
     },
 )
 
@@ -3255,16 +3321,15 @@ class ChunkKernels:
             return out, final, zfinal, Kept(None, None, None, None)
         sums = self._sums(a)
         made = self._prepared(a, how, sums)
-        begin = a.start, a.zstart
-        last: Any = (final, zfinal)
+        zstates = self._norms(a, made, None, how, a.zstart, zfinal)
+        begin, last = a.start, final if how.segments == 1 else None
         if how.segments > 1:
-            begin = self._starts(a, made, begin, last, None, how)
-            last = None, None
+            begin = self._starts(a, made, begin, final, None, how)
         y = torch.empty_like(out) if keep and self.table.seen == "y" else None
-        states, zstates = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else (None, None)
+        states = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else None
         grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
         self.table.forward[grid](
-            *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, *begin, out, y, *last, states, zstates,
+            *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, begin, zstates, out, y, last, states,
             n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.over, a.shift,
             how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1,
             num_warps=how.warps, num_stages=how.stages,
@@ -3313,76 +3378,98 @@ class ChunkKernels:
                 *a.raw, do, kept.seen, kept.sums, dw, n.cu, n.first, n.owner, n.tokens, n.lanes, n.value, how.bt,
                 how.bv,
             )  # fmt: skip
-        states, zstates = kept.states, kept.zstates
-        if states is None:
-            states, zstates = self.states(a, made, None, how.bt)
-        back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, ends=(d_start, d_zstart))
+        states = self.states(a, made, None, how.bt) if kept.states is None else kept.states
+        back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, begin=d_final, end=d_start)
         back.value = value = self._prepared_value(a, how, back)
-        costates, zcostates = self.states(a, made, back, how.bt, (d_final, d_zfinal))
+        costates = self.states(a, made, back, how.bt)
+        zcostates = self._norms(a, made, back, how, d_zfinal, d_zstart)
         reached = [x for x, stored in zip(numbers, self.table.grads[2], strict=True) if stored]
         self.table.gradients[(n.chunks * n.lanes * blocks,)](
             *a.raw, made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs,
-            value.total, states, costates, zstates, zcostates, *keys, dc, *values, *reached, dlog, dn, n.cu, n.first,
+            value.total, states, costates, kept.zstates, zcostates, *keys, *reached, dlog, dn, n.cu, n.first,
             n.owner, n.tokens, n.batch * n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift, how.precision, n.key,
             n.value, how.bt, bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1, num_warps=how.warps,
             num_stages=how.stages,
         )  # fmt: skip
+        own = self.plan("values", a, how.bt)
+        self.table.values[(n.chunks * n.lanes * -(-n.value // own.bv),)](
+            *a.raw, made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, None,
+            costates, dc, *values, n.cu, n.first, n.owner, n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift,
+            own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages, _NEAR, own.bt.bit_length() - 1,
+            num_warps=own.warps, num_stages=own.stages,
+        )  # fmt: skip
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
         return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers]
 
-    def states(
-        self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0,
-        begin: tuple[Tensor | None, Tensor | None] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    def states(self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0) -> Tensor:
         """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
         how = self.plan("states", a, bt)
         n = how.lanes
         found = self._states(n, how.operand, a)
-        begin = (a.start, a.zstart) if begin is None else begin
-        ends = (None, None) if back is None else back.ends
+        begin, end = (a.start, None) if back is None else (back.begin, back.end)
         if how.segments > 1:
-            spare = self._matrices(n, n.sequences, a) if ends[0] is None else ends
-            begin = self._starts(a, made, begin, spare, back, how)
-            ends = None, None
-        self._walk(a, made, begin, ends, (None, None), found, back, how)
+            begin, end = self._starts(a, made, begin, end, back, how), None
+        self._walk(a, made, begin, end, (None, None), found, back, how)
         return found
 
     def _starts(
-        self, a: ChunkCall, made: SimpleNamespace, first: Any, last: Any, back: SimpleNamespace | None,
-        how: SimpleNamespace,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """What each segment starts from, [N, S, G, K, V] and [N, S, G, K]; into `last`: where the last ends."""
+        self, a: ChunkCall, made: SimpleNamespace, first: Tensor | None, last: Tensor | None,
+        back: SimpleNamespace | None, how: SimpleNamespace,
+    ) -> Tensor:  # fmt: skip
+        """What each segment starts from, [N, S, G, K, V]; into `last`: where the last ends."""
         n = how.lanes
-        ends, starts = (self._matrices(n, n.sequences * how.segments, a) for _ in range(2))
+        few: Any = {"dtype": torch.float32, "device": a.c.device}
         each = n.sequences, how.segments, n.lanes
+        ends, starts = (torch.empty(*each, n.key, n.value, **few) for _ in range(2))
         widths = n.key if a.decay == 2 else 1, 0
-        left = [torch.empty(*each, w, dtype=torch.float32, device=a.c.device) if w else None for w in widths]
+        left = [torch.empty(*each, w, **few) if w else None for w in widths]
         own = self.plan("states", a, how.bt)
         own.segments, own.segment = how.segments, how.segment
-        self._walk(a, made, (None, None), ends, left, (None, None), back, own)
-        for begin, end, start, final, value in zip(first, ends, starts, last, (n.value, 1), strict=True):
-            if end is not None:
-                block = min(1024, _block(n.key * value))
-                self.table.join[(n.sequences * n.lanes * -(-n.key * value // block),)](
-                    begin, end, *left, start, final, how.segments, n.lanes, back is not None, a.decay, n.key, value,
-                    block,
-                )  # fmt: skip
+        self._walk(a, made, None, ends, left, None, back, own)
+        block = min(1024, _block(n.key * n.value))
+        self.table.join[(n.sequences * n.lanes * -(-n.key * n.value // block),)](
+            first, ends, *left, starts, last, how.segments, n.lanes, back is not None, a.decay, n.key, n.value, block,
+        )  # fmt: skip
         return starts
 
     def _walk(
-        self, a: ChunkCall, made: SimpleNamespace, begin: Any, ends: Any, left: Any, states: Any,
-        back: SimpleNamespace | None, how: SimpleNamespace,
+        self, a: ChunkCall, made: SimpleNamespace, begin: Tensor | None, end: Tensor | None, left: Any,
+        states: Tensor | None, back: SimpleNamespace | None, how: SimpleNamespace,
     ) -> None:  # fmt: skip
         n = how.lanes
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
-        given = back or SimpleNamespace(do=None, seen=None, dw=None, sums=None, value=_NOTHING)
+        given = back or SimpleNamespace(do=None, seen=None, sums=None, value=_NOTHING)
         self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
-            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.dw, given.value.q,
-            given.value.total, *begin, *ends, *left, *states, n.cu, n.first, n.tokens, how.segments, how.segment,
+            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.value.q,
+            given.value.total, begin, end, *left, states, n.cu, n.first, n.tokens, how.segments, how.segment,
             n.lanes, a.scale, back is not None, a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk,
             how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
+
+    def _norms(
+        self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, how: SimpleNamespace,
+        first: Tensor | None, last: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """z before each chunk, [chunks, G, K] in fp32, if there is a z; with `back` its costate behind it. From `first`
+        on; into `last` [N, G, K]: where it ends."""
+        if not self.table.norm:
+            return None
+        n = how.lanes
+        shares, found = (
+            torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=a.c.device) for _ in range(2)
+        )
+        self.table.shares[(n.chunks * n.lanes,)](
+            *a.scaled.raw, made.q, made.b, made.total, None if back is None else back.dw, shares, n.cu, n.first,
+            n.owner, n.tokens, n.lanes, a.scale, back is not None, a.decay, a.shift, how.precision, n.key, how.bt,
+            how.bk,
+        )  # fmt: skip
+        block = min(how.bk, 32)
+        self.table.norms[(n.sequences * n.lanes * -(-n.key // block),)](
+            made.total, shares, first, found, last, n.cu, n.first, n.tokens, n.lanes, back is not None, a.decay,
+            how.precision, n.key, how.bt, block, 32,
+        )  # fmt: skip
+        return found
 
     def _prepared(self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None) -> SimpleNamespace:
         """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K].
@@ -3395,7 +3482,7 @@ class ChunkKernels:
         total = torch.empty(n.chunks, n.lanes, 2, how.bt, dtype=torch.float32, device=a.c.device)
         block = min(16, 1 << (n.lanes - 1).bit_length())
         self.table.sums[(n.chunks * -(-n.lanes // block),)](
-            *a.raw, total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.bt, block, num_warps=4,
+            *a.raw, total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.precision, how.bt, block, num_warps=4,
         )  # fmt: skip
         return SimpleNamespace(q=None, b=None, pairs=None, total=total)
 
@@ -3429,10 +3516,9 @@ class ChunkKernels:
         z = torch.empty(count, n.lanes, n.key, **options) if self.table.norm else None
         return torch.empty(count, n.lanes, n.key, n.value, **options), z
 
-    def _states(self, n: Lanes, operand: torch.dtype, a: ChunkCall) -> tuple[Tensor, Tensor | None]:
-        states = torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=operand, device=a.c.device)
-        norm = self.table.norm
-        return states, torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=a.c.device) if norm else None
+    @staticmethod
+    def _states(n: Lanes, operand: torch.dtype, a: ChunkCall) -> Tensor:
+        return torch.empty(n.chunks, n.lanes, n.key, n.value, dtype=operand, device=a.c.device)
 
     def _sums(self, a: ChunkCall) -> Tensor | None:
         if not self.table.width:
@@ -4354,7 +4440,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='e2b71aee621d6802',
+    digest='4d433f6ac5653a18',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

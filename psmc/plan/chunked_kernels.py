@@ -61,7 +61,7 @@ def tiles(wide: bool, valued: bool = False) -> ChunkTiles:
 def _tile(kernel: str, size: int, key: int, wide: bool, valued: bool) -> ChunkTile:
     """On chip: a state block K x BV of fp32 in registers (255 a thread), tiles in shared memory (227 KiB). What scales
     by a decay over the value holds half a dozen tiles [BT, BV] at once: they are narrow. What only accumulates over its
-    loop takes one stage: its products are not waited for before Triton 3.6 copies the next tiles over their operands."""
+    loop takes one stage: Triton 3.6 does not wait for its products before it copies the next tiles over the last."""
     tokens = 64 if size == 2 and key <= 128 else 32
     if kernel == "values" and valued:
         return ChunkTile(tokens, 32, min(key, 64), 8, 1)

@@ -79,9 +79,9 @@ class ChunkKernels:
         sums = self._sums(a)
         made = self._prepared(a, how, sums)
         zstates = self._norms(a, made, None, how, a.zstart, zfinal)
-        begin, last = a.start, final
+        begin, last = a.start, final if how.segments == 1 else None
         if how.segments > 1:
-            begin, last = self._starts(a, made, begin, last, None, how), None
+            begin = self._starts(a, made, begin, final, None, how)
         y = torch.empty_like(out) if keep and self.table.seen == "y" else None
         states = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else None
         grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
@@ -150,17 +150,15 @@ class ChunkKernels:
         )  # fmt: skip
         own = self.plan("values", a, how.bt)
         self.table.values[(n.chunks * n.lanes * -(-n.value // own.bv),)](
-            *a.raw, made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, states if a.over else None, costates,
-            dc, *values, n.cu, n.first, n.owner, n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift, own.precision,
-            n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages, _NEAR, own.bt.bit_length() - 1,
+            *a.raw, made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, states if a.over else None,
+            costates, dc, *values, n.cu, n.first, n.owner, n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift,
+            own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages, _NEAR, own.bt.bit_length() - 1,
             num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
         return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers]
 
-    def states(
-        self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0
-    ) -> Tensor:
+    def states(self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0) -> Tensor:
         """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
         how = self.plan("states", a, bt)
         n = how.lanes
@@ -219,8 +217,9 @@ class ChunkKernels:
             torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=a.c.device) for _ in range(2)
         )
         self.table.shares[(n.chunks * n.lanes,)](
-            *a.scaled.raw, made.q, made.b, made.total, None if back is None else back.dw, shares, n.cu, n.first, n.owner,
-            n.tokens, n.lanes, a.scale, back is not None, a.decay, a.shift, how.precision, n.key, how.bt, how.bk,
+            *a.scaled.raw, made.q, made.b, made.total, None if back is None else back.dw, shares, n.cu, n.first,
+            n.owner, n.tokens, n.lanes, a.scale, back is not None, a.decay, a.shift, how.precision, n.key, how.bt,
+            how.bk,
         )  # fmt: skip
         block = min(how.bk, 32)
         self.table.norms[(n.sequences * n.lanes * -(-n.key // block),)](
