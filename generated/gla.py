@@ -3395,8 +3395,8 @@ class ChunkKernels:
         self.table.values[(n.chunks * n.lanes * -(-n.value // own.bv),)](
             *a.raw, made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, None,
             costates, dc, *values, n.cu, n.first, n.owner, n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift,
-            own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages, _NEAR, own.bt.bit_length() - 1,
-            num_warps=own.warps, num_stages=own.stages,
+            own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages, _NEAR,
+            own.bt.bit_length() - 1, num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
         return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers]
@@ -4440,7 +4440,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='4d433f6ac5653a18',
+    digest='e2b8be35ae445272',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

@@ -152,8 +152,8 @@ class ChunkKernels:
         self.table.values[(n.chunks * n.lanes * -(-n.value // own.bv),)](
             *a.raw, made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, states if a.over else None,
             costates, dc, *values, n.cu, n.first, n.owner, n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift,
-            own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages, _NEAR, own.bt.bit_length() - 1,
-            num_warps=own.warps, num_stages=own.stages,
+            own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages, _NEAR,
+            own.bt.bit_length() - 1, num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
         return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers]
