@@ -327,11 +327,12 @@ class ChunkKernels:
         )  # fmt: skip
 
     def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
-        """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise."""
+        """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise. Two programs a
+        processor run at once; one more than that would be a second wave of its own."""
         processors = self.processors or _multiprocessors(like.device)
         segments = 1
         if 0 < programs < processors:
-            segments = min(-(-2 * processors // programs), tokens // (8 * bt))
+            segments = min(2 * processors // programs, tokens // (8 * bt))
         if segments < 3:
             return 1, max(-(-tokens // bt), 1) * bt
         each = -(-tokens // (segments * bt)) * bt
