@@ -45,10 +45,10 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
  2952  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
  3076  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
  3256  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 3621  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 3958  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4227  The public face of a compiled aggregator: a parallel call, a step, states
- 4439  the spec's border
+ 3622  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 3959  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4228  The public face of a compiled aggregator: a parallel call, a step, states
+ 4440  the spec's border
 """
 
 from __future__ import annotations
@@ -3568,11 +3568,12 @@ class ChunkKernels:
         )  # fmt: skip
 
     def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
-        """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise."""
+        """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise. Two programs a
+        processor run at once; one more than that would be a second wave of its own."""
         processors = self.processors or _multiprocessors(like.device)
         segments = 1
         if 0 < programs < processors:
-            segments = min(-(-2 * processors // programs), tokens // (8 * bt))
+            segments = min(2 * processors // programs, tokens // (8 * bt))
         if segments < 3:
             return 1, max(-(-tokens // bt), 1) * bt
         each = -(-tokens // (segments * bt)) * bt
@@ -4440,7 +4441,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='e2b8be35ae445272',
+    digest='5b727193cacdec36',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),
