@@ -23,23 +23,24 @@ Plan: chunked. S: chunks of tokens as batched matrix products, with a triangular
 Written by psmc; regenerate with: psmc compile gated_deltanet_recurrence.psm
 The runtime holds what this spec needs of it. Needs torch; nothing else.
 
-   64  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
-  109  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
-  388  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
-  545  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
-  777  The border, continued: states, flags and packing
-  899  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
-  975  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1038  One checked call in PyTorch: lift, the scan of the plan, readout
- 1181  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 1244  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 1449  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 1629  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 1817  Matrix states a chunk of tokens at a time, as batched matrix products
- 1969  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 2271  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2540  The public face of a compiled aggregator: a parallel call, a step, states
- 2741  the spec's border
+   65  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  110  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+  389  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+  546  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+  778  The border, continued: states, flags and packing
+  900  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+  976  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1039  One checked call in PyTorch: lift, the scan of the plan, readout
+ 1182  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 1245  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 1450  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 1630  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 1818  Matrix states a chunk of tokens at a time, as batched matrix products
+ 1970  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 2239  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 2321  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 2571  The public face of a compiled aggregator: a parallel call, a step, states
+ 2772  the spec's border
 """
 
 from __future__ import annotations
@@ -1966,308 +1967,6 @@ def _kept(x: Tensor, where: Tensor | None) -> Tensor:
     return x if where is None else torch.where(where.reshape(where.shape + (1,) * (x.dim() - where.dim())), x, 0.0)
 
 
-# --- A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout.
-
-
-class Scanned(NamedTuple):
-    """Layers of small components: their own lift, combine and advance, of what their elements hold."""
-
-    components: tuple[str, ...]
-    lift: Callable[..., Values]
-    combine: Callable[..., Values]
-    advance: Callable[..., Values]
-
-
-class Reads(NamedTuple):
-    """What one query reads: (name, of which component, where its axes are among outer, extra, value) for each part.
-    `extra`: how many axes tell apart the vectors of a token."""
-
-    extra: int
-    parts: tuple[tuple[str, int, tuple[int, ...]], ...]
-
-
-class FusedLayer(NamedTuple):
-    """What the kernels compute of a layer and its readout themselves.
-
-    keys, c, values: (name, 'input' | 'param' | 'factor', lag) of the tensors that they read; given(x, s, prev, p, n):
-    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. decay,
-    over: as in ChunkCall. output: what the kernels give, in full.
-    """
-
-    keys: tuple[tuple[str, str, int], ...]
-    c: tuple[str, str, int]
-    values: tuple[tuple[str, str, int], ...]
-    numbers: tuple[str, ...]
-    given: Callable[..., Values]
-    scale: Callable[..., float]
-    shift: int
-    decay: int
-    over: bool
-    output: str
-
-
-class Chunked(NamedTuple):
-    """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ; several components that differ in C alone are one S.
-
-    factors(x, s, prev, p, n) gives log or decay (one number a token), log_key or decay_key, log_value or decay_value,
-    u0, w0, ... (w0 without u0: U is -B), b0, c0, ... (c0_1, ... of the second component) and the queries q0, p0, ...
-    where there are some, [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and
-    c of a vector.
-    orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
-    plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
-    numbers that multiply some of them. b0 is to be multiplied by n0 [..., *outer], where it is there. shown: linear
-    parts that are outputs as they stand. fused: what kernels compute of it, if all of it is of that kind.
-    """
-
-    components: tuple[str, ...]
-    factors: Callable[..., Values]
-    rank: int
-    columns: int
-    reads: tuple[Reads, ...]
-    orders: tuple[tuple[int, ...], ...]
-    outer: int
-    vectors: tuple[bool, ...]
-    plain: Mapping[str, str]
-    scales: Callable[..., dict[str, float]]
-    shown: tuple[str, ...]
-    fused: FusedLayer | None
-
-    @property
-    def vector(self) -> bool:
-        return all(self.vectors)
-
-
-class _Given(NamedTuple):
-    """What a call says beside its tensors."""
-
-    initial: Values | None
-    mask: Tensor | None
-    reset: Tensor | None
-    cu_seqlens: Tensor | None
-    sequences: int
-
-
-def run_layers(
-    spec: Spec, rules: Rules, call: Call, x: Values, p: Values, initial: Values | None, mask: Tensor | None,
-    reset: Tensor | None, cu_seqlens: Tensor | None,
-) -> tuple[Values, Values]:  # fmt: skip
-    """As `run_scan`, for a spec whose rules have `layers` and `readout`."""
-    x = fill_masked(x, mask)
-    params, n, leading = SimpleNamespace(**p), call.n, call.leading
-    rows = leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    given = _Given(initial, mask, reset, cu_seqlens, rows)
-    slots = {s.name: s for s in spec.components}
-    after: Values = {}
-    before: Values = {}
-    final: Values = {}
-    tokens = Tokens(x)
-    answer: Values | None = None
-    for layer in rules.layers:
-        if isinstance(layer, Scanned):
-            prefix, previous, end = _scanned(spec, rules, call, layer, x, params, given)
-            after |= fill_masked(prefix, mask)  # what is read of padding may be infinite and must not meet a gradient
-            before |= fill_masked(previous, mask)
-        else:
-            reads = tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n
-            done = _fused(spec, call, layer, reads, given, getattr(rules, "matrices", None))
-            if done is None:
-                outputs, end = _chunked(spec, call, layer, reads, given, getattr(rules, "matrices", None))
-                after |= fill_masked(outputs, mask)
-            else:
-                answer, end = done
-        final |= end
-    if answer is None:
-        answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
-    outputs = {s.name: as_output(answer[s.name], s, call, leading) for s in spec.outputs}
-    if mask is not None:
-        outputs = {k: torch.where(_flag(mask, o), o, torch.zeros_like(o)) for k, o in outputs.items()}
-    return outputs, {k: as_state(final[k], slots[k], call, (rows,)) for k in spec.live}
-
-
-def _scanned(
-    spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, given: _Given
-) -> tuple[Values, Values, Values]:
-    """The prefixes of every token, those before it, and the final state."""
-    slots = {s.name: s for s in spec.components}
-    n = call.n
-
-    def lift(tokens: Values) -> Values:
-        leading = next(iter(tokens.values())).shape[:2]
-        return {
-            k: as_state(v, slots[k], call, leading) for k, v in layer.lift(SimpleNamespace(**tokens), params, n).items()
-        }
-
-    def rule(function: Callable[..., Values]) -> Callable[[Values, Values], Values]:
-        def apply(l: Values, r: Values) -> Values:  # noqa: E741
-            return function(SimpleNamespace(**l), SimpleNamespace(**r), params, n)
-
-        return apply
-
-    def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
-        return {**{f"s.{k}": v for k, v in prefix.items()}, **{f"prev.{k}": v for k, v in (previous or {}).items()}}
-
-    empty = start_state(spec, rules, call, layer.components)
-    begin = None if given.initial is None else {k: given.initial[k] for k in layer.components}
-    found, final = scan_tokens(
-        lift, rule(layer.combine), rule(layer.advance), output, x, empty, begin, valid=given.mask, reset=given.reset,
-        cu_seqlens=given.cu_seqlens, previous=True,
-    )  # fmt: skip
-    final = {k: as_state((final or empty)[k], slots[k], call, (given.sequences,)) for k in empty}
-    parts = [{k: found[f"{side}.{k}"] for k in layer.components} for side in ("s", "prev")]
-    return parts[0], parts[1], final
-
-
-def _sizes(spec: Spec, call: Call, layer: Chunked) -> tuple[list[list[int]], list[int], torch.dtype]:
-    """(outer, key and value of each component, the widths of their values, the dtype of the states)."""
-    slots = [next(s for s in spec.components if s.name == name) for name in layer.components]
-    ordered = [[call.sizes[s.dims[k]] for k in order] for s, order in zip(slots, layer.orders, strict=True)]
-    widths = [1 if vector else sizes[-1] for vector, sizes in zip(layer.vectors, ordered, strict=True)]
-    return ordered, widths, call.of_kind(slots[0].kind)
-
-
-def _fused(
-    spec: Spec, call: Call, layer: Chunked, reads: tuple[Any, ...], given: _Given, kernels: Any
-) -> tuple[Values, Values] | None:
-    """(the outputs, the final states); None: not by fused kernels."""
-    if kernels is None or layer.fused is None or not all(call.leading) or call.compute != torch.float32:
-        return None
-    ordered, widths, dtype = _sizes(spec, call, layer)
-    if not kernels.takes(ordered[0][0], widths[0], call.device):
-        return None
-    begin = None
-    if given.initial is not None:
-        begin = _matrix_start(call, layer, ordered, widths, given, prod(call.lanes), dtype)
-    parts = (None, None) if begin is None else (begin[..., : widths[0]], begin[..., -1] if len(widths) > 1 else None)
-    tokens, params = reads[0], reads[3]
-    flags = given.mask, given.reset, given.cu_seqlens
-    fused = layer.fused
-    out, state, z = kernels.call(fused_call(call, fused, tokens, params, fused.given(*reads), parts, *flags))
-    states = [state] if z is None else [state, z.unsqueeze(-1)]
-    final = _matrix_states(call, layer, ordered, states)
-    return {fused.output: out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)}, final
-
-
-def _chunked(
-    spec: Spec, call: Call, layer: Chunked, reads_of: tuple[Any, ...], given: _Given, kernels: Any
-) -> tuple[Values, Values]:
-    """The layer's linear readouts by name, and its final states [N, *lanes, *dims]."""
-    found, tokens = layer.factors(*reads_of), reads_of[0]
-    ordered, widths, dtype = _sizes(spec, call, layer)
-    outer, key = ordered[0][: layer.outer], ordered[0][layer.outer]
-    batch, length = call.leading
-    lanes = prod(call.lanes) * prod(outer)
-    start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
-    if kernels is not None:
-        begin = None if given.initial is None else start
-        flags = given.mask, given.reset, given.cu_seqlens
-        done = kernels.layer(call, layer, [*outer, key], widths, found, begin, *flags)
-        if done is not None:
-            single = [()] * len(layer.reads)
-            return _linear_parts(call, layer, single, done[0], outer), _matrix_states(call, layer, ordered, done[1])
-    scales = layer.scales(call.n)
-    plain = {k: getattr(tokens, x) for k, x in layer.plain.items()}
-    found = {**found, **{k: x * scales[k] if k in scales else x for k, x in plain.items()}}
-    for k in range(layer.columns):
-        if f"n{k}" in found:
-            found[f"b{k}"] = found[f"b{k}"] * found[f"n{k}"].unsqueeze(-1)
-    if len(layer.components) > 1:
-        found = {**found, **{f"c{k}": _side_by_side(found, f"c{k}", layer.vectors) for k in range(layer.columns)}}
-
-    def rows(name: str, extra: int = 0) -> Tensor:
-        """[B, T, G, *extra, width]: lanes and outer dims as one axis."""
-        value = found[name].to(dtype)
-        if name in ("log", "decay") or (layer.vector and name[0] == "c"):
-            value = value.unsqueeze(-1)
-        own = value.shape[value.dim() - 1 - extra :]
-        return value.expand(batch, length, *call.lanes, *outer, *own).reshape(batch, length, lanes, *own)
-
-    def columns(letter: str, count: int) -> tuple[Tensor, ...]:
-        return tuple(rows(f"{letter}{k}") for k in range(count))
-
-    def queries(letter: str) -> list[list[Tensor]]:
-        """The vectors of each query; none if it does not read there."""
-        return [
-            list(rows(f"{letter}{k}", r.extra).flatten(3, -2).unbind(3) if r.extra else (rows(f"{letter}{k}"),))
-            if f"{letter}{k}" in found
-            else []
-            for k, r in enumerate(layer.reads)
-        ]
-
-    def step(*names: str) -> Step | None:
-        name = next((k for k in names if k in found), None)
-        return None if name is None else Step(rows(name), name.startswith("log"))
-
-    q, p = queries("q"), queries("p")
-    factors = Factors(
-        step("log", "log_key", "decay", "decay_key"), step("log_value", "decay_value"),
-        columns("u", layer.rank if "u0" in found else 0),
-        columns("w", layer.rank), columns("b", layer.columns), columns("c", layer.columns),
-        tuple(x for xs in q for x in xs), tuple(x for xs in p for x in xs),
-    )  # fmt: skip
-    after, prior, state = chunk_scan(factors, start, given.mask, given.reset, given.cu_seqlens)
-    from_q, from_p = iter(after), iter(prior)
-    reads, several = [], []
-    for k, (of_q, of_p, r) in enumerate(zip(q, p, layer.reads, strict=True)):
-        sides = [torch.stack([next(it) for _ in vs], 3) for it, vs in ((from_q, of_q), (from_p, of_p)) if vs]
-        total = sides[0] if len(sides) == 1 else sides[0] + sides[1]
-        query = found.get(f"q{k}", found.get(f"p{k}"))
-        assert query is not None
-        several.append(tuple(query.shape[query.dim() - 1 - r.extra : -1]))
-        reads.append(torch.split(total if r.extra else total.squeeze(3), widths, -1))
-    states = torch.split(state, widths, -1)
-    return _linear_parts(call, layer, several, reads, outer), _matrix_states(call, layer, ordered, states)
-
-
-def _side_by_side(found: Values, name: str, vectors: tuple[bool, ...]) -> Tensor:
-    """C of all components as one, [..., widths together]."""
-    parts = [found[name if not j else f"{name}_{j}"] for j in range(len(vectors))]
-    parts = [x.unsqueeze(-1) if vector else x for x, vector in zip(parts, vectors, strict=True)]
-    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in parts))
-    return torch.cat([x.expand(*lead, x.shape[-1]) for x in parts], -1)
-
-
-def _matrix_start(
-    call: Call, layer: Chunked, ordered: list[list[int]], widths: list[int], given: _Given, lanes: int,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """[N, G, K, V] before the first tokens."""
-    key = ordered[0][layer.outer]
-    if given.initial is None:
-        return torch.zeros(given.sequences, lanes, key, sum(widths), dtype=dtype, device=call.device)
-    parts = []
-    for name, order, width in zip(layer.components, layer.orders, widths, strict=True):
-        x = given.initial[name]
-        front = x.dim() - len(order)
-        x = x.permute(*range(front), *(front + k for k in order))
-        parts.append(x.reshape(given.sequences, lanes, key, width))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(dtype)
-
-
-def _linear_parts(
-    call: Call, layer: Chunked, several: Sequence[tuple[int, ...]], reads: Sequence[Sequence[Tensor]], outer: list[int]
-) -> Values:
-    """The linear parts by name; reads: [B, T, G, (vectors,) V] of each component; several: how many vectors."""
-    y: Values = {}
-    front = 2 + len(call.lanes)
-    for r, extra, each in zip(layer.reads, several, reads, strict=True):
-        for name, component, axes in r.parts:
-            part = each[component]
-            part = part.reshape(*call.leading, *call.lanes, *outer, *extra, part.shape[-1])
-            part = part[..., 0] if layer.vectors[component] else part
-            y[name] = part.permute(*range(front), *(front + a for a in axes))
-    return y
-
-
-def _matrix_states(call: Call, layer: Chunked, ordered: list[list[int]], states: Sequence[Tensor]) -> Values:
-    """[N, G, K, V] as the components' own tensors."""
-    final: Values = {}
-    front = 1 + len(call.lanes)
-    for name, order, sizes, x in zip(layer.components, layer.orders, ordered, states, strict=True):
-        x = x.reshape(x.shape[0], *call.lanes, *sizes)
-        final[name] = x.permute(*range(front), *(front + order.index(k) for k in range(len(order))))
-    return final
-
-
 # --- The scan as an operator of torch: one graph node for torch.compile, with its own backward.
 
 _FORWARD = (
@@ -2537,6 +2236,338 @@ def _like(*parts: list[Tensor]) -> list[Tensor]:
     return [x.new_empty(x.shape) for part in parts for x in part]
 
 
+# --- The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a token.
+
+
+class Scanned(NamedTuple):
+    """Layers of small components: their own lift, combine and advance, of what their elements hold; operator: the same
+    by kernels, if there are some, as a spec whose outputs are at_ and before_ each component."""
+
+    components: tuple[str, ...]
+    lift: Callable[..., Values]
+    combine: Callable[..., Values]
+    advance: Callable[..., Values]
+    operator: Operator | None
+
+
+class Asked(NamedTuple):
+    """What a call says beside its tensors."""
+
+    initial: Values | None
+    mask: Tensor | None
+    reset: Tensor | None
+    cu_seqlens: Tensor | None
+    sequences: int
+
+
+def run_small(
+    spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, given: Asked
+) -> tuple[Values, Values, Values]:
+    """The prefixes of every token, those before it, and the final state."""
+    own = _own_call(call, layer)
+    if own is None or layer.operator is None:
+        return _scanned(spec, rules, call, layer, x, params, given)
+    found, final = layer.operator(own, {}, given.initial, given.mask, given.reset, given.cu_seqlens)
+    prefix, previous = ({k: found[f"{side}_{k}"] for k in layer.components} for side in ("at", "before"))
+    return prefix, previous, final
+
+
+def _own_call(call: Call, layer: Scanned) -> Call | None:
+    """The call of a small layer's kernels; None: not for them."""
+    if layer.operator is None:
+        return None
+    spec = layer.operator.spec
+    inputs = {s.name: call.inputs[s.name] for s in spec.inputs}
+    params = {s.name: call.params[s.name] for s in spec.params}
+    front = len(call.leading)
+    whole = any(call.inputs[s.name].shape[front : front + len(call.lanes)] == call.lanes for s in spec.inputs)
+    own = replace(call, inputs=inputs, params=params)
+    return own if whole and layer.operator.wanted(own, True, True) else None
+
+
+def _scanned(
+    spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, given: Asked
+) -> tuple[Values, Values, Values]:
+    """The same in PyTorch."""
+    slots = {s.name: s for s in spec.components}
+    n = call.n
+
+    def lift(tokens: Values) -> Values:
+        leading = next(iter(tokens.values())).shape[:2]
+        return {
+            k: as_state(v, slots[k], call, leading) for k, v in layer.lift(SimpleNamespace(**tokens), params, n).items()
+        }
+
+    def rule(function: Callable[..., Values]) -> Callable[[Values, Values], Values]:
+        def apply(l: Values, r: Values) -> Values:  # noqa: E741
+            return function(SimpleNamespace(**l), SimpleNamespace(**r), params, n)
+
+        return apply
+
+    def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
+        return {**{f"s.{k}": v for k, v in prefix.items()}, **{f"prev.{k}": v for k, v in (previous or {}).items()}}
+
+    empty = start_state(spec, rules, call, layer.components)
+    begin = None if given.initial is None else {k: given.initial[k] for k in layer.components}
+    found, final = scan_tokens(
+        lift, rule(layer.combine), rule(layer.advance), output, x, empty, begin, valid=given.mask, reset=given.reset,
+        cu_seqlens=given.cu_seqlens, previous=True,
+    )  # fmt: skip
+    final = {k: as_state((final or empty)[k], slots[k], call, (given.sequences,)) for k in empty}
+    parts = [{k: found[f"{side}.{k}"] for k in layer.components} for side in ("s", "prev")]
+    return parts[0], parts[1], final
+
+
+# --- A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout.
+
+
+class Reads(NamedTuple):
+    """What one query reads: (name, of which component, where its axes are among outer, extra, value) for each part.
+    `extra`: how many axes tell apart the vectors of a token."""
+
+    extra: int
+    parts: tuple[tuple[str, int, tuple[int, ...]], ...]
+
+
+class FusedLayer(NamedTuple):
+    """What the kernels compute of a layer and its readout themselves.
+
+    keys, c, values: (name, 'input' | 'param' | 'factor', lag) of the tensors that they read; given(x, s, prev, p, n):
+    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. decay,
+    over: as in ChunkCall. output: what the kernels give, in full.
+    """
+
+    keys: tuple[tuple[str, str, int], ...]
+    c: tuple[str, str, int]
+    values: tuple[tuple[str, str, int], ...]
+    numbers: tuple[str, ...]
+    given: Callable[..., Values]
+    scale: Callable[..., float]
+    shift: int
+    decay: int
+    over: bool
+    output: str
+
+
+class Chunked(NamedTuple):
+    """A layer S_t = D S_{t-1} + U (Wᵀ S_{t-1}) + B Cᵀ; several components that differ in C alone are one S.
+
+    factors(x, s, prev, p, n) gives log or decay (one number a token), log_key or decay_key, log_value or decay_value,
+    u0, w0, ... (w0 without u0: U is -B), b0, c0, ... (c0_1, ... of the second component) and the queries q0, p0, ...
+    where there are some, [..., *outer, width], queries [..., *outer, *extra, width]; without the width: log, decay, and
+    c of a vector.
+    orders: where outer, key and value stand among a component's dims; vectors: the components without a value.
+    plain: factors that are an input as it lies, by its name, not among those that `factors` gives; scales(n) gives the
+    numbers that multiply some of them. b0 is to be multiplied by n0 [..., *outer], where it is there. shown: linear
+    parts that are outputs as they stand. fused: what kernels compute of it, if all of it is of that kind.
+    """
+
+    components: tuple[str, ...]
+    factors: Callable[..., Values]
+    rank: int
+    columns: int
+    reads: tuple[Reads, ...]
+    orders: tuple[tuple[int, ...], ...]
+    outer: int
+    vectors: tuple[bool, ...]
+    plain: Mapping[str, str]
+    scales: Callable[..., dict[str, float]]
+    shown: tuple[str, ...]
+    fused: FusedLayer | None
+
+    @property
+    def vector(self) -> bool:
+        return all(self.vectors)
+
+
+def run_layers(
+    spec: Spec, rules: Rules, call: Call, x: Values, p: Values, initial: Values | None, mask: Tensor | None,
+    reset: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Values, Values]:  # fmt: skip
+    """As `run_scan`, for a spec whose rules have `layers` and `readout`."""
+    x = fill_masked(x, mask)
+    params, n, leading = SimpleNamespace(**p), call.n, call.leading
+    rows = leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    given = Asked(initial, mask, reset, cu_seqlens, rows)
+    slots = {s.name: s for s in spec.components}
+    after: Values = {}
+    before: Values = {}
+    final: Values = {}
+    tokens = Tokens(x)
+    answer: Values | None = None
+    for layer in rules.layers:
+        if isinstance(layer, Scanned):
+            prefix, previous, end = run_small(spec, rules, call, layer, x, params, given)
+            after |= fill_masked(prefix, mask)  # what is read of padding may be infinite and must not meet a gradient
+            before |= fill_masked(previous, mask)
+        else:
+            reads = tokens, SimpleNamespace(**after), SimpleNamespace(**before), params, n
+            done = _fused(spec, call, layer, reads, given, getattr(rules, "matrices", None))
+            if done is None:
+                outputs, end = _chunked(spec, call, layer, reads, given, getattr(rules, "matrices", None))
+                after |= fill_masked(outputs, mask)
+            else:
+                answer, end = done
+        final |= end
+    if answer is None:
+        answer = rules.readout(SimpleNamespace(**after), SimpleNamespace(**before), tokens, params, n)
+    outputs = {s.name: as_output(answer[s.name], s, call, leading) for s in spec.outputs}
+    if mask is not None:
+        outputs = {k: torch.where(_flag(mask, o), o, torch.zeros_like(o)) for k, o in outputs.items()}
+    return outputs, {k: as_state(final[k], slots[k], call, (rows,)) for k in spec.live}
+
+
+def _sizes(spec: Spec, call: Call, layer: Chunked) -> tuple[list[list[int]], list[int], torch.dtype]:
+    """(outer, key and value of each component, the widths of their values, the dtype of the states)."""
+    slots = [next(s for s in spec.components if s.name == name) for name in layer.components]
+    ordered = [[call.sizes[s.dims[k]] for k in order] for s, order in zip(slots, layer.orders, strict=True)]
+    widths = [1 if vector else sizes[-1] for vector, sizes in zip(layer.vectors, ordered, strict=True)]
+    return ordered, widths, call.of_kind(slots[0].kind)
+
+
+def _fused(
+    spec: Spec, call: Call, layer: Chunked, reads: tuple[Any, ...], given: Asked, kernels: Any
+) -> tuple[Values, Values] | None:
+    """(the outputs, the final states); None: not by fused kernels."""
+    if kernels is None or layer.fused is None or not all(call.leading) or call.compute != torch.float32:
+        return None
+    ordered, widths, dtype = _sizes(spec, call, layer)
+    if not kernels.takes(ordered[0][0], widths[0], call.device):
+        return None
+    begin = None
+    if given.initial is not None:
+        begin = _matrix_start(call, layer, ordered, widths, given, prod(call.lanes), dtype)
+    parts = (None, None) if begin is None else (begin[..., : widths[0]], begin[..., -1] if len(widths) > 1 else None)
+    tokens, params = reads[0], reads[3]
+    flags = given.mask, given.reset, given.cu_seqlens
+    fused = layer.fused
+    out, state, z = kernels.call(fused_call(call, fused, tokens, params, fused.given(*reads), parts, *flags))
+    states = [state] if z is None else [state, z.unsqueeze(-1)]
+    final = _matrix_states(call, layer, ordered, states)
+    return {fused.output: out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)}, final
+
+
+def _chunked(
+    spec: Spec, call: Call, layer: Chunked, reads_of: tuple[Any, ...], given: Asked, kernels: Any
+) -> tuple[Values, Values]:
+    """The layer's linear readouts by name, and its final states [N, *lanes, *dims]."""
+    found, tokens = layer.factors(*reads_of), reads_of[0]
+    ordered, widths, dtype = _sizes(spec, call, layer)
+    outer, key = ordered[0][: layer.outer], ordered[0][layer.outer]
+    batch, length = call.leading
+    lanes = prod(call.lanes) * prod(outer)
+    start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
+    if kernels is not None:
+        begin = None if given.initial is None else start
+        flags = given.mask, given.reset, given.cu_seqlens
+        done = kernels.layer(call, layer, [*outer, key], widths, found, begin, *flags)
+        if done is not None:
+            single = [()] * len(layer.reads)
+            return _linear_parts(call, layer, single, done[0], outer), _matrix_states(call, layer, ordered, done[1])
+    scales = layer.scales(call.n)
+    plain = {k: getattr(tokens, x) for k, x in layer.plain.items()}
+    found = {**found, **{k: x * scales[k] if k in scales else x for k, x in plain.items()}}
+    for k in range(layer.columns):
+        if f"n{k}" in found:
+            found[f"b{k}"] = found[f"b{k}"] * found[f"n{k}"].unsqueeze(-1)
+    if len(layer.components) > 1:
+        found = {**found, **{f"c{k}": _side_by_side(found, f"c{k}", layer.vectors) for k in range(layer.columns)}}
+
+    def rows(name: str, extra: int = 0) -> Tensor:
+        """[B, T, G, *extra, width]: lanes and outer dims as one axis."""
+        value = found[name].to(dtype)
+        if name in ("log", "decay") or (layer.vector and name[0] == "c"):
+            value = value.unsqueeze(-1)
+        own = value.shape[value.dim() - 1 - extra :]
+        return value.expand(batch, length, *call.lanes, *outer, *own).reshape(batch, length, lanes, *own)
+
+    def columns(letter: str, count: int) -> tuple[Tensor, ...]:
+        return tuple(rows(f"{letter}{k}") for k in range(count))
+
+    def queries(letter: str) -> list[list[Tensor]]:
+        """The vectors of each query; none if it does not read there."""
+        return [
+            list(rows(f"{letter}{k}", r.extra).flatten(3, -2).unbind(3) if r.extra else (rows(f"{letter}{k}"),))
+            if f"{letter}{k}" in found
+            else []
+            for k, r in enumerate(layer.reads)
+        ]
+
+    def step(*names: str) -> Step | None:
+        name = next((k for k in names if k in found), None)
+        return None if name is None else Step(rows(name), name.startswith("log"))
+
+    q, p = queries("q"), queries("p")
+    factors = Factors(
+        step("log", "log_key", "decay", "decay_key"), step("log_value", "decay_value"),
+        columns("u", layer.rank if "u0" in found else 0),
+        columns("w", layer.rank), columns("b", layer.columns), columns("c", layer.columns),
+        tuple(x for xs in q for x in xs), tuple(x for xs in p for x in xs),
+    )  # fmt: skip
+    after, prior, state = chunk_scan(factors, start, given.mask, given.reset, given.cu_seqlens)
+    from_q, from_p = iter(after), iter(prior)
+    reads, several = [], []
+    for k, (of_q, of_p, r) in enumerate(zip(q, p, layer.reads, strict=True)):
+        sides = [torch.stack([next(it) for _ in vs], 3) for it, vs in ((from_q, of_q), (from_p, of_p)) if vs]
+        total = sides[0] if len(sides) == 1 else sides[0] + sides[1]
+        query = found.get(f"q{k}", found.get(f"p{k}"))
+        assert query is not None
+        several.append(tuple(query.shape[query.dim() - 1 - r.extra : -1]))
+        reads.append(torch.split(total if r.extra else total.squeeze(3), widths, -1))
+    states = torch.split(state, widths, -1)
+    return _linear_parts(call, layer, several, reads, outer), _matrix_states(call, layer, ordered, states)
+
+
+def _side_by_side(found: Values, name: str, vectors: tuple[bool, ...]) -> Tensor:
+    """C of all components as one, [..., widths together]."""
+    parts = [found[name if not j else f"{name}_{j}"] for j in range(len(vectors))]
+    parts = [x.unsqueeze(-1) if vector else x for x, vector in zip(parts, vectors, strict=True)]
+    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in parts))
+    return torch.cat([x.expand(*lead, x.shape[-1]) for x in parts], -1)
+
+
+def _matrix_start(
+    call: Call, layer: Chunked, ordered: list[list[int]], widths: list[int], given: Asked, lanes: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """[N, G, K, V] before the first tokens."""
+    key = ordered[0][layer.outer]
+    if given.initial is None:
+        return torch.zeros(given.sequences, lanes, key, sum(widths), dtype=dtype, device=call.device)
+    parts = []
+    for name, order, width in zip(layer.components, layer.orders, widths, strict=True):
+        x = given.initial[name]
+        front = x.dim() - len(order)
+        x = x.permute(*range(front), *(front + k for k in order))
+        parts.append(x.reshape(given.sequences, lanes, key, width))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(dtype)
+
+
+def _linear_parts(
+    call: Call, layer: Chunked, several: Sequence[tuple[int, ...]], reads: Sequence[Sequence[Tensor]], outer: list[int]
+) -> Values:
+    """The linear parts by name; reads: [B, T, G, (vectors,) V] of each component; several: how many vectors."""
+    y: Values = {}
+    front = 2 + len(call.lanes)
+    for r, extra, each in zip(layer.reads, several, reads, strict=True):
+        for name, component, axes in r.parts:
+            part = each[component]
+            part = part.reshape(*call.leading, *call.lanes, *outer, *extra, part.shape[-1])
+            part = part[..., 0] if layer.vectors[component] else part
+            y[name] = part.permute(*range(front), *(front + a for a in axes))
+    return y
+
+
+def _matrix_states(call: Call, layer: Chunked, ordered: list[list[int]], states: Sequence[Tensor]) -> Values:
+    """[N, G, K, V] as the components' own tensors."""
+    final: Values = {}
+    front = 1 + len(call.lanes)
+    for name, order, sizes, x in zip(layer.components, layer.orders, ordered, states, strict=True):
+        x = x.reshape(x.shape[0], *call.lanes, *sizes)
+        final[name] = x.permute(*range(front), *(front + order.index(k) for k in range(len(order))))
+    return final
+
+
 # --- The public face of a compiled aggregator: a parallel call, a step, states.
 
 State = dict[str, Tensor]
@@ -2742,7 +2773,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gated_deltanet_recurrence',
-    digest='e5217628867a1e0c',
+    digest='412e138b63dd535f',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('beta', within=(0.0, 1.0, '[]')), Slot('g', within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('A', ('K', 'K')), Slot('S', ('K', 'V')),),

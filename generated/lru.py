@@ -30,20 +30,20 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    69  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
    98  kernels: a pointwise scan
- 1007  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
- 1131  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1262  One token at a time by the step kernel: what its shapes fix is worked out once
- 1390  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1770  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2049  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2206  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2438  The border, continued: states, flags and packing
- 2560  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2636  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2699  One checked call in PyTorch: lift, the scan of the plan, readout
- 2829  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3098  The public face of a compiled aggregator: a parallel call, a step, states
- 3299  the spec's border
+ 1008  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
+ 1132  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 1263  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1391  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1777  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2056  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2213  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2445  The border, continued: states, flags and packing
+ 2567  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2643  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2706  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2836  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3105  The public face of a compiled aggregator: a parallel call, a step, states
+ 3306  the spec's border
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def identity(n, like):
 #   kind        int8 [B, T]: 0 the token is skipped, 1 it joins what is before, 3 nothing counts before it, 2 the same
 #               and it is skipped; None: all count
 # Least traffic: every input and output once, and for a backward the states once more.
+
 
 
 try:
@@ -1401,8 +1402,9 @@ class PointwiseKernels:
     kernels, and the places of the tensors that each takes. `processors` is the GPU's number of multiprocessors.
     """
 
-    def __init__(self, table: Any) -> None:
-        self.table = table
+    def __init__(self, table: Any, exact: bool = False) -> None:
+        """`exact`: outputs are in the dtype of the state, whatever that of the inputs."""
+        self.table, self.exact = table, exact
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
         self.segment_tiles = 16  # a segment has at least as many
@@ -1415,7 +1417,8 @@ class PointwiseKernels:
     def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
         """The live components that `scan_forward` saves beside outputs of that dtype; `flagged`: with a mask or resets
         (then an output is 0 at masked tokens, and does not stand for the state)."""
-        reused = [] if flagged else [c for c, _, always in self.table.reused if always or dtype == torch.float32]
+        whole = self.exact or dtype == torch.float32
+        reused = [] if flagged else [c for c, _, always in self.table.reused if always or whole]
         return tuple(self.table.live[c][0] for c in self.table.backward[3] if c not in reused)
 
     def scan_forward(
@@ -1549,7 +1552,7 @@ class PointwiseKernels:
         table = self.table
         plan = self._basis("forward", inputs, params, initial, flagged, rows, length, packed)
         lanes, span = plan.lanes, plan.span
-        real = {**_DTYPES, "real": real_dtype([*inputs, *params])}
+        real = {**_DTYPES, "real": self._real(inputs, params)}
         names = self.saved_components(real["real"], flagged) if save else ()
         tokens = (*inputs[0].shape[:2], *lanes.full)
         plan.outputs = [(tokens, real[kind]) for _, kind in table.outputs]
@@ -1632,7 +1635,7 @@ class PointwiseKernels:
         states = [_DTYPES[kind] for _, kind in table.live]
         if back:
             _, _, outputs, used = table.backward_fold
-            real = real_dtype([*inputs, *params])
+            real = self._real(inputs, params)
             args = plan.lanes.tensors(table.backward_fold, inputs, params)
             args += [{**_DTYPES, "real": real}[table.outputs[o][1]] for o in outputs]
             kept = {table.live[c][0] for c, _, _ in table.reused} - set(plan.names)
@@ -1644,6 +1647,10 @@ class PointwiseKernels:
             begin = [s if initial else None for s in states]
         found.fold.warm(*args, *folds, kinds, kinds, offsets)
         found.join.warm(*folds, *begin, *carry, kinds, offsets)
+
+    def _real(self, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> torch.dtype:
+        """Of the outputs."""
+        return torch.float32 if self.exact else real_dtype([*inputs, *params])
 
     def _shape(self, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> LaneShape:
         key = (tuple(x.shape[2:] for x in inputs), tuple(p.shape for p in params))
@@ -3300,7 +3307,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='lru',
-    digest='6f262f3264921d6e',
+    digest='28a03534c79e3705',
     inputs=(Slot('u', (), 'complex'),),
     params=(Slot('nu'), Slot('theta'), Slot('gamma'),),
     components=(Slot('a', (), 'complex'), Slot('h', (), 'complex'),),

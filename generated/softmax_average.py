@@ -33,20 +33,20 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    72  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
   124  kernels: a pointwise scan
- 1222  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
- 1346  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1477  One token at a time by the step kernel: what its shapes fix is worked out once
- 1605  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1985  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2264  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2421  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2653  The border, continued: states, flags and packing
- 2775  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2851  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2914  One checked call in PyTorch: lift, the scan of the plan, readout
- 3044  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3313  The public face of a compiled aggregator: a parallel call, a step, states
- 3514  the spec's border
+ 1223  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
+ 1347  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 1478  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1606  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1992  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2271  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2428  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2660  The border, continued: states, flags and packing
+ 2782  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2858  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2921  One checked call in PyTorch: lift, the scan of the plan, readout
+ 3051  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3320  The public face of a compiled aggregator: a parallel call, a step, states
+ 3521  the spec's border
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ def identity(n, like):
 #   kind        int8 [B, T]: 0 the token is skipped, 1 it joins what is before, 3 nothing counts before it, 2 the same
 #               and it is skipped; None: all count
 # Least traffic: every input and output once, and for a backward the states once more.
+
 
 
 try:
@@ -1616,8 +1617,9 @@ class PointwiseKernels:
     kernels, and the places of the tensors that each takes. `processors` is the GPU's number of multiprocessors.
     """
 
-    def __init__(self, table: Any) -> None:
-        self.table = table
+    def __init__(self, table: Any, exact: bool = False) -> None:
+        """`exact`: outputs are in the dtype of the state, whatever that of the inputs."""
+        self.table, self.exact = table, exact
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
         self.segment_tiles = 16  # a segment has at least as many
@@ -1630,7 +1632,8 @@ class PointwiseKernels:
     def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
         """The live components that `scan_forward` saves beside outputs of that dtype; `flagged`: with a mask or resets
         (then an output is 0 at masked tokens, and does not stand for the state)."""
-        reused = [] if flagged else [c for c, _, always in self.table.reused if always or dtype == torch.float32]
+        whole = self.exact or dtype == torch.float32
+        reused = [] if flagged else [c for c, _, always in self.table.reused if always or whole]
         return tuple(self.table.live[c][0] for c in self.table.backward[3] if c not in reused)
 
     def scan_forward(
@@ -1764,7 +1767,7 @@ class PointwiseKernels:
         table = self.table
         plan = self._basis("forward", inputs, params, initial, flagged, rows, length, packed)
         lanes, span = plan.lanes, plan.span
-        real = {**_DTYPES, "real": real_dtype([*inputs, *params])}
+        real = {**_DTYPES, "real": self._real(inputs, params)}
         names = self.saved_components(real["real"], flagged) if save else ()
         tokens = (*inputs[0].shape[:2], *lanes.full)
         plan.outputs = [(tokens, real[kind]) for _, kind in table.outputs]
@@ -1847,7 +1850,7 @@ class PointwiseKernels:
         states = [_DTYPES[kind] for _, kind in table.live]
         if back:
             _, _, outputs, used = table.backward_fold
-            real = real_dtype([*inputs, *params])
+            real = self._real(inputs, params)
             args = plan.lanes.tensors(table.backward_fold, inputs, params)
             args += [{**_DTYPES, "real": real}[table.outputs[o][1]] for o in outputs]
             kept = {table.live[c][0] for c, _, _ in table.reused} - set(plan.names)
@@ -1859,6 +1862,10 @@ class PointwiseKernels:
             begin = [s if initial else None for s in states]
         found.fold.warm(*args, *folds, kinds, kinds, offsets)
         found.join.warm(*folds, *begin, *carry, kinds, offsets)
+
+    def _real(self, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> torch.dtype:
+        """Of the outputs."""
+        return torch.float32 if self.exact else real_dtype([*inputs, *params])
 
     def _shape(self, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> LaneShape:
         key = (tuple(x.shape[2:] for x in inputs), tuple(p.shape for p in params))
@@ -3515,7 +3522,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='softmax_average',
-    digest='b2571eb0e100f256',
+    digest='485c3b130139a45d',
     inputs=(Slot('score'), Slot('value'),),
     params=(),
     components=(Slot('m'), Slot('u'), Slot('w'),),

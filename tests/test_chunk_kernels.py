@@ -23,7 +23,7 @@ if not INTERPRETED:
 
 else:
     import torch
-    from chunk_cases import SMALL, Data, check, check_steps, check_whole_spec, kernels, table
+    from chunk_cases import SMALL, Data, check, check_steps, check_whole_spec, counted, inputs, kernels, table
 
     import psmc
 
@@ -82,6 +82,17 @@ else:
     def test_whole_specs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check_whole_spec(psmc.load(EXAMPLES / f"{name}.psm"), monkeypatch)
 
-    @pytest.mark.parametrize("name", ["gla", "mamba2", "rwkv6", "linear_attention"])
+    @pytest.mark.parametrize("name", ["gla", "mamba2", "rwkv6", "linear_attention", "mlstm"])
     def test_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check_steps(psmc.load(EXAMPLES / f"{name}.psm"), monkeypatch)
+
+    def test_small_layers_by_their_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+        """The stabiliser of mlstm: prefixes in fp32, whatever the inputs are, and none of torch's scans."""
+        agg = psmc.load(EXAMPLES / "mlstm.psm")
+        small = agg.rules.layers[0].operator
+        ran = counted(monkeypatch, small.kernels, "scan_forward")
+        x, _ = inputs(agg, 9, False)
+        agg(**{k: v.half() for k, v in x.items()})
+        ((prefixes, _, _),) = ran
+        assert [p.dtype for p in prefixes] == [torch.float32] * 2 and prefixes[0].shape == (2, 9, 2)
+        assert torch.equal(prefixes[0][:, :-1], prefixes[1][:, 1:]) and (prefixes[1][:, 0] == -torch.inf).all()

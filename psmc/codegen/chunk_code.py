@@ -18,16 +18,17 @@ from psmc.structure.report import Affine, Layer, Linear, Structure
 
 
 def print_layers(
-    agg: Aggregator, structure: Structure, fused: tuple[Source, str] | None = None
+    agg: Aggregator, structure: Structure, fused: tuple[Source, str] | None = None, operator: str = "None"
 ) -> tuple[list[Source], str]:
-    """(functions, the `LAYERS` literal) of a spec that `plan.chunked` licenses; `fused`: from `chunk_factors`."""
+    """(functions, the `LAYERS` literal) of a spec that `plan.chunked` licenses; `fused`: from `chunk_factors`;
+    `operator`: what runs the small layers by kernels, from `chunk_small`."""
     small, stacks = split_layers(structure)
     sources: list[Source] = []
     entries: list[str] = []
     if small:
         sources += _small(agg, small)
         names = tuple(n for layer in small for n in layer.components)
-        entries.append(f"Scanned({names!r}, lift_small, combine_small, advance_small)")
+        entries.append(f"Scanned({names!r}, lift_small, combine_small, advance_small, {operator})")
     for n, stack in enumerate(stacks):
         components = tuple(a.component for a in stack)
         parts = [p for r in structure.readout for p in r.linear if p.component in components]

@@ -122,7 +122,7 @@ def _view(f: Fused) -> SimpleNamespace:
     readout = None
     held = {**values, **numbers}
     if f.readout is not None:
-        call = function("lane_readout", [("o", f.readout)]).call(tile)
+        call = function("tile_readout", [("o", f.readout)]).call(tile)
         readout = SimpleNamespace(reads=over(f.readout, held), call=call)
     ahead = SimpleNamespace(results=["b_dy"])
     if back:  # what is the cotangent itself stays as it was loaded: such a tile enters a product from shared memory

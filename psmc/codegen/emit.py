@@ -9,9 +9,11 @@ import re
 
 from psmc.algebra.verdict import Proof, Proved, Refuted, Unknown, Verdict
 from psmc.codegen.attention_code import ATTENTION_KIT, print_attention
+from psmc.codegen.border import print_border
 from psmc.codegen.chunk_code import print_layers
 from psmc.codegen.chunk_factors import print_fused
 from psmc.codegen.chunk_kernels import print_chunk_kernels
+from psmc.codegen.chunk_small import Small, small_scan
 from psmc.codegen.paste import KIT, POINTWISE_KIT, Pasted, imports, paste
 from psmc.codegen.pointwise import print_kernels
 from psmc.codegen.render import render
@@ -19,8 +21,7 @@ from psmc.codegen.specialise import names_read
 from psmc.codegen.torch_code import function_sources, join, taps
 from psmc.codegen.tree_code import print_tree_kernels
 from psmc.diagnostics import fail
-from psmc.ir import Aggregator, Extern, Interval, Tensor
-from psmc.ir.query import level_dims, nearest_float
+from psmc.ir import Aggregator, Extern
 from psmc.ir.rewrite import refs
 from psmc.ir.text import show
 from psmc.plan.base import Plan
@@ -45,15 +46,20 @@ def emit(
     kernels = _kernels(agg, structure, plan, tuned)
     attended = print_attention(agg, not kernels, tuned)
     matrices = plan.name == "chunked" and bool(kernels)
+    small = small_scan(agg, structure) if structure is not None and matrices else None
     files = KIT
     if plan.name == "chunked":
         more = ("kit_chunk_views", "kit_chunk_layer", "kit_chunk_kernels") if matrices else ()
+        more = (*more, *(POINTWISE_KIT if small else ()))
         chunks = ("kit_cut", "kit_halves", "kit_decay", "kit_walk", "kit_chunk")
-        files = (*KIT[:-2], *chunks, *more, "kit_layers", *KIT[-2:])
+        files = (*KIT[:-2], *chunks, *more, KIT[-2], "kit_small", "kit_layers", KIT[-1])
     sources, layers = function_sources(agg, live), ""
     if plan.name == "chunked" and structure is not None:
-        found, layers = print_layers(agg, structure, print_fused(agg, structure))
-        sources += found
+        found, layers = print_layers(agg, structure, print_fused(agg, structure), "SMALL" if small else "None")
+        sources += [*found, *([small.output] if small else [])]
+        layers = f"SMALL = {small.operator}\n\n{layers}" if small else layers
+    if small is not None:
+        kernels = f"{kernels}\n\n{small.kernels}"
     functions = join(sources)
     spec_text = show(declared).strip()
     names = [
@@ -72,7 +78,7 @@ def emit(
         kernels = f"{attended}\n\n{kernels or 'KERNELS = None'}"
     written = "\n".join((functions, kernels, layers, f"dict({rules})"))
     roots = {"Aggregator", "Spec", "Slot", "Values", *names_read(ast.parse(written))}
-    pasted = paste(files, frozenset(roots), _never(agg, plan, names, layers, kernels))
+    pasted = paste(files, frozenset(roots), _never(agg, plan, names, layers, kernels, small))
     runtime = pasted.body
     digest = hashlib.sha256("\n".join((spec_text, functions, kernels, runtime, repr(plan))).encode()).hexdigest()[:16]
     used = names_read(ast.parse("\n".join((written, runtime)))) | {"SimpleNamespace", *(["Callable"] if extern else [])}
@@ -90,7 +96,7 @@ def emit(
         mathematics=functions.strip() + "\n",
         kernels=kernels.strip(),
         runtime=runtime.strip() + "\n",
-        border=_border(agg, digest, live),
+        border=print_border(agg, repr(digest), live),
         rules=rules,
         layers=layers,
         fold=plan.fold,
@@ -119,7 +125,9 @@ def _short(title: str) -> str:
     return head if len(head) <= 110 else head[:110].rsplit(" ", 1)[0] + " ..."
 
 
-def _never(agg: Aggregator, plan: Plan, names: list[str], layers: str, kernels: str) -> frozenset[str]:
+def _never(
+    agg: Aggregator, plan: Plan, names: list[str], layers: str, kernels: str, small: Small | None
+) -> frozenset[str]:
     """Conditions in the runtime that this spec never meets."""
     outputs = (a.value for a in (*agg.output.lets, *agg.output.results))
     matrices = plan.name == "chunked" and bool(kernels)
@@ -128,7 +136,10 @@ def _never(agg: Aggregator, plan: Plan, names: list[str], layers: str, kernels: 
         for met, texts in (
             (plan.fold == "tree", ("fold == 'tree'", "self.fold == 'tree'", "self.fold_order == 'tree'")),
             (bool(taps(agg)), ("spec.taps", "self.spec.taps", "self.extras")),
-            (any("level" in r.space or r.space == "prev" for r in refs(*outputs)), ("spec.previous", "spec.levels")),
+            (
+                small is not None or any("level" in r.space or r.space == "prev" for r in refs(*outputs)),
+                ("spec.previous", "spec.levels"),
+            ),
             (bool(layers), ("hasattr(rules, 'layers')",)),
             (matrices, ("hasattr(self.rules, 'matrices')", "hasattr(self.rules, 'stepped')", "lazily")),
             (not matrices or "log_value" in kernels, ("a.over",)),
@@ -203,45 +214,3 @@ def _say(verdict: Verdict | None, claim: str) -> str:
                 f"not decided ({reason}); the author vouches for it" if claim == "assume" else f"not decided ({reason})"
             )
     return "the author vouches for it"
-
-
-def _border(agg: Aggregator, digest: str, live: tuple[str, ...]) -> str:
-    """The `Spec(...)` literal."""
-    outputs = tuple(Tensor(a.name, tuple(i.dim for i in a.indices), a.value.kind) for a in agg.output.results)
-    values = (a.value for a in (*agg.output.lets, *agg.output.results))
-    previous = any(r.space in ("prev", "prev_level") for r in refs(*values))
-    rows = [
-        ("name", repr(agg.name)),
-        ("digest", repr(digest)),
-        ("inputs", _slots(agg.leaf_inputs)),
-        ("params", _slots(agg.params)),
-        ("components", _slots(tuple(Tensor(c.name, c.dims, c.kind, c.interval) for c in agg.state))),
-        ("live", repr(live)),
-        ("outputs", _slots(outputs)),
-        ("sizes", repr({d.name: d.size for d in agg.dims if d.size is not None})),
-        ("dims", repr(tuple(d.name for d in agg.dims))),
-        ("taps", repr(dict(taps(agg)))),
-        ("previous", repr(previous)),
-    ]
-    if dims := level_dims(agg):
-        rows.append(("levels", repr(next(d.size for d in agg.dims if d.name == dims[0]))))
-    return "Spec(\n" + "".join(f"    {key}={value},\n" for key, value in rows) + ")"
-
-
-def _slots(tensors: tuple[Tensor, ...]) -> str:
-    if not tensors:
-        return "()"
-    each = []
-    for t in tensors:
-        kind = "" if t.kind == "real" else f", {t.kind!r}"
-        dims = f", {t.dims!r}" if t.dims or kind else ""
-        each.append(f"Slot({t.name!r}{dims}{kind}{_within(t.interval)})")
-    return "(" + ", ".join(each) + ",)"
-
-
-def _within(interval: Interval | None) -> str:
-    if interval is None or (interval.lo is None and interval.hi is None):
-        return ""
-    bounds = ", ".join("None" if x is None else repr(nearest_float(x)) for x in (interval.lo, interval.hi))
-    ends = ("(" if interval.lo_open else "[") + (")" if interval.hi_open else "]")
-    return f", within=({bounds}, {ends!r})"

@@ -28,13 +28,30 @@ def print_kernels(
     """Module text that defines KERNELS. `agg` is licensed; the same arguments give the same text."""
     one = lane(agg, structure.live)
     tensors = Tensors(agg, structure, one)
-    texts = [_lane_text(one), render("pointwise_kinds.py.j2")]
-    texts.append(render("pointwise_forward.py.j2", **_forward(one, tensors)))
-    texts.append(render("pointwise_segments.py.j2", **_segments(one, tensors)))
-    texts.append(render("pointwise_backward.py.j2", **_backward(one, tensors)))
-    texts.append(render("pointwise_step.py.j2", **_step(one, tensors)))
-    texts += [paste(POINTWISE_KIT, frozenset({"PointwiseKernels"})).body, *tiles_class(tuned)]
-    texts.append(table(plan, tensors, tuned))
+    kit = [paste(POINTWISE_KIT, frozenset({"PointwiseKernels"})).body, *tiles_class(tuned)]
+    rows = table(plan, tensors, tuned).replace("\n", "\n    ")
+    return _joined([*_texts(one, tensors, True), *kit, f"KERNELS = PointwiseKernels(\n    {rows}\n)"])
+
+
+def print_table(agg: Aggregator, structure: Structure, plan: PointwisePlan, name: str) -> str:
+    """The same for a module that has Triton's names and a runtime already: `name` is what PointwiseKernels takes."""
+    one = lane(agg, structure.live)
+    tensors = Tensors(agg, structure, one)
+    return _joined([*_texts(one, tensors, False), f"{name} = {table(plan, tensors)}"])
+
+
+def _texts(one: Lane, tensors: Tensors, alone: bool) -> list[str]:
+    return [
+        _lane_text(one, alone),
+        render("pointwise_kinds.py.j2"),
+        render("pointwise_forward.py.j2", **_forward(one, tensors)),
+        render("pointwise_segments.py.j2", **_segments(one, tensors)),
+        render("pointwise_backward.py.j2", **_backward(one, tensors)),
+        render("pointwise_step.py.j2", **_step(one, tensors)),
+    ]
+
+
+def _joined(texts: list[str]) -> str:
     return "\n\n".join(_tidy(t) for t in texts) + "\n"
 
 
@@ -49,7 +66,7 @@ def _tidy(text: str) -> str:
     return "\n".join(kept) + "\n"
 
 
-def _lane_text(one: Lane) -> str:
+def _lane_text(one: Lane, alone: bool) -> str:
     back = one.back
     assert back is not None
     scans = list({s.label: s for s in (one.whole, *one.stages)}.values())
@@ -58,6 +75,7 @@ def _lane_text(one: Lane) -> str:
     used = [f for f in functions if f is not None and f.results]
     return render(
         "pointwise_lane.py.j2",
+        alone=alone,
         functions=[*helper_texts(used), *(f.text for f in used)],
         flagged=[flagged(s.label, "kind", s.names, s.names) for s in scans],
         before=[with_above(s.label, s.names) for s in one.stages if previous(one, s)],

@@ -131,7 +131,7 @@ def reading(function: LaneFunction) -> set[Key]:
 
 
 def table(plan: PointwisePlan, tensors: Tensors, tuned: Tuned | None = None) -> str:
-    """The KERNELS object."""
+    """What PointwiseKernels takes."""
     one = tensors.one
     back = one.back
     assert back is not None
@@ -166,8 +166,8 @@ def table(plan: PointwisePlan, tensors: Tensors, tuned: Tuned | None = None) -> 
         ("counts", repr(one.counts)),
         ("tiles", tiles_text(tuple(_tiles(plan, tensors)), tuned)),
     ]
-    body = "".join(f"        {key}={value},\n" for key, value in rows)
-    return f"KERNELS = PointwiseKernels(\n    SimpleNamespace(\n{body}    )\n)"
+    body = "".join(f"    {key}={value},\n" for key, value in rows)
+    return f"SimpleNamespace(\n{body})"
 
 
 def _rows(values: Iterable[object]) -> str:

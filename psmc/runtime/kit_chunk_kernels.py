@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from psmc.runtime.kit_chunk_layer import chunk_layer, chunk_step
+from psmc.runtime.kit_chunk_layer import chunk_layer, chunk_step, chunk_steps
 from psmc.runtime.kit_chunk_views import ChunkCall, Kept, Lanes, _block, _folded, _laid, _multiprocessors
 
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
@@ -33,7 +33,7 @@ class ChunkKernels:
     def runs_on(self, device: torch.device) -> bool:
         return device.type == "cuda" or self.interpreted
 
-    layer, step = chunk_layer, chunk_step
+    layer, step, steps = chunk_layer, chunk_step, chunk_steps
 
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,

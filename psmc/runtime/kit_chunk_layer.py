@@ -12,6 +12,8 @@ from psmc.runtime.kit_bind import spread
 from psmc.runtime.kit_chunk_views import ChunkCall, _block, _laid, _near
 from psmc.runtime.kit_op import token_code
 
+_STEP_VALUES = 128  # columns of a state that a program moves on
+
 
 def fused_call(
     call: Any, fused: Any, tokens: Any, params: Any, given: dict[str, Tensor],
@@ -96,19 +98,20 @@ def chunk_layer(
     return outputs, states
 
 
-def chunk_step(
-    kernels: Any, a: ChunkCall, states: list[Tensor], slots: Tensor | None, width: int
-) -> Tensor | None:  # fmt: skip
+def chunk_steps(kernels: Any, states: list[Tensor]) -> bool:
+    """Whether there is a kernel for one token of S [rows, G, K, V] and z [rows, G, K, 1]."""
+    key, value = states[0].shape[2], states[0].shape[3]
+    if not kernels.takes(key, value, states[0].device) or any(s.dtype != torch.float32 for s in states):
+        return False
+    whole = len(states) == 1 or _block(value) <= _STEP_VALUES
+    return whole and all(_near(s.shape[1:], s.stride()[1:]) for s in states)
+
+
+def chunk_step(kernels: Any, a: ChunkCall, states: list[Tensor], slots: Tensor | None) -> Tensor:
     """One token by kernel: the output [B, 1, G, V] as S [rows, G, K, V] and z [rows, G, K, 1] move on in place, in the
-    rows that `slots` [B] names. None: not for the kernel."""
+    rows that `slots` [B] names."""
     (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
-    if not kernels.takes(key, value, a.c.device) or any(s.dtype != torch.float32 for s in states):
-        return None
-    if not all(_near(s.shape[1:], s.stride()[1:]) for s in states):
-        return None
-    bk, bv = _block(key), min(_block(value), width)
-    if len(states) > 1 and bv < value:
-        return None
+    bk, bv = _block(key), min(_block(value), _STEP_VALUES)
     z = states[1] if len(states) > 1 else None
     out = torch.empty(*a.shape, value, dtype=a.dtype, device=a.c.device)
     a = a.of([None if x is None else _laid(x) for x in a.tensors])

@@ -26,8 +26,9 @@ class PointwiseKernels:
     kernels, and the places of the tensors that each takes. `processors` is the GPU's number of multiprocessors.
     """
 
-    def __init__(self, table: Any) -> None:
-        self.table = table
+    def __init__(self, table: Any, exact: bool = False) -> None:
+        """`exact`: outputs are in the dtype of the state, whatever that of the inputs."""
+        self.table, self.exact = table, exact
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
         self.segment_tiles = 16  # a segment has at least as many
@@ -40,7 +41,8 @@ class PointwiseKernels:
     def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
         """The live components that `scan_forward` saves beside outputs of that dtype; `flagged`: with a mask or resets
         (then an output is 0 at masked tokens, and does not stand for the state)."""
-        reused = [] if flagged else [c for c, _, always in self.table.reused if always or dtype == torch.float32]
+        whole = self.exact or dtype == torch.float32
+        reused = [] if flagged else [c for c, _, always in self.table.reused if always or whole]
         return tuple(self.table.live[c][0] for c in self.table.backward[3] if c not in reused)
 
     def scan_forward(
@@ -174,7 +176,7 @@ class PointwiseKernels:
         table = self.table
         plan = self._basis("forward", inputs, params, initial, flagged, rows, length, packed)
         lanes, span = plan.lanes, plan.span
-        real = {**_DTYPES, "real": real_dtype([*inputs, *params])}
+        real = {**_DTYPES, "real": self._real(inputs, params)}
         names = self.saved_components(real["real"], flagged) if save else ()
         tokens = (*inputs[0].shape[:2], *lanes.full)
         plan.outputs = [(tokens, real[kind]) for _, kind in table.outputs]
@@ -257,7 +259,7 @@ class PointwiseKernels:
         states = [_DTYPES[kind] for _, kind in table.live]
         if back:
             _, _, outputs, used = table.backward_fold
-            real = real_dtype([*inputs, *params])
+            real = self._real(inputs, params)
             args = plan.lanes.tensors(table.backward_fold, inputs, params)
             args += [{**_DTYPES, "real": real}[table.outputs[o][1]] for o in outputs]
             kept = {table.live[c][0] for c, _, _ in table.reused} - set(plan.names)
@@ -269,6 +271,10 @@ class PointwiseKernels:
             begin = [s if initial else None for s in states]
         found.fold.warm(*args, *folds, kinds, kinds, offsets)
         found.join.warm(*folds, *begin, *carry, kinds, offsets)
+
+    def _real(self, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> torch.dtype:
+        """Of the outputs."""
+        return torch.float32 if self.exact else real_dtype([*inputs, *params])
 
     def _shape(self, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> LaneShape:
         key = (tuple(x.shape[2:] for x in inputs), tuple(p.shape for p in params))

@@ -15,18 +15,10 @@ from psmc.runtime.kit_bind import Call, Spec
 from psmc.runtime.kit_chunk import Factors, chunk_scan
 from psmc.runtime.kit_chunk_layer import fused_call
 from psmc.runtime.kit_halves import Step
-from psmc.runtime.kit_layer import fill_masked, scan_tokens
-from psmc.runtime.kit_run import Rules, Tokens, as_output, as_state, prepared, start_state
+from psmc.runtime.kit_layer import fill_masked
+from psmc.runtime.kit_run import Rules, Tokens, as_output, as_state, prepared
 from psmc.runtime.kit_scan import Values, _flag
-
-
-class Scanned(NamedTuple):
-    """Layers of small components: their own lift, combine and advance, of what their elements hold."""
-
-    components: tuple[str, ...]
-    lift: Callable[..., Values]
-    combine: Callable[..., Values]
-    advance: Callable[..., Values]
+from psmc.runtime.kit_small import Asked, Scanned, run_small, small_steps
 
 
 class Reads(NamedTuple):
@@ -88,16 +80,6 @@ class Chunked(NamedTuple):
         return all(self.vectors)
 
 
-class _Given(NamedTuple):
-    """What a call says beside its tensors."""
-
-    initial: Values | None
-    mask: Tensor | None
-    reset: Tensor | None
-    cu_seqlens: Tensor | None
-    sequences: int
-
-
 def run_layers(
     spec: Spec, rules: Rules, call: Call, x: Values, p: Values, initial: Values | None, mask: Tensor | None,
     reset: Tensor | None, cu_seqlens: Tensor | None,
@@ -106,7 +88,7 @@ def run_layers(
     x = fill_masked(x, mask)
     params, n, leading = SimpleNamespace(**p), call.n, call.leading
     rows = leading[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    given = _Given(initial, mask, reset, cu_seqlens, rows)
+    given = Asked(initial, mask, reset, cu_seqlens, rows)
     slots = {s.name: s for s in spec.components}
     after: Values = {}
     before: Values = {}
@@ -115,7 +97,7 @@ def run_layers(
     answer: Values | None = None
     for layer in rules.layers:
         if isinstance(layer, Scanned):
-            prefix, previous, end = _scanned(spec, rules, call, layer, x, params, given)
+            prefix, previous, end = run_small(spec, rules, call, layer, x, params, given)
             after |= fill_masked(prefix, mask)  # what is read of padding may be infinite and must not meet a gradient
             before |= fill_masked(previous, mask)
         else:
@@ -143,14 +125,11 @@ def step_layers(spec: Spec, rules: Rules, call: Call, state: Values, slots: Tens
     wanted = torch.is_grad_enabled() and any(
         x.requires_grad for x in (*call.inputs.values(), *call.params.values(), *state.values())
     )
-    if wanted or spec.taps or len(rules.layers) != 1 or isinstance(rules.layers[0], Scanned):
+    *scanned, layer = rules.layers
+    if wanted or spec.taps or isinstance(layer, Scanned) or layer.fused is None or call.compute != torch.float32:
         return None
-    layer = rules.layers[0]
-    if layer.fused is None or call.compute != torch.float32:
+    if not all(isinstance(x, Scanned) for x in scanned):
         return None
-    now = replace(call, inputs={k: x.unsqueeze(1) for k, x in call.inputs.items()}, leading=(*call.leading, 1))
-    x, p = prepared(spec, now, {}, True)
-    tokens, params, none = Tokens(x), SimpleNamespace(**p), SimpleNamespace()
     states = []
     for name, order, vector in zip(layer.components, layer.orders, layer.vectors, strict=True):
         s = state[name]
@@ -160,47 +139,20 @@ def step_layers(spec: Spec, rules: Rules, call: Call, state: Values, slots: Tens
         s = s.permute(*range(front), *(front + k for k in order))
         s = s.unsqueeze(-1) if vector else s
         states.append(s.flatten(1, -3) if s.dim() > 3 else s.unsqueeze(1))
-    fused = layer.fused
-    given = fused.given(tokens, none, none, params, call.n)
-    a = fused_call(now, fused, tokens, params, given, (None, None), None, None, None)
-    out = rules.matrices.step(a, states, slots, 128)
-    if out is None:
+    if not rules.matrices.steps(states):
         return None
+    prefixes = small_steps(call, scanned, state, slots)
+    if prefixes is None:
+        return None
+    now = replace(call, inputs={k: x.unsqueeze(1) for k, x in call.inputs.items()}, leading=(*call.leading, 1))
+    x, p = prepared(spec, now, {}, True)
+    tokens, params = Tokens(x), SimpleNamespace(**p)
+    fused = layer.fused
+    given = fused.given(tokens, *prefixes, params, call.n)
+    a = fused_call(now, fused, tokens, params, given, (None, None), None, None, None)
+    out = rules.matrices.step(a, states, slots)
     y = out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)
     return {fused.output: as_output(y, spec.outputs[0], now, now.leading).squeeze(1)}
-
-
-def _scanned(
-    spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, given: _Given
-) -> tuple[Values, Values, Values]:
-    """The prefixes of every token, those before it, and the final state."""
-    slots = {s.name: s for s in spec.components}
-    n = call.n
-
-    def lift(tokens: Values) -> Values:
-        leading = next(iter(tokens.values())).shape[:2]
-        return {
-            k: as_state(v, slots[k], call, leading) for k, v in layer.lift(SimpleNamespace(**tokens), params, n).items()
-        }
-
-    def rule(function: Callable[..., Values]) -> Callable[[Values, Values], Values]:
-        def apply(l: Values, r: Values) -> Values:  # noqa: E741
-            return function(SimpleNamespace(**l), SimpleNamespace(**r), params, n)
-
-        return apply
-
-    def output(prefix: Values, previous: Values | None, tokens: Values) -> Values:
-        return {**{f"s.{k}": v for k, v in prefix.items()}, **{f"prev.{k}": v for k, v in (previous or {}).items()}}
-
-    empty = start_state(spec, rules, call, layer.components)
-    begin = None if given.initial is None else {k: given.initial[k] for k in layer.components}
-    found, final = scan_tokens(
-        lift, rule(layer.combine), rule(layer.advance), output, x, empty, begin, valid=given.mask, reset=given.reset,
-        cu_seqlens=given.cu_seqlens, previous=True,
-    )  # fmt: skip
-    final = {k: as_state((final or empty)[k], slots[k], call, (given.sequences,)) for k in empty}
-    parts = [{k: found[f"{side}.{k}"] for k in layer.components} for side in ("s", "prev")]
-    return parts[0], parts[1], final
 
 
 def _sizes(spec: Spec, call: Call, layer: Chunked) -> tuple[list[list[int]], list[int], torch.dtype]:
@@ -212,7 +164,7 @@ def _sizes(spec: Spec, call: Call, layer: Chunked) -> tuple[list[list[int]], lis
 
 
 def _fused(
-    spec: Spec, call: Call, layer: Chunked, reads: tuple[Any, ...], given: _Given, kernels: Any
+    spec: Spec, call: Call, layer: Chunked, reads: tuple[Any, ...], given: Asked, kernels: Any
 ) -> tuple[Values, Values] | None:
     """(the outputs, the final states); None: not by fused kernels."""
     if kernels is None or layer.fused is None or not all(call.leading) or call.compute != torch.float32:
@@ -234,7 +186,7 @@ def _fused(
 
 
 def _chunked(
-    spec: Spec, call: Call, layer: Chunked, reads_of: tuple[Any, ...], given: _Given, kernels: Any
+    spec: Spec, call: Call, layer: Chunked, reads_of: tuple[Any, ...], given: Asked, kernels: Any
 ) -> tuple[Values, Values]:
     """The layer's linear readouts by name, and its final states [N, *lanes, *dims]."""
     found, tokens = layer.factors(*reads_of), reads_of[0]
@@ -313,7 +265,7 @@ def _side_by_side(found: Values, name: str, vectors: tuple[bool, ...]) -> Tensor
 
 
 def _matrix_start(
-    call: Call, layer: Chunked, ordered: list[list[int]], widths: list[int], given: _Given, lanes: int,
+    call: Call, layer: Chunked, ordered: list[list[int]], widths: list[int], given: Asked, lanes: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """[N, G, K, V] before the first tokens."""
