@@ -60,8 +60,8 @@ def call_of(made: Any, kernel: str, args: tuple[Any, ...], bt: int) -> Callable[
                   None, None, c.dtype, decay, False)  # fmt: skip
     how = made.plan("forward", a, bt)
     if kernel == "prepare":
-        return lambda: made._prepared(a, how, None)
-    ready = made._prepared(a, how, None)
+        return lambda: made._prepared(a, how, None, None)
+    ready = made._prepared(a, how, None, made.lifted(a, how)[1])
     if kernel == "states":
         return lambda: made.states(a, ready, None, bt)
     do = torch.randn_like(c)

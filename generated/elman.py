@@ -37,7 +37,7 @@ The runtime holds what this spec needs of it. Needs torch; nothing else.
  1061  One checked call in PyTorch: lift, the scan of the plan, readout
  1191  The scan as an operator of torch: one graph node for torch.compile, with its own backward
  1460  The public face of a compiled aggregator: a parallel call, a step, states
- 1661  the spec's border
+ 1665  the spec's border
 """
 
 from __future__ import annotations
@@ -1474,6 +1474,7 @@ class Aggregator:
         self.spec, self.rules, self.fold_order = spec, rules, fold
         self.operator = Operator(spec, rules, fold, kernels)
         self._quick = None if self.operator is None else self.operator.quick  # steps that were checked before
+        self._calls = None  # and whole calls
         self.checks = checks_wanted()  # values are read and checked, which waits for the device
         self.__name__ = spec.name
 
@@ -1506,6 +1507,7 @@ class Aggregator:
 
         Raises ArgumentError if a shape, dtype or device does not fit the spec.
         """
+        key = None
         call = bind_call(self.spec, args, kwargs, tokens=True)
         mask = check_flags(self.spec, "mask", mask, call)
         reset = check_flags(self.spec, "reset", reset, call)
@@ -1539,8 +1541,9 @@ class Aggregator:
 
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
-        if self._quick is not None and not kwargs and not self.checks:
-            known: tuple[Any, State] | None = self._quick.again(state, args, None, False)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known: tuple[Any, State] | None = quick.again(state, args, None, False)
             if known is not None:
                 return known
         call = bind_call(self.spec, args, kwargs, tokens=False)
@@ -1566,8 +1569,9 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
-        if self._quick is not None and not kwargs and not self.checks:
-            known = self._quick.again(state, args, slots, True)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known = quick.again(state, args, slots, True)
             if known is not None:
                 return known[0]
         with torch.no_grad():
@@ -1662,7 +1666,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='elman',
-    digest='8808f9cdc030b3f6',
+    digest='3e2628d38a1fec83',
     inputs=(Slot('x', ('H',)),),
     params=(Slot('W', ('H', 'H')),),
     components=(Slot('h', ('H',)),),

@@ -40,7 +40,7 @@ The runtime holds what this spec needs of it. Needs torch; nothing else.
  2239  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
  2321  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
  2571  The public face of a compiled aggregator: a parallel call, a step, states
- 2772  the spec's border
+ 2776  the spec's border
 """
 
 from __future__ import annotations
@@ -2332,15 +2332,16 @@ class Reads(NamedTuple):
 class FusedLayer(NamedTuple):
     """What the kernels compute of a layer and its readout themselves.
 
-    keys, c, values: (name, 'input' | 'param' | 'factor', lag) of the tensors that they read; given(x, s, prev, p, n):
-    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. decay,
-    over: as in ChunkCall. output: what the kernels give, in full.
+    keys, c, values, scalars: (name, 'input' | 'param' | 'at' | 'before' | 'factor', lag) of the tensors that they read;
+    given(x, s, prev, p, n): the factors among them; numbers: how many numbers a token the readout reads. decay, over:
+    as in ChunkCall. output: what the kernels give, in full.
     """
 
     keys: tuple[tuple[str, str, int], ...]
     c: tuple[str, str, int]
     values: tuple[tuple[str, str, int], ...]
-    numbers: tuple[str, ...]
+    scalars: tuple[tuple[str, str, int], ...]
+    numbers: int
     given: Callable[..., Values]
     scale: Callable[..., float]
     shift: int
@@ -2438,10 +2439,9 @@ def _fused(
     if given.initial is not None:
         begin = _matrix_start(call, layer, ordered, widths, given, prod(call.lanes), dtype)
     parts = (None, None) if begin is None else (begin[..., : widths[0]], begin[..., -1] if len(widths) > 1 else None)
-    tokens, params = reads[0], reads[3]
     flags = given.mask, given.reset, given.cu_seqlens
     fused = layer.fused
-    out, state, z = kernels.call(fused_call(call, fused, tokens, params, fused.given(*reads), parts, *flags))
+    out, state, z = kernels.call(fused_call(call, fused, reads, parts, *flags))
     states = [state] if z is None else [state, z.unsqueeze(-1)]
     final = _matrix_states(call, layer, ordered, states)
     return {fused.output: out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)}, final
@@ -2585,6 +2585,7 @@ class Aggregator:
         self.spec, self.rules, self.fold_order = spec, rules, fold
         self.operator = Operator(spec, rules, fold, kernels)
         self._quick = None if self.operator is None else self.operator.quick  # steps that were checked before
+        self._calls = None  # and whole calls
         self.checks = checks_wanted()  # values are read and checked, which waits for the device
         self.__name__ = spec.name
 
@@ -2617,6 +2618,7 @@ class Aggregator:
 
         Raises ArgumentError if a shape, dtype or device does not fit the spec.
         """
+        key = None
         call = bind_call(self.spec, args, kwargs, tokens=True)
         mask = check_flags(self.spec, "mask", mask, call)
         reset = check_flags(self.spec, "reset", reset, call)
@@ -2650,8 +2652,9 @@ class Aggregator:
 
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
-        if self._quick is not None and not kwargs and not self.checks:
-            known: tuple[Any, State] | None = self._quick.again(state, args, None, False)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known: tuple[Any, State] | None = quick.again(state, args, None, False)
             if known is not None:
                 return known
         call = bind_call(self.spec, args, kwargs, tokens=False)
@@ -2677,8 +2680,9 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
-        if self._quick is not None and not kwargs and not self.checks:
-            known = self._quick.again(state, args, slots, True)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known = quick.again(state, args, slots, True)
             if known is not None:
                 return known[0]
         with torch.no_grad():
@@ -2773,7 +2777,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gated_deltanet_recurrence',
-    digest='412e138b63dd535f',
+    digest='eae1a21617f86076',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('beta', within=(0.0, 1.0, '[]')), Slot('g', within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('A', ('K', 'K')), Slot('S', ('K', 'V')),),

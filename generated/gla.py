@@ -28,34 +28,38 @@ Plan: chunked. S: chunks of tokens as batched matrix products.
 Written by psmc; regenerate with: psmc compile gla.psm
 The runtime holds what this spec needs of it. Needs torch, and triton for tensors on a GPU; nothing else.
 
-   75  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
-  117  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
- 1070  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1349  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1506  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1738  The border, continued: states, flags and packing
- 1860  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 1936  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1999  One checked call in PyTorch: lift, the scan of the plan, readout
- 2165  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2228  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2433  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2613  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 2801  Matrix states a chunk of tokens at a time, as batched matrix products
- 2953  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 3077  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3260  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 3626  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3895  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
- 3995  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 4283  The public face of a compiled aggregator: a parallel call, a step, states
- 4495  the spec's border
+   79  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  121  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
+ 1090  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1369  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1526  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1758  The border, continued: states, flags and packing
+ 1880  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 1956  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2019  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2185  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2248  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2453  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2633  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 2821  Matrix states a chunk of tokens at a time, as batched matrix products
+ 2973  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 3116  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 3265  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3480  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
+ 3628  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 3992  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4261  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 4361  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 4640  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
+ 4791  The public face of a compiled aggregator: a parallel call, a step, states
+ 5021  the spec's border
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -514,13 +518,22 @@ def near(SHIFT: tl.constexpr, FLIP: tl.constexpr, LB: tl.constexpr, BT: tl.const
     return (t >> LB == s >> LB) & (s <= t - SHIFT)
 
 
+@jit
+def lane_numbers(p_x, row, x_t, lanes, m):
+    """Tile [BT, BG] of numbers a token, from `row` on, of the lanes at these offsets."""
+    t = tl.arange(0, m.shape[0])
+    return tl.load(p_x + row * x_t + t[:, None] * x_t + lanes[None, :], mask=m, other=0).to(tl.float32)
+
+
 @jit(do_not_specialize=["T"])
 def chunk_sums_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_total, p_cu, p_chunks, p_owner, T, G, PREC: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr,
+    p_total, p_cu, p_chunks, p_owner, T, G, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BG: tl.constexpr,
 ):
-    """For a decay of a number a token, of one chunk and BG lanes: the sums of its logs up to each token, [chunks, G, 2, BT]:
-    for precise operands as whole numbers w and remainders f, so that a difference behind strong decays keeps its digits."""
+    """Numbers a token of one chunk and BG lanes: the sums of the decay's
+    logs up to each token, [chunks, G, 2, BT]: for precise operands as whole numbers w and remainders f, so that a
+    difference behind strong decays keeps its digits."""
     NG = tl.cdiv(G, BG)
     pid = tl.program_id(0)
     i_c = (pid // NG).to(tl.int64)
@@ -529,18 +542,19 @@ def chunk_sums_kernel(
         return
     t, o_g = tl.arange(0, BT), pid % NG * BG + tl.arange(0, BG)
     m = (t < length)[:, None] & (o_g < G)[None, :]
-    b_x = tl.zeros([BT, BG], tl.float32)
-    if p_log is not None:
-        b_x = tl.load(p_log + (row + t)[:, None] * l_t + (o_g // l_r * l_g)[None, :], mask=m, other=0)
     code = code_of(p_code, row, length, BT)[:, None]
-    b_x = decays(tl.where(code % 2 == 1, b_x, 0.0), code) * 1.4426950408889634
-    w = b_x
-    if PREC != "bf16":
-        w = tl.floor(b_x + 0.5)
-    p = p_total + ((i_c * G + o_g) * (2 * BT))[None, :] + t[:, None]
-    tl.store(p, tl.cumsum(w, 0), mask=(o_g < G)[None, :])
-    if PREC != "bf16":
-        tl.store(p + BT, tl.cumsum(b_x - w, 0), mask=(o_g < G)[None, :])
+    b_log = tl.zeros([BT, BG], tl.float32)
+    if p_log is not None:
+        b_log = lane_numbers(p_log, row, l_t, o_g // l_r * l_g, m)
+    if p_total is not None:
+        b_x = decays(tl.where(code % 2 == 1, b_log, 0.0), code) * 1.4426950408889634
+        w = b_x
+        if PREC != "bf16":
+            w = tl.floor(b_x + 0.5)
+        p = p_total + ((i_c * G + o_g) * (2 * BT))[None, :] + t[:, None]
+        tl.store(p, tl.cumsum(w, 0), mask=(o_g < G)[None, :])
+        if PREC != "bf16":
+            tl.store(p + BT, tl.cumsum(b_x - w, 0), mask=(o_g < G)[None, :])
 
 
 @jit
@@ -1020,7 +1034,6 @@ def chunk_step_kernel(
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m = (o_k < K)[:, None] & (o_v < V)[None, :]
     at = p_s + slot * s_n + i_g * s_g + o_k[:, None] * s_k + o_v[None, :] * s_v
-    b_s = tl.load(at, mask=m, other=0).to(tl.float32)  # [BK, BV]
     b_q = tl.sum(load_q(raw, i_n, i_g, 1, o_k, SHIFT, K, 1).to(tl.float32), 0)  # [BK]
     b_b = tl.sum(load_b(raw, i_n, i_g, 1, o_k, K, 1).to(tl.float32), 0)
     b_c = rows(p_c + i_g // c_r * c_g, i_n, c_t, 1, o_v, V, 1).to(tl.float32)  # [1, BV]
@@ -1031,10 +1044,15 @@ def chunk_step_kernel(
         keep = tl.exp2(tl.sum(load_log(raw, i_n, i_g, 1, o_k, K, 1).to(tl.float32), 0) * 1.4426950408889634)
     if p_n is not None:
         b_b *= tl.load(p_n + i_g // n_r * n_g + i_n * n_t).to(tl.float32)
+    b_s = tl.load(at, mask=m, other=0).to(tl.float32)  # [BK, BV]
     next_s = b_s
-    next_s = next_s * keep[:, None] + b_b[:, None] * b_c
+    if SHIFT:
+        b_y = tl.sum(b_q[:, None] * b_s, 0)[None, :] * scale  # [1, BV]
+        next_s = next_s * keep[:, None] + b_b[:, None] * b_c
+    else:
+        next_s = next_s * keep[:, None] + b_b[:, None] * b_c
+        b_y = tl.sum(b_q[:, None] * next_s, 0)[None, :] * scale
     tl.store(at, next_s, mask=m)
-    b_y = tl.sum(b_q[:, None] * (b_s if SHIFT else next_s), 0)[None, :] * scale  # [1, BV]
     b_w = 0.0
     store_rows(p_out + i_g * V, b_y, i_n, G * V, 1, o_v, V, 1)
 
@@ -1053,6 +1071,8 @@ CHUNK_KERNELS = SimpleNamespace(
     grads=((True, True, True), (), ()),
     operands=(0, 1),
     norm=False,
+    scalars=(),
+    lifted=(),
     width=0,
     seen='',
     tiles={
@@ -2950,6 +2970,149 @@ def _kept(x: Tensor, where: Tensor | None) -> Tensor:
     return x if where is None else torch.where(where.reshape(where.shape + (1,) * (x.dim() - where.dim())), x, 0.0)
 
 
+# --- Launches of Triton kernels past the binder, which takes longer than a small kernel runs.
+
+_WORD = range(-(2**31), 2**31)
+
+
+class Kernel:
+    """A function of triton.jit whose arguments are tensors (or None), then whole numbers, then constants; among the
+    tensors, strides of the first ones may stand.
+
+    triton.jit compiles anew for other constants, for tensors of another dtype, None or not at a multiple of 16 bytes,
+    and for numbers that are 1, divisible by 16 or of 64 bits (unless it is told not to look), a device each. So that is
+    the key of what it compiled, and a call whose key is known goes straight to the launcher, pointers as numbers.
+    Triton's launch hooks are called; its settings are read when a kernel is first compiled. In the interpreter, with a
+    version of triton that is not known, and on other GPUs than NVIDIA's, all calls go through triton.jit.
+    """
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+        self._found: dict[Any, dict[Any, Any]] = {}
+
+    def launch(
+        self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device,
+        strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
+    ) -> Launch:  # fmt: skip
+        """What one shape of call fixes; the tensors, on `device`, are passed to the result. `strides`: after so many
+        tensors stand these numbers. `options`: num_warps, num_stages."""
+        kinds = [(type(x), x) for x in constants]
+        params = getattr(self.fn, "params", None)
+        if params is None:
+            traits = []
+        else:
+            end = len(params) - len(constants)
+            of = [*params[strides[0] : strides[0] + len(strides[1])], *params[end - len(numbers) : end]]
+            traits = [_traits(n, p) for n, p in zip((*strides[1], *numbers), of, strict=True)]
+        known = self._found.setdefault((*options.items(), *kinds, *traits), {})
+        return Launch(self.fn, grid, strides, (*numbers, *constants), device, options, known)
+
+
+class Launch:
+    """A kernel's launches of one shape: tensors of the same dtypes each time, None at the same places."""
+
+    __slots__ = ("first", "fn", "grid", "home", "known", "near", "options", "rest", "strides")
+
+    def __init__(
+        self, fn: Any, grid: int, strides: tuple[int, tuple[int, ...]], rest: tuple[Any, ...], device: torch.device,
+        options: dict[str, int], known: dict[Any, Any],
+    ) -> None:  # fmt: skip
+        self.fn, self.grid, self.rest, self.options, self.known = fn, (grid, 1, 1), rest, options, known
+        self.first, self.strides = strides
+        self.home = device.index  # None: wherever
+        self.near: dict[Any, Any] = {}  # device, which pointers are aligned -> a compiled kernel on this grid
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Runs on the tensors' device, in its current stream. They are as the kernel reads them: the caller has seen to
+        layouts and devices; complex ones are pairs of reals."""
+        driver = _driver(type(self.fn))
+        if driver is None:
+            self._jit(tensors)
+            return
+        device = driver.get_current_device()
+        if device != self.home and self.home is not None:
+            with torch.cuda.device(self.home):
+                self(*tensors)
+            return
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        bits = 0
+        for p in pointers:
+            if p:
+                bits |= p
+        aligned = tuple([p is None or not p & 15 for p in pointers]) if bits & 15 else True
+        run = self.near.get((device, aligned))
+        if run is None:
+            self._find(tensors, device, aligned)
+            return
+        if self.first:
+            run(*self._among(pointers), *self.rest, stream=driver.get_current_stream(device))
+        else:
+            run(*pointers, *self.rest, stream=driver.get_current_stream(device))
+
+    def _among(self, tensors: Sequence[Any]) -> list[Any]:
+        """With the strides where they stand."""
+        return [*tensors[: self.first], *self.strides, *tensors[self.first :]]
+
+    def _find(self, tensors: Sequence[Tensor | None], device: int, aligned: Any) -> None:
+        """A launch by triton.jit, which compiles if need be; what it ran is remembered."""
+        key = (device, aligned, *[None if x is None else x.dtype for x in tensors])
+        compiled = self.known.get(key)
+        if compiled is None:
+            compiled = self._jit(tensors)
+            if not hasattr(compiled, "packed_metadata"):
+                return
+            self.known[key] = compiled
+        else:
+            stream = _driver(type(self.fn)).get_current_stream(device)
+            pointers = [None if x is None else x.data_ptr() for x in tensors]
+            compiled[self.grid](*self._among(pointers), *self.rest, stream=stream)
+        self.near[device, aligned] = compiled[self.grid]
+
+    def warm(self, *tensors: Tensor | torch.dtype | None) -> None:
+        """Compiles without launching; a dtype stands for an aligned tensor."""
+        if _driver(type(self.fn)) is not None:
+            given = self._among([*map(_pairs, tensors)])
+            self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options)
+
+    def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
+        return self.fn[self.grid](*self._among([*map(_pairs, tensors)]), *self.rest, **self.options)
+
+
+def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
+    """What triton.jit may compile differently for."""
+    if type(number) is not int:
+        return (type(number),)
+    wide = number not in _WORD
+    if getattr(parameter, "do_not_specialize", False):
+        return wide, number >= 2**63
+    return wide, number >= 2**63, number == 1, number % 16 == 0
+
+
+def _pairs(x: Any) -> Any:
+    """A complex tensor as pairs of reals."""
+    if isinstance(x, torch.dtype):
+        return torch.float32 if x == torch.complex64 else x
+    return torch.view_as_real(x) if x is not None and x.is_complex() else x
+
+
+_KNOWN = ((3, 4), (3, 7))  # versions of triton, first and last, whose compiled kernels take all arguments as they are
+_DIRECT: dict[type, bool] = {}  # kinds of kernel -> whether they are launched directly
+
+
+def _driver(kind: type) -> Any:
+    """Triton's driver, if compiled kernels of this kind are launched directly."""
+    direct = _DIRECT.get(kind)
+    if direct is None:
+        triton = sys.modules.get("triton")
+        direct = False
+        if triton is not None and kind is getattr(triton, "JITFunction", None):
+            version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+            target = triton.runtime.driver.active.get_current_target()
+            direct = _KNOWN[0] <= version <= _KNOWN[1] and target.backend == "cuda"
+        _DIRECT[kind] = direct
+    return sys.modules["triton"].runtime.driver.active if direct else None
+
+
 # --- How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share.
 
 
@@ -2972,12 +3135,13 @@ class Lanes(NamedTuple):
 class ChunkCall(NamedTuple):
     """One call. keys: what q, b and a log over the key are made of, [B, T, G, K] each, or [1, 1, G, K] of a param; c
     [B, T, G, V]; values: what the readout and a log over the value read, likewise; numbers [B, T, G] for the readout;
-    log, n [B, T, G]; start [N, G, K, V] and zstart [N, G, K] in fp32. A tensor may have fewer lanes, each for several
-    of the G in turn.
+    log, n [B, T, G]; start [N, G, K, V] and zstart [N, G, K] in fp32; scalars [B, T, G], or [1, 1, G] of a param: what
+    kernels compute numbers, log and n of, which are left out then. A tensor may have fewer lanes, each for several of
+    the G in turn.
 
     shape: B, T, G; shift, scale: y_t = scale qᵀ S_(t - shift); code [B, T] int8: bit 0 a token counts, bit 1 the state
     is new before it; cu: N + 1 offsets of sequences in a batch of 1; dtype: of the output; decay: 0 none, 1 a number a
-    token, 2 over the key; over: over the value, too.
+    token, 2 over the key; over: over the value, too; layout: what all of this fixes, of kit_chunk_plan.
     """
 
     start: Tensor | None
@@ -2987,7 +3151,7 @@ class ChunkCall(NamedTuple):
     c: Tensor
     keys: tuple[Tensor | None, ...]
     values: tuple[Tensor | None, ...]
-    numbers: tuple[Tensor, ...]
+    numbers: tuple[Tensor | None, ...]
     shape: tuple[int, int, int]
     shift: int
     scale: float
@@ -2996,19 +3160,21 @@ class ChunkCall(NamedTuple):
     dtype: torch.dtype
     decay: int
     over: bool
+    scalars: tuple[Tensor, ...] = ()
+    layout: Any = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What a gradient may be wanted of, in order."""
-        return (*self[:5], *self.keys, *self.values, *self.numbers)
+        return (*self[:5], *self.keys, *self.values, *self.numbers, *self.scalars)
 
     def of(self, tensors: Any) -> ChunkCall:
         """The same call over other `tensors`."""
-        a, b = len(self.keys), len(self.values)
+        a, b, c = len(self.keys), len(self.values), len(self.numbers)
         rest = tuple(tensors[5:])
         return self._replace(
             start=tensors[0], zstart=tensors[1], log=tensors[2], n=tensors[3], c=tensors[4], keys=rest[:a],
-            values=rest[a : a + b], numbers=rest[a + b :],
+            values=rest[a : a + b], numbers=rest[a + b : a + b + c], scalars=rest[a + b + c :],
         )  # fmt: skip
 
     @property
@@ -3017,17 +3183,29 @@ class ChunkCall(NamedTuple):
         return self._replace(keys=(None,) * len(self.keys)) if self.decay == 2 else self
 
     @property
-    def raw(self) -> list[Any]:
-        """The arguments with which all kernels begin: pointers, then strides of tokens and lanes, lanes to one."""
-        placed = (*self.keys, self.c, *self.values, *self.numbers)
-        strides: list[int] = []
-        for x in (*placed, self.log, self.n):
+    def placed(self) -> tuple[Tensor | None, ...]:
+        """The tensors with which all kernels begin."""
+        return (*self.keys, self.c, *self.values, *self.numbers, self.log, self.n, self.code)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """What follows them: strides of tokens and lanes, and lanes to one, of each but the code."""
+        return self._strides(self.placed[:-1])
+
+    @property
+    def scalar_strides(self) -> tuple[int, ...]:
+        """The same of the scalars."""
+        return self._strides(self.scalars)
+
+    def _strides(self, tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+        found: list[int] = []
+        for x in tensors:
             if x is None:
-                strides += (0, 0, 1)
+                found += (0, 0, 1)
             else:  # of a param, tokens lie on top of each other
                 token = 0 if x.shape[:2] == (1, 1) else x.stride(1)
-                strides += (token, x.stride(2), self.shape[2] // x.shape[2])
-        return [*placed, self.log, self.n, self.code, *strides]
+                found += (token, x.stride(2), self.shape[2] // x.shape[2])
+        return tuple(found)
 
 
 class Kept(NamedTuple):
@@ -3040,12 +3218,22 @@ class Kept(NamedTuple):
     zstates: Tensor | None
 
 
-def _laid(x: Tensor) -> Tensor:
-    """A tensor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous, and nothing of a
-    chunk of tokens further than 32 bits reach (where an axis of lanes lies outside of time, it may be)."""
+def _settled(at: int, x: Tensor) -> bool:
+    """Whether the kernels read the tensor at this place as it lies: a start in fp32 and contiguous; of others rows
+    (b, t) evenly spaced, vectors contiguous, and nothing of a chunk of tokens further than 32 bits reach (where an axis
+    of lanes lies outside of time, it may be)."""
+    if at < 2:
+        return x.dtype == torch.float32 and x.is_contiguous()
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     solid = x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1
-    return x if even and solid and _near((64, *x.shape[2:]), x.stride()[1:]) else x.contiguous()
+    return even and solid and _near((64, *x.shape[2:]), x.stride()[1:])
+
+
+def _laid(at: int, x: Tensor | None) -> Tensor | None:
+    """The tensor, or one of the same values that is settled."""
+    if x is None or _settled(at, x):
+        return x
+    return (x.float() if at < 2 else x).contiguous()
 
 
 def _near(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -3076,15 +3264,19 @@ def _multiprocessors(device: torch.device) -> int:
 
 # --- One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states.
 
-_STEP_VALUES = 128  # columns of a state that a program moves on
+_STEP_VALUES = 64, 128  # columns of a state that a program moves on; where a normaliser moves with them, all: at most
+_STEP_EACH = 64  # numbers of them in a thread
 
 
 def fused_call(
-    call: Any, fused: Any, tokens: Any, params: Any, given: dict[str, Tensor],
-    starts: tuple[Tensor | None, Tensor | None], mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+    call: Any, fused: Any, reads: tuple[Any, ...], starts: tuple[Tensor | None, Tensor | None], mask: Tensor | None,
+    reset: Tensor | None, cu: Tensor | None,
 ) -> ChunkCall:  # fmt: skip
-    """What the kernels of a fused layer are called with. given: what torch computes of it; starts: of S and z."""
+    """What the kernels of a fused layer are called with. reads: tokens, prefixes with and before them, params, sizes;
+    starts: of S and z."""
     lanes = prod(call.lanes)
+    tokens, at, before = reads[:3]
+    given = fused.given(*reads)
 
     def placed(x: Tensor, own: tuple[int, ...]) -> Tensor:
         """[B, T, lanes of its own, *own]; a single lane axis may be shorter than the call's."""
@@ -3094,25 +3286,29 @@ def fused_call(
         whole: Tensor = x.expand(*call.leading, *call.lanes, *own).reshape(*call.leading, lanes, *own)
         return whole
 
-    def found(name: str, kind: str, lag: int) -> Tensor:
+    def found(name: str, kind: str, lag: int, width: int = 1) -> Tensor:
+        """A tensor over the key or value (`width` 1) or a number a token (0)."""
         if kind == "param":
-            x = getattr(params, name)
-            whole: Tensor = x.expand(*call.lanes, x.shape[-1]).reshape(1, 1, lanes, x.shape[-1])
+            x = call.params[name]
+            own = x.shape[x.dim() - width :]
+            x = spread(x, x.dim() - width, call.lanes)
+            whole: Tensor = x.expand(*call.lanes, *own).reshape(1, 1, lanes, *own)
             return whole
+        if kind in ("at", "before"):
+            return placed(getattr(at if kind == "at" else before, name), ())
         x = given[name] if kind == "factor" else getattr(tokens, f"{name}_lag{lag}") if lag else call.inputs[name]
-        x = x.to(call.dtype) if (kind == "factor" or lag) and not name.startswith("log") else x
-        return placed(x, x.shape[-1:])
-
-    def number(name: str) -> Tensor | None:
-        x = given.get(name)
-        return None if x is None else x.expand(*call.leading, *call.lanes).reshape(*call.leading, lanes)
+        x = x.to(call.dtype) if (kind == "factor" or lag) and width and not name.startswith("log") else x
+        if kind == "factor" and not width:
+            x = x.expand(*call.leading, *call.lanes)
+        return placed(x, x.shape[x.dim() - width :])
 
     decay = fused.decay if reset is None else max(fused.decay, 1)
     code = None if mask is None and reset is None else token_code(mask, reset)
     return ChunkCall(
-        *starts, number("log"), number("n"), found(*fused.c), tuple(found(*k) for k in fused.keys),
-        tuple(found(*v) for v in fused.values), tuple(x for k in fused.numbers if (x := number(k)) is not None),
-        (*call.leading, lanes), fused.shift, fused.scale(call.n), code, cu, call.dtype, decay, fused.over,
+        *starts, None, None, found(*fused.c), tuple(found(*k) for k in fused.keys),
+        tuple(found(*v) for v in fused.values), (None,) * fused.numbers, (*call.leading, lanes), fused.shift,
+        fused.scale(call.n), code, cu, call.dtype, decay, fused.over,
+        tuple(found(name, kind, lag, 0) for name, kind, lag in fused.scalars),
     )  # fmt: skip
 
 
@@ -3167,23 +3363,47 @@ def chunk_steps(kernels: Any, states: list[Tensor]) -> bool:
     key, value = states[0].shape[2], states[0].shape[3]
     if not kernels.takes(key, value, states[0].device) or any(s.dtype != torch.float32 for s in states):
         return False
-    whole = len(states) == 1 or _block(value) <= _STEP_VALUES
+    whole = len(states) == 1 or _block(value) <= _STEP_VALUES[1]
     return whole and all(_near(s.shape[1:], s.stride()[1:]) for s in states)
+
+
+def step_states(layer: Any, state: Any) -> list[Tensor] | None:
+    """A layer's states as [rows, G, K, V]; None if they do not lie as they should."""
+    found = []
+    for name, order, vector in zip(layer.components, layer.orders, layer.vectors, strict=True):
+        s = state[name]
+        front = s.dim() - len(order)
+        if not s.is_contiguous():
+            return None
+        s = s.permute(*range(front), *(front + k for k in order))
+        s = s.unsqueeze(-1) if vector else s
+        found.append(s.flatten(1, -3) if s.dim() > 3 else s.unsqueeze(1))
+    return found
 
 
 def chunk_step(kernels: Any, a: ChunkCall, states: list[Tensor], slots: Tensor | None) -> Tensor:
     """One token by kernel: the output [B, 1, G, V] as S [rows, G, K, V] and z [rows, G, K, 1] move on in place, in the
     rows that `slots` [B] names."""
-    (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
-    bk, bv = _block(key), min(_block(value), _STEP_VALUES)
-    z = states[1] if len(states) > 1 else None
-    out = torch.empty(*a.shape, value, dtype=a.dtype, device=a.c.device)
-    a = a.of([None if x is None else _laid(x) for x in a.tensors])
-    kernels.table.step[(batch * lanes * -(-value // bv),)](
-        *a.raw, states[0], z, out, slots, *states[0].stride(), *((0, 0, 0) if z is None else z.stride()[:3]), lanes,
-        a.scale, a.decay, a.shift, key, value, bk, bv, num_warps=8 if bk * bv >= 16384 else 4 if bk * bv >= 4096 else 1,
-    )  # fmt: skip
+    out = torch.empty(*a.shape, states[0].shape[3], dtype=a.dtype, device=a.c.device)
+    launch, given = step_launch(kernels, kernels.settled(a), states, slots, out)
+    launch(*given)
     return out
+
+
+def step_launch(
+    kernels: Any, a: ChunkCall, states: list[Tensor], slots: Tensor | None, out: Tensor | None = None
+) -> tuple[Any, tuple[Any, ...]]:
+    """The step kernel's launch, and the tensors that it takes."""
+    (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
+    bk, bv = _block(key), min(_block(value), _STEP_VALUES[len(states) - 1])
+    z = states[1] if len(states) > 1 else None
+    out = torch.empty(0, dtype=a.dtype) if out is None else out
+    found: tuple[Any, tuple[Any, ...]] = kernels.launcher(
+        "step", a, batch * lanes * -(-value // bv), (states[0], z, out, slots, *a.scalars),
+        (*a.scalar_strides, *states[0].stride(), *((0, 0, 0) if z is None else z.stride()[:3]), lanes, a.scale),
+        (a.decay, a.shift, key, value, bk, bv), num_warps=min(max(bk * bv // (32 * _STEP_EACH), 1), 8),
+    )  # fmt: skip
+    return found
 
 
 def simple_layer(layer: Any, f: LayerFactors) -> bool:
@@ -3257,21 +3477,164 @@ class LayerFactors:
         return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
 
 
-# --- Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients.
+# --- What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches.
 
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
-_NEAR = 4  # 2^4 tokens of a chunk are a product among themselves
-_NOTHING = SimpleNamespace(q=None, b=None, pairs=None, total=None)  # is made ready
+_MOST_LAYOUTS = 256  # remembered
 
 
-class ChunkKernels:
-    """The kernels of the chunked plan. `table`: the kernels, what they fuse, and `tiles`, which the compiler wrote."""
+class Layout:
+    """Of all calls over tensors of the same shapes, strides and dtypes: whether kernels read them as they lie, strides
+    of what kernels begin with, blocks by kernel, launches by kernel and arguments, and the layout that has its numbers
+    computed."""
+
+    __slots__ = ("blocks", "launches", "lifted", "settled", "strides")
+
+    def __init__(self, a: ChunkCall) -> None:
+        self.settled = all(x is None or _settled(at, x) for at, x in enumerate(a.tensors))
+        self.strides = {"all": a.strides, "scaled": a.scaled.strides, "scalars": a.scalar_strides, "none": ()}
+        self.lifted: Layout | None = None
+        self.blocks: dict[Any, SimpleNamespace] = {}
+        self.launches: dict[Any, Any] = {}
+
+
+class ChunkPlans:
+    """Of one table of kernels. `processors` is the GPU's number of multiprocessors."""
 
     def __init__(self, table: Any) -> None:
         self.table = table
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
-        self.keeps = True  # states of a forward for its backward, where they are not more than its tensors
+        self._kernels: dict[str, Kernel] = {}
+        self._layouts: dict[Any, Layout] = {}
+        self._tuned: Any = None
+
+    def layout(self, a: ChunkCall) -> Layout:
+        if self._tuned != (self.table.tiles, self.processors):
+            self._tuned = self.table.tiles, self.processors
+            self._layouts.clear()
+        plain = a.shape, a.shift, a.scale, a.code is None, a.dtype, a.decay, a.over, a.c.device
+        packed = a.cu if a.cu is None else (a.cu.shape, a.cu.dtype)
+        key = (plain, packed, *[None if x is None else (x.shape, x.stride(), x.dtype) for x in a.tensors])
+        found = self._layouts.get(key)
+        if found is None:
+            if len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.clear()
+            found = self._layouts[key] = Layout(a)
+        return found
+
+    def run(self, *args: Any, **options: Any) -> None:
+        """Launches a kernel."""
+        launch, tensors = self.launcher(*args, **options)
+        launch(*tensors)
+
+    def launcher(
+        self, name: str, a: ChunkCall, grid: int, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...],
+        constants: tuple[Any, ...], own: str = "all", **options: int,
+    ) -> tuple[Any, tuple[Tensor | None, ...]]:  # fmt: skip
+        """A kernel's launch, and the tensors that it takes. own: which of the call's own tensors it begins with, their
+        strides behind them: all; scaled, which leaves out those over the key; scalars, and the code; none."""
+        layout = a.layout or self.layout(a)
+        if own == "all":
+            first = a.placed
+        else:
+            first = () if own == "none" else (*a.scalars, a.code) if own == "scalars" else a.scaled.placed
+        given = (*first, *tensors)
+        key = (name, own, numbers, constants, *[x is None for x in given])
+        launch = layout.launches.get(key)
+        if launch is None:
+            kernel = self._kernels.get(name) or self._kernels.setdefault(name, Kernel(getattr(self.table, name)))
+            strides = len(first), layout.strides[own]
+            launch = kernel.launch(grid, numbers, constants, a.c.device, strides=strides, **options)
+            layout.launches[key] = launch
+        return launch, given
+
+    def lifted(self, a: ChunkCall, how: SimpleNamespace) -> tuple[ChunkCall, Tensor | None]:
+        """The call with its numbers a token computed; for a decay of one a token the sums of its logs, [chunks, G, 2,
+        BT]."""
+        n, few = how.lanes, {"dtype": torch.float32, "device": a.c.device}
+        names = self.table.lifted
+        if a.decay != 1 and not names:
+            return a, None
+        made = {x: torch.empty(a.shape, **few) for x in names if x != "log"}  # type: ignore[call-overload]
+        total = None
+        if a.decay == 1:
+            total = torch.empty(n.chunks, n.lanes, 2, how.bt, **few)  # type: ignore[call-overload]
+        self.run(
+            "sums", a, n.chunks * -(-n.lanes // how.lane_block), (*made.values(), total, n.cu, n.first, n.owner),
+            (n.tokens, n.lanes), (how.precision, n.key, n.value, how.bt, how.lane_block), "scalars" if names else "all",
+            num_warps=4,
+        )  # fmt: skip
+        if not names:
+            return a, total
+        layout = a.layout or self.layout(a)
+        whole = a._replace(n=made.pop("n", None), numbers=tuple(made.values()), scalars=(), layout=layout.lifted)
+        if layout.lifted is None:
+            layout.lifted = self.layout(whole)
+            whole = whole._replace(layout=layout.lifted)
+        return whole, total
+
+    def plan(self, kernel: str, a: ChunkCall, bt: int = 0) -> SimpleNamespace:
+        """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
+        blocks = (a.layout or self.layout(a)).blocks
+        how = blocks.get((kernel, bt))
+        if how is None:
+            how = blocks[kernel, bt] = self._blocks(kernel, a, bt)
+        if a.cu is None:
+            return how
+        lengths = (a.cu[1:] - a.cu[:-1] + how.bt - 1) // how.bt
+        ends = lengths.cumsum(0)
+        owner = torch.searchsorted(ends, torch.arange(how.lanes.chunks, device=a.cu.device), right=True)
+        owner = torch.where(owner < how.lanes.sequences, owner, -1)
+        lanes = how.lanes._replace(cu=a.cu, first=ends - lengths, owner=owner)
+        return SimpleNamespace(**{**vars(how), "lanes": lanes})
+
+    def _blocks(self, kernel: str, a: ChunkCall, bt: int) -> SimpleNamespace:
+        (batch, tokens, lanes), cu = a.shape, a.cu
+        key, value = next(k for k in a.keys if k is not None).shape[-1], a.c.shape[-1]
+        dtype = a.c.dtype
+        for k in self.table.operands:
+            own = a.keys[k]
+            dtype = dtype if own is None else torch.promote_types(dtype, own.dtype)
+        bk = _block(key)
+        sizes = self.table.tiles[kernel][2 if dtype == torch.bfloat16 else 4]
+        tokens_of, bv, bks, warps, stages = next(tile for largest, tile in sizes if bk <= largest)
+        bt = bt or tokens_of
+        bv = min(bv, _block(value))
+        sequences = batch if cu is None else cu.shape[0] - 1
+        chunks = batch * -(-tokens // bt) if cu is None else -(-tokens // bt) + sequences
+        wide = -(-value // bv) * (-(-key // bks) if kernel == "states" else 1)
+        segments, segment = self._split(a.c, sequences * lanes * wide, tokens, bt)
+        return SimpleNamespace(
+            lanes=Lanes(batch, tokens, lanes, key, value, sequences, chunks, None, None, None), bt=bt,
+            lane_block=min(16, 1 << (lanes - 1).bit_length()), bk=bk, bks=bks, bv=bv,
+            warps=warps, stages=stages, segments=segments, segment=segment,
+            precision=_PRECISION[dtype], operand=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        )  # fmt: skip
+
+    def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
+        """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise. Two programs a
+        processor run at once; one more than that would be a second wave of its own."""
+        processors = self.processors or _multiprocessors(like.device)
+        segments = 1
+        if 0 < programs < processors:
+            segments = min(2 * processors // programs, tokens // (8 * bt))
+        if segments < 3:
+            return 1, max(-(-tokens // bt), 1) * bt
+        each = -(-tokens // (segments * bt)) * bt
+        return -(-tokens // each), each
+
+
+# --- Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients.
+
+_NEAR = 4  # 2^4 tokens of a chunk are a product among themselves
+_NOTHING = SimpleNamespace(q=None, b=None, pairs=None, total=None)  # is made ready
+
+
+class ChunkKernels(ChunkPlans):
+    """The kernels of the chunked plan. `table`: the kernels, what they fuse, and `tiles`, which the compiler wrote."""
+
+    keeps = True  # states of a forward for its backward, where they are not more than its tensors
 
     def takes(self, key: int, value: int, device: torch.device) -> bool:
         """Whether there are kernels for this device and these sizes."""
@@ -3307,8 +3670,19 @@ class ChunkKernels:
 
     def call(self, a: ChunkCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """The output [B, T, G, V], the last states [N, G, K, V] and [N, G, K] of z in fp32. Differentiable."""
-        found = _ChunkScan.apply(self, a, *a.tensors)  # type: ignore[no-untyped-call]
-        return found[0], found[1], found[2]
+        a = a if a.layout is not None else a._replace(layout=self.layout(a))
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in a.tensors):
+            found = _ChunkScan.apply(self, a, *a.tensors)  # type: ignore[no-untyped-call]
+            return found[0], found[1], found[2]
+        return self.forward(self.settled(a))[:3]
+
+    def settled(self, a: ChunkCall) -> ChunkCall:
+        """The call over tensors that kernels read as they lie."""
+        a = a if a.layout is not None else a._replace(layout=self.layout(a))
+        if a.layout.settled:
+            return a
+        a = a.of([_laid(at, x) for at, x in enumerate(a.tensors)])
+        return a._replace(layout=self.layout(a))
 
     # --- launches
 
@@ -3324,19 +3698,21 @@ class ChunkKernels:
                     x.zero_() if start is None else x.copy_(start)
             return out, final, zfinal, Kept(None, None, None, None)
         sums = self._sums(a)
-        made = self._prepared(a, how, sums)
+        a, total = self.lifted(a, how)
+        made = self._prepared(a, how, sums, total)
         zstates = self._norms(a, made, None, how, a.zstart, zfinal)
         begin, last = a.start, final if how.segments == 1 else None
         if how.segments > 1:
             begin = self._starts(a, made, begin, final, None, how)
         y = torch.empty_like(out) if keep and self.table.seen == "y" else None
         states = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else None
-        grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
-        self.table.forward[grid](
-            *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, begin, zstates, out, y, last, states,
-            n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.over, a.shift,
-            how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1,
-            num_warps=how.warps, num_stages=how.stages,
+        self.run(
+            "forward", a, n.sequences * n.lanes * how.segments * -(-n.value // how.bv),
+            (made.q, made.b, made.pairs, made.total, sums, begin, zstates, out, y, last, states, n.cu, n.first),
+            (n.tokens, how.segments, how.segment, n.lanes, a.scale),
+            (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages, _NEAR,
+             how.bt.bit_length() - 1),
+            "scaled" if a.decay == 2 else "all", num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         seen = out if self.table.seen == "output" else y
         return out, final, zfinal, Kept(seen, sums, states, zstates) if keep else Kept(None, None, None, None)
@@ -3358,29 +3734,31 @@ class ChunkKernels:
                 (a.values, self.table.params[1], self.table.grads[1], given.values),
             )
         )  # fmt: skip
-        few = {"dtype": torch.float32, "device": a.c.device}
-        numbers = [torch.zeros(a.shape, **few) if asked else None for asked in given.numbers]  # type: ignore[call-overload]
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk)
+        few = {"dtype": torch.float32, "device": a.c.device}
+        lifted = self.table.lifted if any(given.scalars) else ()
+        make: Any = torch.empty if a.cu is None else torch.zeros  # no chunk may hold some tokens
+        shown = [n in lifted for n in self.table.lifted if n[0] == "s"] if self.table.lifted else given.numbers
+        numbers = [make(a.shape, **few) if asked else None for asked in shown]
         each = (blocks, *a.shape)  # what adds up over the key comes in shares
-        dlog = torch.zeros(each, **few) if a.log is not None and given.log else None  # type: ignore[call-overload]
-        dn = torch.zeros(each, **few) if a.n is not None and given.n else None  # type: ignore[call-overload]
+        dlog = make(each, **few) if given.log or "log" in lifted else None
+        dn = make(each, **few) if given.n or "n" in lifted else None
         dc = torch.empty(*a.shape, n.value, dtype=a.c.dtype, device=a.c.device)
         if not do.numel():
             for x, d in ((d_start, d_final), (d_zstart, d_zfinal)):
                 if x is not None:
                     x.zero_() if d is None else x.copy_(d)
-            shares = [None if x is None else x[0] for x in (dlog, dn)]
-            return [d_start, d_zstart, *shares, dc, *keys, *values, *numbers]
+            return [d_start, d_zstart, None, None, dc, *keys, *values, *([None] * (len(a.numbers) + len(a.scalars)))]
         do = do.contiguous()
-        grid = (n.chunks * n.lanes,)
-        made = self._prepared(a, how, kept.sums)
+        raw, (a, total) = a, self.lifted(a, how)
+        made = self._prepared(a, how, kept.sums, total)
         dw = None
         if self.table.norm:
             dw = torch.empty(a.shape, **few)  # type: ignore[call-overload]
-            self.table.normed[grid](
-                *a.raw, do, kept.seen, kept.sums, dw, n.cu, n.first, n.owner, n.tokens, n.lanes, n.value, how.bt,
-                how.bv,
+            self.run(
+                "normed", a, n.chunks * n.lanes, (do, kept.seen, kept.sums, dw, n.cu, n.first, n.owner),
+                (n.tokens, n.lanes), (n.value, how.bt, how.bv),
             )  # fmt: skip
         states = self.states(a, made, None, how.bt) if kept.states is None else kept.states
         back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, begin=d_final, end=d_start)
@@ -3388,22 +3766,52 @@ class ChunkKernels:
         costates = self.states(a, made, back, how.bt)
         zcostates = self._norms(a, made, back, how, d_zfinal, d_zstart)
         reached = [x for x, stored in zip(numbers, self.table.grads[2], strict=True) if stored]
-        self.table.gradients[(n.chunks * n.lanes * blocks,)](
-            *a.raw, made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs,
-            value.total, states, costates, kept.zstates, zcostates, *keys, *reached, dlog, dn, n.cu, n.first,
-            n.owner, n.tokens, n.batch * n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift, how.precision, n.key,
-            n.value, how.bt, bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1, num_warps=how.warps,
-            num_stages=how.stages,
+        self.run(
+            "gradients", a, n.chunks * n.lanes * blocks,
+            (made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs, value.total,
+             states, costates, kept.zstates, zcostates, *keys, *reached, dlog, dn, n.cu, n.first, n.owner),
+            (n.tokens, n.batch * n.tokens, n.lanes, a.scale),
+            (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, _NEAR,
+             how.bt.bit_length() - 1),
+            num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         own = self.plan("values", a, how.bt)
-        self.table.values[(n.chunks * n.lanes * -(-n.value // own.bv),)](
-            *a.raw, made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, None,
-            costates, dc, *values, n.cu, n.first, n.owner, n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift,
-            own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages, _NEAR,
-            own.bt.bit_length() - 1, num_warps=own.warps, num_stages=own.stages,
+        self.run(
+            "values", a, n.chunks * n.lanes * -(-n.value // own.bv),
+            (made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, None, costates, dc,
+             *values, n.cu, n.first, n.owner),
+            (n.tokens, n.lanes, a.scale),
+            (a.decay, a.over, a.shift, own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages,
+             _NEAR, own.bt.bit_length() - 1),
+            num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
+        if lifted:
+            found = {"log": dlog, "n": dn, **{f"s{k}": x for k, x in enumerate(numbers)}}
+            scalars = self._scalar_gradients(raw, how, [found[x] for x in lifted], blocks, given.scalars)
+            return [d_start, d_zstart, None, None, dc, *keys, *values, *([None] * len(numbers)), *scalars]
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
-        return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers]
+        return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers, *([None] * len(raw.scalars))]
+
+    def _scalar_gradients(
+        self, a: ChunkCall, how: SimpleNamespace, given: list[Tensor | None], blocks: int, wanted: tuple[Any, ...]
+    ) -> list[Tensor | None]:
+        """Gradients of what numbers a token are computed of, from theirs; of a param: each chunk's share."""
+        n = how.lanes
+        made: list[Tensor | None] = []
+        for (param, stored), x, asked in zip(self.table.scalars, a.scalars, wanted, strict=True):
+            if not stored or not asked:
+                made.append(None)
+            elif param:
+                made.append(torch.zeros(n.chunks, n.lanes, dtype=torch.float32, device=x.device))
+            else:
+                made.append(torch.empty(a.shape, dtype=x.dtype, device=x.device))
+        stored_ones = [x for x, (_, stored) in zip(made, self.table.scalars, strict=True) if stored]
+        self.run(
+            "numbers", a, n.chunks * -(-n.lanes // how.lane_block),
+            (*given, *stored_ones, n.cu, n.first, n.owner), (n.tokens, n.batch * n.tokens, n.lanes),
+            (blocks, n.key, n.value, how.bt, how.lane_block), "scalars", num_warps=4,
+        )  # fmt: skip
+        return made
 
     def states(self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0) -> Tensor:
         """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
@@ -3427,12 +3835,13 @@ class ChunkKernels:
         ends, starts = (torch.empty(*each, n.key, n.value, **few) for _ in range(2))
         widths = n.key if a.decay == 2 else 1, 0
         left = [torch.empty(*each, w, **few) if w else None for w in widths]
-        own = self.plan("states", a, how.bt)
+        own = SimpleNamespace(**vars(self.plan("states", a, how.bt)))
         own.segments, own.segment = how.segments, how.segment
         self._walk(a, made, None, ends, left, None, back, own)
         block = min(1024, _block(n.key * n.value))
-        self.table.join[(n.sequences * n.lanes * -(-n.key * n.value // block),)](
-            first, ends, *left, starts, last, how.segments, n.lanes, back is not None, a.decay, n.key, n.value, block,
+        self.run(
+            "join", a, n.sequences * n.lanes * -(-n.key * n.value // block), (first, ends, *left, starts, last),
+            (how.segments, n.lanes), (back is not None, a.decay, n.key, n.value, block), "none",
         )  # fmt: skip
         return starts
 
@@ -3444,11 +3853,13 @@ class ChunkKernels:
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
         given = back or SimpleNamespace(do=None, seen=None, sums=None, value=_NOTHING)
-        self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
-            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.value.q,
-            given.value.total, begin, end, *left, states, n.cu, n.first, n.tokens, how.segments, how.segment,
-            n.lanes, a.scale, back is not None, a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk,
-            how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+        self.run(
+            "states", a, n.sequences * n.lanes * how.segments * blocks,
+            (made.q, made.b, made.total, given.sums, given.do, given.seen, given.value.q, given.value.total, begin, end,
+             *left, states, n.cu, n.first),
+            (n.tokens, how.segments, how.segment, n.lanes, a.scale),
+            (back is not None, a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages),
+            "scaled" if a.decay == 2 else "all", num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
 
     def _norms(
@@ -3463,31 +3874,28 @@ class ChunkKernels:
         shares, found = (
             torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=a.c.device) for _ in range(2)
         )
-        self.table.shares[(n.chunks * n.lanes,)](
-            *a.scaled.raw, made.q, made.b, made.total, None if back is None else back.dw, shares, n.cu, n.first,
-            n.owner, n.tokens, n.lanes, a.scale, back is not None, a.decay, a.shift, how.precision, n.key, how.bt,
-            how.bk,
+        self.run(
+            "shares", a, n.chunks * n.lanes,
+            (made.q, made.b, made.total, None if back is None else back.dw, shares, n.cu, n.first, n.owner),
+            (n.tokens, n.lanes, a.scale),
+            (back is not None, a.decay, a.shift, how.precision, n.key, how.bt, how.bk),
+            "scaled" if a.decay == 2 else "all",
         )  # fmt: skip
         block = min(how.bk, 32)
-        self.table.norms[(n.sequences * n.lanes * -(-n.key // block),)](
-            made.total, shares, first, found, last, n.cu, n.first, n.tokens, n.lanes, back is not None, a.decay,
-            how.precision, n.key, how.bt, block, 32,
+        self.run(
+            "norms", a, n.sequences * n.lanes * -(-n.key // block),
+            (made.total, shares, first, found, last, n.cu, n.first), (n.tokens, n.lanes),
+            (back is not None, a.decay, how.precision, n.key, how.bt, block, 32), "none",
         )  # fmt: skip
         return found
 
-    def _prepared(self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None) -> SimpleNamespace:
-        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K].
-        For one of a number a token: in place of the totals the sums of its logs, [chunks, G, 2, BT]."""
-        n = how.lanes
+    def _prepared(
+        self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None, total: Tensor | None
+    ) -> SimpleNamespace:
+        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K];
+        for others `total` alone."""
         if a.decay == 2:
-            return self._ready(self.table.prepare, a, how, n.key, sums)
-        if a.decay == 0:
-            return _NOTHING
-        total = torch.empty(n.chunks, n.lanes, 2, how.bt, dtype=torch.float32, device=a.c.device)
-        block = min(16, 1 << (n.lanes - 1).bit_length())
-        self.table.sums[(n.chunks * -(-n.lanes // block),)](
-            *a.raw, total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.precision, how.bt, block, num_warps=4,
-        )  # fmt: skip
+            return self._ready("prepare", a, how, how.lanes.key, sums)
         return SimpleNamespace(q=None, b=None, pairs=None, total=total)
 
     def _prepared_value(self, a: ChunkCall, how: SimpleNamespace, back: SimpleNamespace) -> SimpleNamespace:
@@ -3495,7 +3903,7 @@ class ChunkKernels:
         return _NOTHING
 
     def _ready(
-        self, kernel: Any, a: ChunkCall, how: SimpleNamespace, width: int, *given: Tensor | None
+        self, kernel: str, a: ChunkCall, how: SimpleNamespace, width: int, *given: Tensor | None
     ) -> SimpleNamespace:
         n = how.lanes
         device = a.c.device
@@ -3506,9 +3914,10 @@ class ChunkKernels:
             total=torch.empty(n.chunks, n.lanes, width, dtype=torch.float32, device=device),
         )
         own = self.plan("prepare", a, how.bt)
-        kernel[(n.chunks * n.lanes,)](
-            *a.raw, made.q, made.b, made.pairs, made.total, *given, n.cu, n.first, n.owner, n.tokens, n.lanes, a.shift,
-            how.precision, width, how.bt, min(_block(width), own.bks), _NEAR, how.bt.bit_length() - 1,
+        self.run(
+            kernel, a, n.chunks * n.lanes,
+            (made.q, made.b, made.pairs, made.total, *given, n.cu, n.first, n.owner), (n.tokens, n.lanes),
+            (a.shift, how.precision, width, how.bt, min(_block(width), own.bks), _NEAR, how.bt.bit_length() - 1),
             num_warps=own.warps,
         )  # fmt: skip
         return made
@@ -3541,60 +3950,16 @@ class ChunkKernels:
             return torch.zeros(n.chunks, n.lanes, x.shape[-1], dtype=torch.float32, device=x.device)
         return torch.empty(n.batch, n.tokens, n.lanes, x.shape[-1], dtype=x.dtype, device=x.device)
 
-    def plan(self, kernel: str, a: ChunkCall, bt: int = 0) -> SimpleNamespace:
-        """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
-        (batch, tokens, lanes), cu = a.shape, a.cu
-        key, value = next(k for k in a.keys if k is not None).shape[-1], a.c.shape[-1]
-        dtype = a.c.dtype
-        for k in self.table.operands:
-            own = a.keys[k]
-            dtype = dtype if own is None else torch.promote_types(dtype, own.dtype)
-        bk = _block(key)
-        sizes = self.table.tiles[kernel][2 if dtype == torch.bfloat16 else 4]
-        tokens_of, bv, bks, warps, stages = next(tile for largest, tile in sizes if bk <= largest)
-        bt = bt or tokens_of
-        bv = min(bv, _block(value))
-        sequences = batch if cu is None else cu.shape[0] - 1
-        chunks = batch * -(-tokens // bt) if cu is None else -(-tokens // bt) + sequences
-        first = owner = None
-        if cu is not None:
-            lengths = (cu[1:] - cu[:-1] + bt - 1) // bt
-            ends = lengths.cumsum(0)
-            first = ends - lengths
-            owner = torch.searchsorted(ends, torch.arange(chunks, device=cu.device), right=True)
-            owner = torch.where(owner < sequences, owner, -1)
-        wide = -(-value // bv) * (-(-key // bks) if kernel == "states" else 1)
-        segments, segment = self._split(a.c, sequences * lanes * wide, tokens, bt)
-        return SimpleNamespace(
-            lanes=Lanes(batch, tokens, lanes, key, value, sequences, chunks, cu, first, owner), bt=bt,
-            bk=bk, bks=bks, bv=bv, warps=warps, stages=stages, segments=segments, segment=segment,
-            precision=_PRECISION[dtype], operand=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
-        )  # fmt: skip
-
-    def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
-        """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise. Two programs a
-        processor run at once; one more than that would be a second wave of its own."""
-        processors = self.processors or _multiprocessors(like.device)
-        segments = 1
-        if 0 < programs < processors:
-            segments = min(2 * processors // programs, tokens // (8 * bt))
-        if segments < 3:
-            return 1, max(-(-tokens // bt), 1) * bt
-        each = -(-tokens // (segments * bt)) * bt
-        return -(-tokens // each), each
-
 
 class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, kernels: ChunkKernels, a: ChunkCall, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        starts = [None if x is None else x.float().contiguous() for x in tensors[:2]]
-        laid = [None if x is None else _laid(x) for x in tensors[2:]]
-        keep = any(ctx.needs_input_grad)
-        out, final, zfinal, kept = kernels.forward(a.of([*starts, *laid]), keep)
+        a = kernels.settled(a)
+        out, final, zfinal, kept = kernels.forward(a, True)
         ctx.kernels, ctx.plain = kernels, a.of([None] * len(tensors))
-        ctx.save_for_backward(*starts, *laid, *kept)
+        ctx.save_for_backward(*a.tensors, *kept)
         ctx.set_materialize_grads(False)
         return out, final, zfinal
 
@@ -3610,8 +3975,9 @@ class _ChunkScan(torch.autograd.Function):
         ends = [None if x is None else x.float().contiguous() for x in (d_final, d_zfinal)]
         wanted = ctx.needs_input_grad[2:]
         found = ctx.kernels.backward(a, kept, do, *ends, wanted)
-        params = (False,) * 5 + tuple(p for part in ctx.kernels.table.params for p in part)
-        params += (False,) * (len(found) - len(params))
+        table = ctx.kernels.table
+        params = (False,) * 5 + tuple(p for part in table.params for p in part)
+        params += (False,) * len(a.numbers) + tuple(param for param, _ in table.scalars if a.scalars)
         whole: list[Tensor | None] = []
         for at, (x, d, param) in enumerate(zip(tensors, found, params, strict=True)):
             if x is None or d is None or not wanted[at]:
@@ -4006,15 +4372,16 @@ class Reads(NamedTuple):
 class FusedLayer(NamedTuple):
     """What the kernels compute of a layer and its readout themselves.
 
-    keys, c, values: (name, 'input' | 'param' | 'factor', lag) of the tensors that they read; given(x, s, prev, p, n):
-    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. decay,
-    over: as in ChunkCall. output: what the kernels give, in full.
+    keys, c, values, scalars: (name, 'input' | 'param' | 'at' | 'before' | 'factor', lag) of the tensors that they read;
+    given(x, s, prev, p, n): the factors among them; numbers: how many numbers a token the readout reads. decay, over:
+    as in ChunkCall. output: what the kernels give, in full.
     """
 
     keys: tuple[tuple[str, str, int], ...]
     c: tuple[str, str, int]
     values: tuple[tuple[str, str, int], ...]
-    numbers: tuple[str, ...]
+    scalars: tuple[tuple[str, str, int], ...]
+    numbers: int
     given: Callable[..., Values]
     scale: Callable[..., float]
     shift: int
@@ -4104,26 +4471,17 @@ def step_layers(spec: Spec, rules: Rules, call: Call, state: Values, slots: Tens
         return None
     if not all(isinstance(x, Scanned) for x in scanned):
         return None
-    states = []
-    for name, order, vector in zip(layer.components, layer.orders, layer.vectors, strict=True):
-        s = state[name]
-        front = s.dim() - len(order)
-        if not s.is_contiguous():
-            return None
-        s = s.permute(*range(front), *(front + k for k in order))
-        s = s.unsqueeze(-1) if vector else s
-        states.append(s.flatten(1, -3) if s.dim() > 3 else s.unsqueeze(1))
-    if not rules.matrices.steps(states):
+    states = step_states(layer, state)
+    if states is None or not rules.matrices.steps(states):
         return None
     prefixes = small_steps(call, scanned, state, slots)
     if prefixes is None:
         return None
     now = replace(call, inputs={k: x.unsqueeze(1) for k, x in call.inputs.items()}, leading=(*call.leading, 1))
     x, p = prepared(spec, now, {}, True)
-    tokens, params = Tokens(x), SimpleNamespace(**p)
+    reads = Tokens(x), *prefixes, SimpleNamespace(**p), call.n
     fused = layer.fused
-    given = fused.given(tokens, *prefixes, params, call.n)
-    a = fused_call(now, fused, tokens, params, given, (None, None), None, None, None)
+    a = fused_call(now, fused, reads, (None, None), None, None, None)
     out = rules.matrices.step(a, states, slots)
     y = out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)
     return {fused.output: as_output(y, spec.outputs[0], now, now.leading).squeeze(1)}
@@ -4150,10 +4508,9 @@ def _fused(
     if given.initial is not None:
         begin = _matrix_start(call, layer, ordered, widths, given, prod(call.lanes), dtype)
     parts = (None, None) if begin is None else (begin[..., : widths[0]], begin[..., -1] if len(widths) > 1 else None)
-    tokens, params = reads[0], reads[3]
     flags = given.mask, given.reset, given.cu_seqlens
     fused = layer.fused
-    out, state, z = kernels.call(fused_call(call, fused, tokens, params, fused.given(*reads), parts, *flags))
+    out, state, z = kernels.call(fused_call(call, fused, reads, parts, *flags))
     states = [state] if z is None else [state, z.unsqueeze(-1)]
     final = _matrix_states(call, layer, ordered, states)
     return {fused.output: out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)}, final
@@ -4280,6 +4637,157 @@ def _matrix_states(call: Call, layer: Chunked, ordered: list[list[int]], states:
     return final
 
 
+# --- Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked.
+
+_MOST_CALLS = 256  # remembered
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_Place = tuple[int, tuple[int, ...] | None]  # an argument, and the shape in which a param is read
+
+
+class FusedCalls:
+    """Calls and steps that passed all checks, by what the checks look at."""
+
+    def __init__(self, spec: Spec, rules: Rules) -> None:
+        self.kernels = rules.matrices
+        self.names = tuple(s.name for s in (*spec.inputs, *spec.params))
+        self.inputs = len(spec.inputs)
+        self.dims = next(s.dims for s in spec.components if s.name == rules.layers[-1].components[0])
+        self._known: dict[Any, Any] = {}
+        layer = rules.layers[0]
+        fused = None if len(rules.layers) > 1 or spec.taps else getattr(layer, "fused", None)
+        read = () if fused is None else (*fused.keys, fused.c, *fused.values, *fused.scalars)
+        orders = ((0, 1),), ((0, 1), (0,))  # of the components' dims: key, value; key
+        plain = fused is not None and layer.orders in orders and all(kind in ("input", "param") for _, kind, _ in read)
+        self.layer: Any = layer if plain else None
+
+    # --- sequences
+
+    def ordered(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        """Arguments in the spec's order, if they are all and no others; else none."""
+        if kwargs:
+            rest = self.names[len(args) :]
+            if len(rest) != len(kwargs) or not all(n in kwargs for n in rest):
+                return ()
+            return (*args, *[kwargs[n] for n in rest])
+        return args if len(args) == len(self.names) else ()
+
+    def key(self, what: str, args: Sequence[Any], state: Any, slots: Any = None) -> Any:
+        """What the checks look at; None: not for the kernels."""
+        if self.layer is None or not args or torch.compiler.is_compiling() or transformed():
+            return None
+        names: tuple[str, ...] = ()
+        tensors = args
+        if state is not None:
+            if type(state) is not dict:
+                return None
+            names, tensors = tuple(state), (*args, *state.values())
+        kernels = self.kernels
+        found: list[Any] = [what, names, slots is None, kernels.processors, id(kernels.table.tiles)]
+        for x in tensors if slots is None else (*tensors, slots):
+            if type(x) not in _PLAIN_TENSORS or x.is_neg():
+                return None
+            found.append((x.shape, x.stride(), x.dtype, x.device))
+        return tuple(found)
+
+    def whole(self, key: Any, args: Sequence[Tensor], state: Any) -> tuple[Tensor, Values] | None:
+        """The output and the last states of a call that is known."""
+        known = self._known.get(key)
+        if known is None:
+            return None
+        names = self.layer.components
+        starts = (None, None) if state is None else (*[state[n] for n in names], None)[:2]
+        placed = [None if p is None else args[p[0]] if p[1] is None else args[p[0]].view(p[1]) for p in known[1]]
+        a = known[0].of((*starts, None, None, *placed))
+        if a.layout is None:
+            a = a._replace(layout=self.kernels.layout(a))
+            self._known[key] = known[0]._replace(layout=a.layout), known[1]
+        out, *finals = self.kernels.call(a)
+        return out, dict(zip(names, finals, strict=False))
+
+    def learn(self, key: Any, args: Sequence[Tensor], call: Call) -> None:
+        """Remembers a call that has just been checked, if it is one of these."""
+        if key is None or not all(call.leading):
+            return
+        found = self._empty(args, call)
+        if found is not None:
+            self._remember(key, found)
+
+    def _remember(self, key: Any, what: Any) -> None:
+        if len(self._known) >= _MOST_CALLS:
+            self._known.clear()
+        self._known[key] = what
+
+    def _empty(self, args: Sequence[Tensor], call: Call) -> tuple[ChunkCall, tuple[_Place | None, ...]] | None:
+        """The call without its tensors, and which arguments they are from c on; None: the kernels do not take them."""
+        fused = self.layer.fused
+        takes = self.kernels.takes(*(call.sizes[d] for d in self.dims), call.device)
+        if len(call.lanes) != 1 or call.compute != torch.float32 or not takes:
+            return None
+        at = {name: n for n, name in enumerate(self.names)}
+
+        def place(width: int, name: str, kind: str, lag: int) -> _Place | None:
+            shape = args[at[name]].shape
+            front, own = shape[: len(shape) - width], shape[len(shape) - width :]
+            if kind == "input":
+                return at[name], None
+            return (at[name], (1, 1, *call.lanes, *own)) if front == call.lanes else None
+
+        wide = [place(1, *read) for read in (fused.c, *fused.keys, *fused.values)]
+        scalars = [place(0, *read) for read in fused.scalars]
+        if None in wide or None in scalars:
+            return None
+        counts = (len(fused.keys), len(fused.values), fused.numbers, len(scalars))
+        keys, values, numbers, few = ((None,) * n for n in counts)
+        shape: Any = (*(*call.leading, 1)[:2], *call.lanes)
+        empty = ChunkCall(
+            None, None, None, None, args[0], keys, values, numbers, shape, fused.shift,
+            fused.scale(call.n), None, None, call.dtype, fused.decay, fused.over, few,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return empty, (*wide, *numbers, *scalars)
+
+    # --- tokens
+
+    def again(self, state: Any, args: Sequence[Any], slots: Any, in_place: bool) -> tuple[Tensor, Any] | None:
+        """The output of one token and the state after it, if a step like this is known. None, too, where autograd
+        watches."""
+        if state is None or len(args) != len(self.names):
+            return None
+        key = self.key("step", args, state, slots)
+        known = None if key is None else self._known.get(key)
+        if known is None:
+            return None
+        if not in_place:
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (*args, *state.values())):
+                return None
+            state = {k: x.clone() for k, x in state.items()}
+        launch, places, (shape, dtype) = known
+        out = torch.empty(shape, dtype=dtype, device=args[0].device)
+        named = {None: None, "out": out, "slots": slots, **state}
+        launch(*[args[p] if type(p) is int else named[p] for p in places])
+        return out, state
+
+    def learn_step(self, args: Sequence[Tensor], call: Call, state: Values, slots: Tensor | None) -> None:
+        """Remembers a step that has just been run."""
+        key = self.key("step", args, state, slots)
+        found = None if key is None else self._empty(args, call)
+        states = None if found is None else step_states(self.layer, state)
+        if found is None or states is None:
+            return
+        empty, read = found
+        tensors = [x.unsqueeze(1) if n < self.inputs else x for n, x in enumerate(args)]
+        placed = [None if p is None else tensors[p[0]] if p[1] is None else tensors[p[0]].view(p[1]) for p in read]
+        a = empty.of((None, None, None, None, *placed))
+        a = a._replace(layout=self.kernels.layout(a))
+        if not a.layout.settled:
+            return
+        named = {id(x): p[0] for x, p in zip(placed, read, strict=True) if p is not None}
+        launch, given = step_launch(self.kernels, a, states, slots)
+        rest: dict[int, Any] = {id(None): None, id(slots): "slots" if slots is not None else None}
+        rest |= {id(x): name for x, name in zip(states, self.layer.components, strict=True)}
+        places = tuple([named[id(x)] if id(x) in named else rest.get(id(x), "out") for x in given])
+        self._remember(key, (launch, places, ((call.leading[0], *call.lanes, a.c.shape[-1]), call.dtype)))
+
+
 # --- The public face of a compiled aggregator: a parallel call, a step, states.
 
 State = dict[str, Tensor]
@@ -4297,6 +4805,7 @@ class Aggregator:
         self.spec, self.rules, self.fold_order = spec, rules, fold
         self.operator = Operator(spec, rules, fold, kernels)
         self._quick = None if self.operator is None else self.operator.quick  # steps that were checked before
+        self._calls = FusedCalls(spec, rules) if hasattr(self.rules, "matrices") else None  # and whole calls
         self.checks = checks_wanted()  # values are read and checked, which waits for the device
         self.__name__ = spec.name
 
@@ -4329,6 +4838,13 @@ class Aggregator:
 
         Raises ArgumentError if a shape, dtype or device does not fit the spec.
         """
+        key = None
+        if self._calls is not None and mask is None and reset is None and cu_seqlens is None:
+            tensors = self._calls.ordered(args, kwargs)
+            key = None if reverse or self.checks else self._calls.key("call", tensors, initial_state)
+            known = self._calls.whole(key, tensors, initial_state)
+            if known is not None:
+                return known if return_state else known[0]
         call = bind_call(self.spec, args, kwargs, tokens=True)
         mask = check_flags(self.spec, "mask", mask, call)
         reset = check_flags(self.spec, "reset", reset, call)
@@ -4356,14 +4872,17 @@ class Aggregator:
             )
         if checks:
             check_results(self.spec, outputs, final)
+        if self._calls is not None:
+            self._calls.learn(key, [*call.inputs.values(), *call.params.values()], call)
         found = tuple(flip(outputs[s.name], back) if reverse else outputs[s.name] for s in self.spec.outputs)
         out = found[0] if len(found) == 1 else found
         return (out, {**final, **tails}) if return_state else out
 
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
-        if self._quick is not None and not kwargs and not self.checks:
-            known: tuple[Any, State] | None = self._quick.again(state, args, None, False)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known: tuple[Any, State] | None = quick.again(state, args, None, False)
             if known is not None:
                 return known
         call = bind_call(self.spec, args, kwargs, tokens=False)
@@ -4380,6 +4899,7 @@ class Aggregator:
             after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
             moved = self.rules.stepped(self.spec, self.rules, call, after, None)
             if moved is not None:
+                self._learn_step(call, after, None)
                 outs = tuple(moved[s.name] for s in self.spec.outputs)
                 return outs[0] if len(outs) == 1 else outs, after
         x, p = prepared(self.spec, call, lags)
@@ -4395,8 +4915,9 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
-        if self._quick is not None and not kwargs and not self.checks:
-            known = self._quick.again(state, args, slots, True)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known = quick.again(state, args, slots, True)
             if known is not None:
                 return known[0]
         with torch.no_grad():
@@ -4417,6 +4938,7 @@ class Aggregator:
         if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
             moved = self.rules.stepped(self.spec, self.rules, call, state, slots)
             if moved is not None:
+                self._learn_step(call, state, slots)
                 outs = tuple(moved[s.name] for s in self.spec.outputs)
                 return outs[0] if len(outs) == 1 else outs
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
@@ -4477,6 +4999,10 @@ class Aggregator:
         x, p = prepared(self.spec, call, lags)
         return run_scan(self.spec, rules, call, "scan", x, p, None, mask, None, cu_seqlens, whole=True)[1]
 
+    def _learn_step(self, call: Call, state: State, slots: Tensor | None) -> None:
+        if self._calls is not None:
+            self._calls.learn_step([*call.inputs.values(), *call.params.values()], call, state, slots)
+
     def _checked(self, call: Call, state: Mapping[str, Tensor] | None, rows: int) -> State | None:
         check = check_state
         return check(self.spec, call, state, rows)
@@ -4496,7 +5022,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='ff380211002a8354',
+    digest='e716022763f0e160',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),
@@ -4509,7 +5035,7 @@ SPEC = Spec(
 )
 
 LAYERS = (
-    Chunked(('S',), factors_0, rank=0, columns=1, reads=(Reads(0, (('y_S', 0, (0,)),)), ), orders=((0, 1),), outer=0, vectors=(False,), plain={'log_key': 'g', 'b0': 'k', 'c0': 'v', 'q0': 'q'}, scales=lambda n: {'q0': 1 / math.sqrt(n.K)}, shown=('y_S',), fused=FusedLayer((('q', 'input', 0), ('k', 'input', 0), ('g', 'input', 0)), ('v', 'input', 0), (), (), given_0, lambda n: 1 / math.sqrt(n.K), 0, 2, False, 'o')),
+    Chunked(('S',), factors_0, rank=0, columns=1, reads=(Reads(0, (('y_S', 0, (0,)),)), ), orders=((0, 1),), outer=0, vectors=(False,), plain={'log_key': 'g', 'b0': 'k', 'c0': 'v', 'q0': 'q'}, scales=lambda n: {'q0': 1 / math.sqrt(n.K)}, shown=('y_S',), fused=FusedLayer((('q', 'input', 0), ('k', 'input', 0), ('g', 'input', 0)), ('v', 'input', 0), (), (), 0, given_0, lambda n: 1 / math.sqrt(n.K), 0, 2, False, 'o')),
 )
 
 gla = Aggregator(SPEC, SimpleNamespace(lift=lift, combine=combine, advance=advance, output=output, identity=identity, layered=run_layers, layers=LAYERS, readout=readout, matrices=ChunkKernels(CHUNK_KERNELS), stepped=step_layers), fold="scan", kernels=KERNELS)

@@ -32,18 +32,18 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
    98  kernels: a pointwise scan
  1008  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
  1132  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1263  One token at a time by the step kernel: what its shapes fix is worked out once
- 1391  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1777  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2056  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2213  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2445  The border, continued: states, flags and packing
- 2567  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2643  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2706  One checked call in PyTorch: lift, the scan of the plan, readout
- 2836  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3105  The public face of a compiled aggregator: a parallel call, a step, states
- 3306  the spec's border
+ 1275  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1403  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1789  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2068  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2225  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2457  The border, continued: states, flags and packing
+ 2579  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2655  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2718  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2848  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3117  The public face of a compiled aggregator: a parallel call, a step, states
+ 3322  the spec's border
 """
 
 from __future__ import annotations
@@ -1135,7 +1135,8 @@ _WORD = range(-(2**31), 2**31)
 
 
 class Kernel:
-    """A function of triton.jit whose arguments are tensors (or None), then whole numbers, then constants.
+    """A function of triton.jit whose arguments are tensors (or None), then whole numbers, then constants; among the
+    tensors, strides of the first ones may stand.
 
     triton.jit compiles anew for other constants, for tensors of another dtype, None or not at a multiple of 16 bytes,
     and for numbers that are 1, divisible by 16 or of 64 bits (unless it is told not to look), a device each. So that is
@@ -1149,32 +1150,34 @@ class Kernel:
         self._found: dict[Any, dict[Any, Any]] = {}
 
     def launch(
-        self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device, **options: int
-    ) -> Launch:
-        """What one shape of call fixes; the tensors, on `device`, are passed to the result. `options`: num_warps,
-        num_stages."""
+        self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device,
+        strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
+    ) -> Launch:  # fmt: skip
+        """What one shape of call fixes; the tensors, on `device`, are passed to the result. `strides`: after so many
+        tensors stand these numbers. `options`: num_warps, num_stages."""
         kinds = [(type(x), x) for x in constants]
-        traits = [_traits(n, p) for n, p in zip(numbers, self._parameters(len(numbers), len(constants)), strict=True)]
-        known = self._found.setdefault((*options.items(), *kinds, *traits), {})
-        return Launch(self.fn, grid, (*numbers, *constants), device, options, known)
-
-    def _parameters(self, numbers: int, constants: int) -> Sequence[Any]:
         params = getattr(self.fn, "params", None)
         if params is None:
-            return [None] * numbers
-        return list(params[len(params) - constants - numbers : len(params) - constants])
+            traits = []
+        else:
+            end = len(params) - len(constants)
+            of = [*params[strides[0] : strides[0] + len(strides[1])], *params[end - len(numbers) : end]]
+            traits = [_traits(n, p) for n, p in zip((*strides[1], *numbers), of, strict=True)]
+        known = self._found.setdefault((*options.items(), *kinds, *traits), {})
+        return Launch(self.fn, grid, strides, (*numbers, *constants), device, options, known)
 
 
 class Launch:
     """A kernel's launches of one shape: tensors of the same dtypes each time, None at the same places."""
 
-    __slots__ = ("fn", "grid", "home", "known", "near", "options", "rest")
+    __slots__ = ("first", "fn", "grid", "home", "known", "near", "options", "rest", "strides")
 
     def __init__(
-        self, fn: Any, grid: int, rest: tuple[Any, ...], device: torch.device, options: dict[str, int],
-        known: dict[Any, Any],
+        self, fn: Any, grid: int, strides: tuple[int, tuple[int, ...]], rest: tuple[Any, ...], device: torch.device,
+        options: dict[str, int], known: dict[Any, Any],
     ) -> None:  # fmt: skip
         self.fn, self.grid, self.rest, self.options, self.known = fn, (grid, 1, 1), rest, options, known
+        self.first, self.strides = strides
         self.home = device.index  # None: wherever
         self.near: dict[Any, Any] = {}  # device, which pointers are aligned -> a compiled kernel on this grid
 
@@ -1200,7 +1203,14 @@ class Launch:
         if run is None:
             self._find(tensors, device, aligned)
             return
-        run(*pointers, *self.rest, stream=driver.get_current_stream(device))
+        if self.first:
+            run(*self._among(pointers), *self.rest, stream=driver.get_current_stream(device))
+        else:
+            run(*pointers, *self.rest, stream=driver.get_current_stream(device))
+
+    def _among(self, tensors: Sequence[Any]) -> list[Any]:
+        """With the strides where they stand."""
+        return [*tensors[: self.first], *self.strides, *tensors[self.first :]]
 
     def _find(self, tensors: Sequence[Tensor | None], device: int, aligned: Any) -> None:
         """A launch by triton.jit, which compiles if need be; what it ran is remembered."""
@@ -1213,16 +1223,18 @@ class Launch:
             self.known[key] = compiled
         else:
             stream = _driver(type(self.fn)).get_current_stream(device)
-            compiled[self.grid](*[None if x is None else x.data_ptr() for x in tensors], *self.rest, stream=stream)
+            pointers = [None if x is None else x.data_ptr() for x in tensors]
+            compiled[self.grid](*self._among(pointers), *self.rest, stream=stream)
         self.near[device, aligned] = compiled[self.grid]
 
     def warm(self, *tensors: Tensor | torch.dtype | None) -> None:
         """Compiles without launching; a dtype stands for an aligned tensor."""
         if _driver(type(self.fn)) is not None:
-            self.fn.warmup(*map(_pairs, tensors), *self.rest, grid=self.grid, **self.options)
+            given = self._among([*map(_pairs, tensors)])
+            self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options)
 
     def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
-        return self.fn[self.grid](*map(_pairs, tensors), *self.rest, **self.options)
+        return self.fn[self.grid](*self._among([*map(_pairs, tensors)]), *self.rest, **self.options)
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
@@ -3119,6 +3131,7 @@ class Aggregator:
         self.spec, self.rules, self.fold_order = spec, rules, fold
         self.operator = Operator(spec, rules, fold, kernels)
         self._quick = None if self.operator is None else self.operator.quick  # steps that were checked before
+        self._calls = None  # and whole calls
         self.checks = checks_wanted()  # values are read and checked, which waits for the device
         self.__name__ = spec.name
 
@@ -3151,6 +3164,7 @@ class Aggregator:
 
         Raises ArgumentError if a shape, dtype or device does not fit the spec.
         """
+        key = None
         call = bind_call(self.spec, args, kwargs, tokens=True)
         mask = check_flags(self.spec, "mask", mask, call)
         reset = check_flags(self.spec, "reset", reset, call)
@@ -3184,8 +3198,9 @@ class Aggregator:
 
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
-        if self._quick is not None and not kwargs and not self.checks:
-            known: tuple[Any, State] | None = self._quick.again(state, args, None, False)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known: tuple[Any, State] | None = quick.again(state, args, None, False)
             if known is not None:
                 return known
         call = bind_call(self.spec, args, kwargs, tokens=False)
@@ -3211,8 +3226,9 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
-        if self._quick is not None and not kwargs and not self.checks:
-            known = self._quick.again(state, args, slots, True)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known = quick.again(state, args, slots, True)
             if known is not None:
                 return known[0]
         with torch.no_grad():
@@ -3307,7 +3323,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='lru',
-    digest='28a03534c79e3705',
+    digest='018ce754bc21ef8d',
     inputs=(Slot('u', (), 'complex'),),
     params=(Slot('nu'), Slot('theta'), Slot('gamma'),),
     components=(Slot('a', (), 'complex'), Slot('h', (), 'complex'),),

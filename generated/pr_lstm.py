@@ -49,7 +49,7 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
  2797  One checked call in PyTorch: lift, the scan of the plan, readout
  2977  The scan as an operator of torch: one graph node for torch.compile, with its own backward
  3248  The public face of a compiled aggregator: a parallel call, a step, states
- 3474  the spec's border
+ 3478  the spec's border
 """
 
 from __future__ import annotations
@@ -3262,6 +3262,7 @@ class Aggregator:
         self.spec, self.rules, self.fold_order = spec, rules, fold
         self.operator = Operator(spec, rules, fold, kernels)
         self._quick = None if self.operator is None else self.operator.quick  # steps that were checked before
+        self._calls = None  # and whole calls
         self.checks = checks_wanted()  # values are read and checked, which waits for the device
         self.__name__ = spec.name
 
@@ -3294,6 +3295,7 @@ class Aggregator:
 
         Raises ArgumentError if a shape, dtype or device does not fit the spec.
         """
+        key = None
         call = bind_call(self.spec, args, kwargs, tokens=True)
         mask = check_flags(self.spec, "mask", mask, call)
         reset = check_flags(self.spec, "reset", reset, call)
@@ -3327,8 +3329,9 @@ class Aggregator:
 
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
-        if self._quick is not None and not kwargs and not self.checks:
-            known: tuple[Any, State] | None = self._quick.again(state, args, None, False)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known: tuple[Any, State] | None = quick.again(state, args, None, False)
             if known is not None:
                 return known
         call = bind_call(self.spec, args, kwargs, tokens=False)
@@ -3354,8 +3357,9 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
-        if self._quick is not None and not kwargs and not self.checks:
-            known = self._quick.again(state, args, slots, True)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known = quick.again(state, args, slots, True)
             if known is not None:
                 return known[0]
         with torch.no_grad():
@@ -3475,7 +3479,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='pr_lstm',
-    digest='6ba02acdbec932c1',
+    digest='5cd913a893eb1fc2',
     inputs=(Slot('x'),),
     params=(Slot('left', ('G',)), Slot('right', ('G',)), Slot('bias', ('G',)),),
     components=(Slot('c'), Slot('h'),),

@@ -46,7 +46,8 @@ def source(
     made = kernels(table(decay == 2, over) if tile is None else one_tile(decay == 2, kernel, tile), fused, over)
     function = getattr(made.table, kernel)
     bk = max(16, 1 << (key - 1).bit_length())
-    tiled = {"normed": "gradients", "shares": "forward", "norms": "forward", "step": "forward", "prepare_value": "prepare", "sums": "states"}.get(kernel, kernel)
+    tiled = {"normed": "gradients", "shares": "forward", "norms": "forward", "step": "forward", "prepare_value": "prepare",
+             "sums": "states", "numbers": "states"}.get(kernel, kernel)  # fmt: skip
     tokens, bv, bks, warps, stages = next(t for limit, t in made.table.tiles[tiled][size] if bk <= limit)
     operand = NAMES[size]
     absent = {"p_code", "p_cu", "p_chunks", "p_owner", "p_slots", "p_y"}
@@ -64,6 +65,9 @@ def source(
     elif not any(a.name == "n" for a in fused.numbers):
         absent |= {"p_n", "p_dn"}
     absent -= {"p_k2", "p_dk2"} if fused is not None else set()
+    if fused is not None and fused.scalars and kernel != "sums":  # numbers that another kernel computed, or this one
+        absent |= {"p_log"}
+        absent |= {n for n in function.arg_names if kernel == "step" and re.fullmatch(r"p_(n|s\d)", n)}
     if decay == 2 and kernel in ("forward", "states"):  # q and b lie scaled
         absent |= {n for n in function.arg_names if re.fullmatch(r"p_k\d", n)}
     whole = {"p_log", "p_n", "p_total", "p_vtotal", "p_sums", "p_dw", "p_start", "p_final", "p_end", "p_decay", "p_vdecay",
@@ -73,7 +77,7 @@ def source(
     fixed = {
         "DECAY": decay, "OVER_V": over, "SHIFT": shift, "PREC": {2: "bf16", 4: "tf32x3"}[size], "K": side, "V": value,
         "BT": tokens, "BK": bk if kernel in ("forward", "step", "shares") else min(whole_k, bks), "BV": min(bv, whole_v),
-        "NS": stages, "BACK": True, "BG": 16, "BC": 32, "LB": 4, "LT": tokens.bit_length() - 1,
+        "NS": stages, "BACK": True, "BG": 16, "BC": 32, "NK": 1, "LB": 4, "LT": tokens.bit_length() - 1,
     }  # fmt: skip
     if kernel == "step":
         fixed["BV"] = min(128, whole_v)
@@ -84,7 +88,7 @@ def source(
             signature[name], constants[n,] = "constexpr", 1 if name.endswith("_r") else fixed.get(name)
             continue
         if name.startswith("p_"):
-            number = name in whole or re.fullmatch(r"p_d?s\d", name) is not None
+            number = name in whole or re.fullmatch(r"p_(d?s\d|g\w+)", name) is not None
             signature[name] = "*" + ("fp32" if number else operand)
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
@@ -140,6 +144,13 @@ def test_resources(kernel: str, decay: int) -> None:
 )  # fmt: skip
 def test_resources_over_the_value(kernel: str, spec: str, decay: int) -> None:
     found = resources(kernel, 2, decay, 128, 128, spec=spec)
+    assert found["shared"] <= SHARED
+    assert found["spilt"] <= 512, found
+
+
+@pytest.mark.parametrize(("kernel", "spec"), [("sums", "mlstm"), ("numbers", "mlstm"), ("step", "mamba2")])
+def test_resources_of_numbers(kernel: str, spec: str) -> None:
+    found = resources(kernel, 2, 1, 128, 128, spec=spec)
     assert found["shared"] <= SHARED
     assert found["spilt"] <= 512, found
 

@@ -96,3 +96,34 @@ else:
         ((prefixes, _, _),) = ran
         assert [p.dtype for p in prefixes] == [torch.float32] * 2 and prefixes[0].shape == (2, 9, 2)
         assert torch.equal(prefixes[0][:, :-1], prefixes[1][:, 1:]) and (prefixes[1][:, 0] == -torch.inf).all()
+
+    @pytest.mark.parametrize("name", ["mamba2", "gla", "linear_attention"])
+    def test_known_calls(name: str) -> None:
+        """A call or step of shapes that were checked goes straight to the kernels, and gives the same."""
+        agg = psmc.load(EXAMPLES / f"{name}.psm")
+        x, state = inputs(agg, 9, False)
+        params = {s.name: x.pop(s.name) for s in agg.spec.params}
+        args = [*x.values(), *params.values()]
+
+        def results(begin: object) -> list[torch.Tensor]:
+            leaves = [t.clone().requires_grad_() for t in args]
+            out, end = agg(*leaves, initial_state=begin, return_state=True)
+            total = sum((v * torch.arange(v.numel()).view(v.shape)).sum() for v in (out, *end.values()))
+            return [out, *end.values(), *torch.autograd.grad(total, leaves)]
+
+        for begin in (None, state):
+            first, known = results(begin), len(agg._calls._known)
+            again = results(begin)
+            assert known == len(agg._calls._known) > 0
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        apart = [torch.stack([t, t], -1)[..., 0] for t in args]  # other strides: not the same call
+        assert torch.equal(agg(*apart), agg(*args)) and torch.equal(agg(*apart), agg(**x, **params))
+        token = [*(v[:, 0] for v in x.values()), *params.values()]
+        steps = [agg.step(state, *token) for _ in range(2)]
+        moved = [{k: v.clone() for k, v in state.items()} for _ in range(2)]
+        for after in moved:
+            assert torch.equal(agg.step_(after, *token), steps[0][0])
+        for after in (steps[1][1], *moved):
+            assert all(torch.equal(after[k], v) for k, v in steps[0][1].items())
+        with pytest.raises(ValueError, match="PSM602"):
+            agg(*[t[:, :5] if n == 0 else t for n, t in enumerate(args)])

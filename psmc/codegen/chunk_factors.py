@@ -1,8 +1,9 @@
 """What the chunk kernels compute themselves, read off the structure: q, b and the logs of the decay from a token's
 inputs, the output from y, and the transposes of both.
 
-A factor is fused where it is elementwise over its own index in inputs and params that have that index alone; a number
-a token, which has no index, stays torch's (it is 1/K of the traffic). The readout is fused where it is elementwise over
+A factor is fused where it is elementwise over its own index in inputs and params that have that index alone, a number a
+token where it is one of inputs, params and small components that have no index; what is neither, torch computes. The
+readout is fused where it is elementwise over
 the value in y, in w (what a normaliser gives), in sums over the key of elementwise terms, and in inputs, params and
 numbers.
 """
@@ -26,11 +27,11 @@ Y, W, C, COTANGENT = "y", "w", "c", "do"
 
 @dataclass(frozen=True)
 class Raw:
-    """A tensor that kernels read: an input (with its lag) or a param that varies over one index, or what torch computes
-    of a token, by the name of its factor."""
+    """A tensor that kernels read: an input (with its lag), a param, a small component with or before its token (at,
+    before), or what torch computes of a token, by the name of its factor."""
 
     name: str
-    kind: str  # input, param, factor
+    kind: str  # input, param, at, before, factor
     lag: int = 0
 
     @property
@@ -47,9 +48,10 @@ class Raw:
 class Fused:
     """keys, values: what has the index of the key, of the value; c: what lies behind C. q, b, log (None: no decay over
     the key): scalar expressions over `keys`; log_value (None: no decay over the value): over `values` and c. scale: the
-    text of the number that multiplies q. numbers: [B, T, G], what torch computes; of these `log` and `n` by name, s0,
-    ... for the readout. sums: terms of sums over the key. readout: over y, w, c, sums (e0, ...), values, numbers; None:
-    the output is y. seen: y as an expression over the output (its ref is Y itself where y must be kept)."""
+    text of the number that multiplies q. numbers: a token has one of each, `log` and `n` by name, s0, ... for the
+    readout: expressions over `scalars`, x0, x1, .... sums: terms of sums over the key. readout: over y, w, c, sums (e0,
+    ...), values, numbers; None: the output is y. seen: y as an expression over the output (its ref is Y itself where y
+    must be kept)."""
 
     stack: tuple[Affine, ...]
     output: str
@@ -62,6 +64,7 @@ class Fused:
     log: Expr | None
     log_value: Expr | None
     scale: str
+    scalars: tuple[Raw, ...]
     numbers: tuple[Assign, ...]
     torch_rows: tuple[Assign, ...]
     sums: tuple[Expr, ...]
@@ -111,7 +114,7 @@ class _Fusion:
     def __init__(self, agg: Aggregator, head: Affine, stack: tuple[Affine, ...], rows: list[Assign]) -> None:
         self.agg, self.head, self.stack = agg, head, stack
         self.rows = {r.name: r for r in rows}
-        self.dims = {t.name: t.dims for t in (*agg.leaf_inputs, *agg.params)}
+        self.dims = {t.name: t.dims for t in (*agg.leaf_inputs, *agg.params)} | {c.name: c.dims for c in agg.state}
         self.keys: list[Raw] = []
         self.values: list[Raw] = []
         self.numbers: list[Assign] = []
@@ -133,9 +136,11 @@ class _Fusion:
         if shown is None:
             return None
         direct = shown == scalar(Y)
+        scalars: list[Raw] = []
+        numbers = tuple(self._lifted(a, scalars) for a in self.numbers)
         return Fused(
             self.stack, epilogue.name, shift, tuple(self.keys), tuple(self.values), c, q, b, log, log_value, scale,
-            tuple(self.numbers), tuple(self.torch_rows), tuple(self.sums), None if direct else shown,
+            tuple(scalars), numbers, tuple(self.torch_rows), tuple(self.sums), None if direct else shown,
             None if direct else _seen(shown),
         )  # fmt: skip
 
@@ -218,6 +223,35 @@ class _Fusion:
         found = transform(expr, rule)
         return None if failed else found
 
+    def _lifted(self, number: Assign, scalars: list[Raw]) -> Assign:
+        """A number a token over `scalars`; where it reads anything else, a scalar of its own."""
+        kept, failed = len(scalars), False
+        kinds = {"input": "input", "param": "param", "state": "at", "prev": "before"}
+
+        def place(raw: Raw) -> Expr:
+            if raw not in scalars:
+                scalars.append(raw)
+            return scalar(f"x{scalars.index(raw)}")
+
+        def rule(node: Expr) -> Expr | None:
+            nonlocal failed
+            if isinstance(node, Ref):
+                ours = node.space in kinds and node.kind == "real" and not self.dims.get(node.name, node.subs)
+                failed |= not ours
+                return place(Raw(node.name, kinds[node.space], node.lag)) if ours else None
+            if isinstance(node, DimValue):
+                failed |= node.dim not in (self.head.key.dim, self.head.value and self.head.value.dim)
+                return self._size(node)
+            failed |= not isinstance(node, (Op, Const, Infinity)) or node.kind == "complex"
+            return None
+
+        found = transform(number.value, rule)
+        if failed or not any(isinstance(x, Ref) and x.space != SIZE for x in walk(found)):
+            del scalars[kept:]
+            self.torch_rows.append(number)
+            found = place(Raw(number.name, "factor"))
+        return Assign(number.name, (), found)
+
     def _size(self, node: DimValue) -> Ref:
         return Ref(SIZE, "K" if node.dim == self.head.key.dim else "V", (), "real")
 
@@ -290,12 +324,12 @@ def print_fused(agg: Aggregator, structure: Structure) -> tuple[Source, str] | N
     f = fuse(agg, structure)
     if f is None:
         return None
-    block = Block(results=(*f.torch_rows, *f.numbers))
+    block = Block(results=f.torch_rows)
     source = print_block(agg, block, Signature("given_0", "x, s, prev, p, n", inputs_like(agg)))
-    keys, values = (tuple((r.name, r.kind, r.lag) for r in raws) for raws in (f.keys, f.values))
-    numbers = tuple(a.name for a in f.numbers if a.name[0] == "s")
+    keys, values, scalars = (tuple((r.name, r.kind, r.lag) for r in raws) for raws in (f.keys, f.values, f.scalars))
+    shown = sum(a.name[0] == "s" for a in f.numbers)
     return source, (
-        f"FusedLayer({keys!r}, {(f.c.name, f.c.kind, f.c.lag)!r}, {values!r}, {numbers!r}, given_0, "
+        f"FusedLayer({keys!r}, {(f.c.name, f.c.kind, f.c.lag)!r}, {values!r}, {scalars!r}, {shown}, given_0, "
         f"lambda n: {f.scale}, "
         f"{f.shift}, {f.decay}, {f.log_value is not None}, {f.output!r})"
     )
@@ -330,6 +364,13 @@ def transposed(f: Fused) -> tuple[_Pulled, _Pulled, _Pulled]:
     )
 
 
+def numbers_transposed(f: Fused) -> _Pulled:
+    """From the cotangents of the numbers (glog, gn, gs0, ...) those of the scalars, those that are not 0."""
+    wrt = [scalar(f"x{n}") for n in range(len(f.scalars))]
+    found = vjp([a.value for a in f.numbers], [scalar(f"g{a.name}") for a in f.numbers], wrt)
+    return tuple((x.name, e) for x, e in zip(wrt, found, strict=True) if e is not None)
+
+
 def _again(expr: Expr, f: Fused) -> Expr:
     y = scalar(Y)
     return transform(expr, lambda n: f.seen if n == y else None)
@@ -339,4 +380,7 @@ def reads_seen(exprs: tuple[Expr, ...]) -> bool:
     return any(r.name == "seen" for r in refs(*exprs))
 
 
-__all__ = ["COTANGENT", "SIZE", "Fused", "Raw", "fuse", "print_fused", "reads_seen", "scalar", "transposed"]
+__all__ = [
+    "COTANGENT", "SIZE", "Fused", "Raw", "fuse", "numbers_transposed", "print_fused", "reads_seen", "scalar",
+    "transposed",
+]  # fmt: skip

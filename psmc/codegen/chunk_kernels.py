@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
-from psmc.codegen.chunk_factors import COTANGENT, SIZE, Fused, Raw, fuse, reads_seen, scalar, transposed
+from psmc.codegen.chunk_factors import (
+    COTANGENT,
+    SIZE,
+    Fused,
+    Raw,
+    fuse,
+    numbers_transposed,
+    reads_seen,
+    scalar,
+    transposed,
+)  # fmt: skip
 from psmc.codegen.render import render
 from psmc.codegen.tiles_code import tiles_class, tiles_text
 from psmc.codegen.triton_expr import Key, LaneFunction, helper_texts, key_of, print_function
@@ -18,8 +28,8 @@ from psmc.structure.report import Affine, Structure
 _LOG2E = "1.4426950408889634"
 _BOUND = "60.0"  # exponents within which a product of two scaled factors neither overflows nor loses digits
 _FILES = (
-    "parts", "tokens", "lift", "decays", "sums", "prepare", "inner", "decayed", "forward", "states", "gradients",
-    "values", "norms", "step",
+    "parts", "tokens", "lift", "decays", "sums", "numbers", "prepare", "inner", "decayed", "forward", "states",
+    "gradients", "values", "norms", "step",
 )  # fmt: skip
 _KERNELS = ("sums", "forward", "states", "join", "gradients", "values", "step")
 _NORMS = ("normed", "shares", "norms")
@@ -44,16 +54,17 @@ def print_chunk_kernels(agg: Aggregator, structure: Structure, tuned: Tuned | No
 def kernel_text(sizes: ChunkTiles, fused: Fused, tuned: Tuned | None = None) -> str:
     """The kernels and their table."""
     f = _view(fused)
-    where = {"prepare": f.log or f.log_value, "decayed": f.log_value, "norms": f.norm}
+    where = {"prepare": f.log or f.log_value, "decayed": f.log_value, "norms": f.norm, "numbers": f.lifted}
     files = [name for name in _FILES if where.get(name, True)]
     parts = [render(f"chunk_{name}.py.j2", log2e=_LOG2E, bound=_BOUND, f=f) for name in files]
-    kernels = [*_KERNELS, *(s.kernel for s in f.sides), *(_NORMS if f.norm else ())]
+    kernels = [*_KERNELS, *(s.kernel for s in f.sides), *(_NORMS if f.norm else ()), *(["numbers"] if f.lifted else [])]
     rows = "".join(f"    {name}=chunk_{name}_kernel,\n" for name in kernels)
     table = (
         f"CHUNK_KERNELS = SimpleNamespace(\n{rows}"
         "    interpreted=triton is not None and not isinstance(chunk_forward_kernel, triton.JITFunction),\n"
         f"    params={f.params!r},\n    grads={f.stored!r},\n    operands={f.operands!r},\n    norm={f.norm!r},\n"
-        f"    width={f.handed},\n    seen={f.seen!r},\n    tiles={tiles_text(sizes.data, tuned, sizes.literal())},\n)\n"
+        f"    scalars={f.scalar_params!r},\n    lifted={f.lifted_names!r},\n    width={f.handed},\n"
+        f"    seen={f.seen!r},\n    tiles={tiles_text(sizes.data, tuned, sizes.literal())},\n)\n"
     )
     return "\n\n".join([*(_tidy(part) for part in parts), *tiles_class(tuned), table])
 
@@ -69,7 +80,7 @@ def plain(valued: bool) -> Fused:
     q, b, log, log_value = (Raw(name, "factor") for name in ("q", "b", "log", "log_value"))
     return Fused(
         stack=(), output="", shift=0, keys=(q, b, log), values=(log_value,) if valued else (), c=Raw("c", "factor"),
-        q=q.ref, b=b.ref, log=log.ref, log_value=log_value.ref if valued else None, scale="1.0", numbers=(),
+        q=q.ref, b=b.ref, log=log.ref, log_value=log_value.ref if valued else None, scale="1.0", scalars=(), numbers=(),
         torch_rows=(), sums=(), readout=None, seen=None,
     )  # fmt: skip
 
@@ -94,6 +105,8 @@ def _view(f: Fused) -> SimpleNamespace:
     tile |= {key_of(scalar(n)): f"b_{n}" for n in ("y", "seen", "dq", "db", "dlog")}
     tile |= {key_of(scalar(f"d{n}")): f"d_{n}[:, None]" for n in _names(f, "e")}
     tile |= {key_of(scalar("do")): "b_do.to(tl.float32)"}
+    tile |= {key_of(scalar(f"x{n}")): f"b_x{n}" for n in range(len(f.scalars))}
+    tile |= {key_of(scalar(f"g{a.name}")): f"b_g{a.name}" for a in f.numbers}
     tile |= {(SIZE, n, 0): f"tl.full([1, 1], {n}, tl.float32)" for n in ("K", "V")}
     made: list[LaneFunction] = []
 
@@ -123,7 +136,9 @@ def _view(f: Fused) -> SimpleNamespace:
     held = {**values, **numbers}
     if f.readout is not None:
         call = function("tile_readout", [("o", f.readout)]).call(tile)
-        readout = SimpleNamespace(reads=over(f.readout, held), call=call)
+        read = over(f.readout, held)
+        readout = SimpleNamespace(call=call, values=[n for n in read if n[0] == "v"],
+                                  numbers=[n for n in read if n[0] == "s"])  # fmt: skip
     ahead = SimpleNamespace(results=["b_dy"])
     if back:  # what is the cotangent itself stays as it was loaded: such a tile enters a product from shared memory
         same = [f"b_d{n}" for n, e in back if e == scalar(COTANGENT)]
@@ -151,6 +166,18 @@ def _view(f: Fused) -> SimpleNamespace:
     places = [*keys.values(), "c", *values.values(), *shown]
     pointers = [f"p_{n}" for n in (*places, "log", "n", "code")]
     strides = [f"{n}_{axis}" for n in (*places, "l", "n") for axis in "tgr"]
+    lifted, lifted_back = None, SimpleNamespace(outs="")
+    if f.scalars:
+        lift = function("lift_numbers", [(a.name, a.value) for a in f.numbers])
+        lifted = SimpleNamespace(outs=", ".join(f"b_{n}" for n in lift.results), call=lift.call(tile))
+        pull = function("pull_numbers", numbers_transposed(f))
+        lifted_back = SimpleNamespace(outs=", ".join(f"d_{n}" for n in pull.results), call=pull.call(tile))
+    scalars = [
+        SimpleNamespace(name=f"x{n}", param=raw.kind == "param", back=f"d_x{n}" in lifted_back.outs.split(", "))
+        for n, raw in enumerate(f.scalars)
+    ]
+    scalar_strides = [f"{x.name}_{axis}" for x in scalars for axis in "tgr"]
+    own = [*(f"p_{x.name}" for x in scalars), "p_code", *scalar_strides]
     fed = {x for part in loaded if part.name in "qb" for x in part.reads}
     outs = ", ".join(ahead.results)
     return SimpleNamespace(
@@ -169,6 +196,15 @@ def _view(f: Fused) -> SimpleNamespace:
             reads=sorted({x for _, e in through for x in over(e, keys)}),
         ),
         back_values=kept_values,
+        lifted=lifted, lifted_back=lifted_back, scalars=scalars,
+        sum_args=", ".join(own if scalars else [*pointers, *strides]),
+        lifted_names=tuple(a.name for a in f.numbers) if scalars else (), shown=shown,
+        scalar_args="".join(f"p_{x.name}, " for x in scalars) + "".join(f"{x}, " for x in scalar_strides),
+        number_outs="".join(f"p_{a.name}, " for a in f.numbers if scalars and a.name != "log"),
+        number_grads_in="".join(f"p_g{a.name}, " for a in f.numbers),
+        scalar_grads="".join(f"p_d{x.name}, " for x in scalars if x.back),
+        number_args="".join(f"b_{n}, " for n in (readout.numbers if readout else ())),
+        scalar_params=tuple((x.param, x.back) for x in scalars),
         params=(tuple(r.kind == "param" for r in f.keys), tuple(r.kind == "param" for r in f.values)),
         stored=(tuple(n in behind.results for n in keys.values()),
                 tuple(n in [v.name for v in kept_values] for n in values.values()), tuple(n in reached for n in shown)),
@@ -220,4 +256,5 @@ def _key(raw: Raw) -> Key:
 def _legend(f: Fused) -> list[str]:
     named = [f"k{n} {raw.attribute}" for n, raw in enumerate(f.keys)] + [f"c {f.c.attribute}"]
     named += [f"v{n} {raw.attribute}" for n, raw in enumerate(f.values)]
+    named += [f"x{n} {raw.attribute}" for n, raw in enumerate(f.scalars)]
     return ["over the key k0, k1, ..., over the value c, v0, ..., numbers a token s0, ...: " + ", ".join(named)]

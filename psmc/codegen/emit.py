@@ -49,10 +49,12 @@ def emit(
     small = small_scan(agg, structure) if structure is not None and matrices else None
     files = KIT
     if plan.name == "chunked":
-        more = ("kit_chunk_views", "kit_chunk_layer", "kit_chunk_kernels") if matrices else ()
-        more = (*more, *(POINTWISE_KIT if small else ()))
+        more = POINTWISE_KIT if small else ("kit_calls",)
+        views = ("kit_chunk_views", "kit_chunk_layer", "kit_chunk_plan", "kit_chunk_kernels")
+        more = (*more, *views) if matrices else ()
         chunks = ("kit_cut", "kit_halves", "kit_decay", "kit_walk", "kit_chunk")
-        files = (*KIT[:-2], *chunks, *more, KIT[-2], "kit_small", "kit_layers", KIT[-1])
+        fused = ("kit_fused",) if matrices else ()
+        files = (*KIT[:-2], *chunks, *more, KIT[-2], "kit_small", "kit_layers", *fused, KIT[-1])
     sources, layers = function_sources(agg, live), ""
     if plan.name == "chunked" and structure is not None:
         found, layers = print_layers(agg, structure, print_fused(agg, structure), "SMALL" if small else "None")
@@ -141,7 +143,8 @@ def _never(
                 ("spec.previous", "spec.levels"),
             ),
             (bool(layers), ("hasattr(rules, 'layers')",)),
-            (matrices, ("hasattr(self.rules, 'matrices')", "hasattr(self.rules, 'stepped')", "lazily")),
+            (matrices, ("hasattr(self.rules, 'matrices')", "hasattr(self.rules, 'stepped')", "lazily",
+                        "self._calls is not None")),
             (not matrices or "log_value" in kernels, ("a.over",)),
             ("recurrence" in names, ("hasattr(rules, 'recurrence')", "sequences")),
             (plan.fold == "left", ("left",)),

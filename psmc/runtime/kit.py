@@ -13,6 +13,7 @@ from torch import Tensor
 
 from psmc.runtime.kit_bind import ArgumentError, Call, Spec, bind_call
 from psmc.runtime.kit_check import check_counter, check_cu_seqlens, check_flags, check_slots, check_state, tail_names
+from psmc.runtime.kit_fused import FusedCalls
 from psmc.runtime.kit_op import Operator
 from psmc.runtime.kit_run import Rules, as_state, prepared, run_push, run_scan, run_step, start_state
 from psmc.runtime.kit_taps import flip, places, tap_token, tap_tokens
@@ -34,6 +35,7 @@ class Aggregator:
         self.spec, self.rules, self.fold_order = spec, rules, fold
         self.operator = None if hasattr(rules, "extern") else Operator(spec, rules, fold, kernels)
         self._quick = None if self.operator is None else self.operator.quick  # steps that were checked before
+        self._calls = FusedCalls(spec, rules) if hasattr(self.rules, "matrices") else None  # and whole calls
         self.checks = checks_wanted()  # values are read and checked, which waits for the device
         self.__name__ = spec.name
 
@@ -74,6 +76,13 @@ class Aggregator:
 
         Raises ArgumentError if a shape, dtype or device does not fit the spec.
         """
+        key = None
+        if self._calls is not None and mask is None and reset is None and cu_seqlens is None:
+            tensors = self._calls.ordered(args, kwargs)
+            key = None if reverse or self.checks else self._calls.key("call", tensors, initial_state)
+            known = self._calls.whole(key, tensors, initial_state)
+            if known is not None:
+                return known if return_state else known[0]
         call = bind_call(self.spec, args, kwargs, tokens=True)
         mask = check_flags(self.spec, "mask", mask, call)
         reset = check_flags(self.spec, "reset", reset, call)
@@ -101,14 +110,17 @@ class Aggregator:
             )
         if checks:
             check_results(self.spec, outputs, final)
+        if self._calls is not None:
+            self._calls.learn(key, [*call.inputs.values(), *call.params.values()], call)
         found = tuple(flip(outputs[s.name], back) if reverse else outputs[s.name] for s in self.spec.outputs)
         out = found[0] if len(found) == 1 else found
         return (out, {**final, **tails}) if return_state else out
 
     def step(self, state: Mapping[str, Tensor] | None, *args: Tensor, **kwargs: Tensor) -> tuple[Any, State]:
         """One token, inputs [B, *lanes, *dims]: (output, new state). Functional and differentiable."""
-        if self._quick is not None and not kwargs and not self.checks:
-            known: tuple[Any, State] | None = self._quick.again(state, args, None, False)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known: tuple[Any, State] | None = quick.again(state, args, None, False)
             if known is not None:
                 return known
         call = bind_call(self.spec, args, kwargs, tokens=False)
@@ -125,6 +137,7 @@ class Aggregator:
             after = self._start(call) if before is None else {k: x.clone() for k, x in before.items()}
             moved = self.rules.stepped(self.spec, self.rules, call, after, None)
             if moved is not None:
+                self._learn_step(call, after, None)
                 outs = tuple(moved[s.name] for s in self.spec.outputs)
                 return outs[0] if len(outs) == 1 else outs, after
         x, p = prepared(self.spec, call, lags)
@@ -140,8 +153,9 @@ class Aggregator:
 
         The tensors of a tree's state grow in number: there the dict is updated, not its tensors.
         """
-        if self._quick is not None and not kwargs and not self.checks:
-            known = self._quick.again(state, args, slots, True)
+        quick = self._quick or self._calls
+        if quick is not None and not kwargs and not self.checks:
+            known = quick.again(state, args, slots, True)
             if known is not None:
                 return known[0]
         with torch.no_grad():
@@ -164,6 +178,7 @@ class Aggregator:
         if hasattr(self.rules, "stepped") and self.rules.matrices.runs_on(call.device):
             moved = self.rules.stepped(self.spec, self.rules, call, state, slots)
             if moved is not None:
+                self._learn_step(call, state, slots)
                 outs = tuple(moved[s.name] for s in self.spec.outputs)
                 return outs[0] if len(outs) == 1 else outs
         rows = state if slots is None else {k: x.index_select(0, slots) for k, x in state.items()}
@@ -227,6 +242,10 @@ class Aggregator:
         rules = SimpleNamespace(**{k: v for k, v in vars(self.rules).items() if k != "start"})
         x, p = prepared(self.spec, call, lags)
         return run_scan(self.spec, rules, call, "scan", x, p, None, mask, None, cu_seqlens, whole=True)[1]
+
+    def _learn_step(self, call: Call, state: State, slots: Tensor | None) -> None:
+        if self._calls is not None:
+            self._calls.learn_step([*call.inputs.values(), *call.params.values()], call, state, slots)
 
     def _checked(self, call: Call, state: Mapping[str, Tensor] | None, rows: int) -> State | None:
         check = check_counter if self.fold_order == "tree" else check_state

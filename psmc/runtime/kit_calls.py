@@ -13,7 +13,8 @@ _WORD = range(-(2**31), 2**31)
 
 
 class Kernel:
-    """A function of triton.jit whose arguments are tensors (or None), then whole numbers, then constants.
+    """A function of triton.jit whose arguments are tensors (or None), then whole numbers, then constants; among the
+    tensors, strides of the first ones may stand.
 
     triton.jit compiles anew for other constants, for tensors of another dtype, None or not at a multiple of 16 bytes,
     and for numbers that are 1, divisible by 16 or of 64 bits (unless it is told not to look), a device each. So that is
@@ -27,32 +28,34 @@ class Kernel:
         self._found: dict[Any, dict[Any, Any]] = {}
 
     def launch(
-        self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device, **options: int
-    ) -> Launch:
-        """What one shape of call fixes; the tensors, on `device`, are passed to the result. `options`: num_warps,
-        num_stages."""
+        self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device,
+        strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
+    ) -> Launch:  # fmt: skip
+        """What one shape of call fixes; the tensors, on `device`, are passed to the result. `strides`: after so many
+        tensors stand these numbers. `options`: num_warps, num_stages."""
         kinds = [(type(x), x) for x in constants]
-        traits = [_traits(n, p) for n, p in zip(numbers, self._parameters(len(numbers), len(constants)), strict=True)]
-        known = self._found.setdefault((*options.items(), *kinds, *traits), {})
-        return Launch(self.fn, grid, (*numbers, *constants), device, options, known)
-
-    def _parameters(self, numbers: int, constants: int) -> Sequence[Any]:
         params = getattr(self.fn, "params", None)
         if params is None:
-            return [None] * numbers
-        return list(params[len(params) - constants - numbers : len(params) - constants])
+            traits = []
+        else:
+            end = len(params) - len(constants)
+            of = [*params[strides[0] : strides[0] + len(strides[1])], *params[end - len(numbers) : end]]
+            traits = [_traits(n, p) for n, p in zip((*strides[1], *numbers), of, strict=True)]
+        known = self._found.setdefault((*options.items(), *kinds, *traits), {})
+        return Launch(self.fn, grid, strides, (*numbers, *constants), device, options, known)
 
 
 class Launch:
     """A kernel's launches of one shape: tensors of the same dtypes each time, None at the same places."""
 
-    __slots__ = ("fn", "grid", "home", "known", "near", "options", "rest")
+    __slots__ = ("first", "fn", "grid", "home", "known", "near", "options", "rest", "strides")
 
     def __init__(
-        self, fn: Any, grid: int, rest: tuple[Any, ...], device: torch.device, options: dict[str, int],
-        known: dict[Any, Any],
+        self, fn: Any, grid: int, strides: tuple[int, tuple[int, ...]], rest: tuple[Any, ...], device: torch.device,
+        options: dict[str, int], known: dict[Any, Any],
     ) -> None:  # fmt: skip
         self.fn, self.grid, self.rest, self.options, self.known = fn, (grid, 1, 1), rest, options, known
+        self.first, self.strides = strides
         self.home = device.index  # None: wherever
         self.near: dict[Any, Any] = {}  # device, which pointers are aligned -> a compiled kernel on this grid
 
@@ -78,7 +81,14 @@ class Launch:
         if run is None:
             self._find(tensors, device, aligned)
             return
-        run(*pointers, *self.rest, stream=driver.get_current_stream(device))
+        if self.first:
+            run(*self._among(pointers), *self.rest, stream=driver.get_current_stream(device))
+        else:
+            run(*pointers, *self.rest, stream=driver.get_current_stream(device))
+
+    def _among(self, tensors: Sequence[Any]) -> list[Any]:
+        """With the strides where they stand."""
+        return [*tensors[: self.first], *self.strides, *tensors[self.first :]]
 
     def _find(self, tensors: Sequence[Tensor | None], device: int, aligned: Any) -> None:
         """A launch by triton.jit, which compiles if need be; what it ran is remembered."""
@@ -91,16 +101,18 @@ class Launch:
             self.known[key] = compiled
         else:
             stream = _driver(type(self.fn)).get_current_stream(device)
-            compiled[self.grid](*[None if x is None else x.data_ptr() for x in tensors], *self.rest, stream=stream)
+            pointers = [None if x is None else x.data_ptr() for x in tensors]
+            compiled[self.grid](*self._among(pointers), *self.rest, stream=stream)
         self.near[device, aligned] = compiled[self.grid]
 
     def warm(self, *tensors: Tensor | torch.dtype | None) -> None:
         """Compiles without launching; a dtype stands for an aligned tensor."""
         if _driver(type(self.fn)) is not None:
-            self.fn.warmup(*map(_pairs, tensors), *self.rest, grid=self.grid, **self.options)
+            given = self._among([*map(_pairs, tensors)])
+            self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options)
 
     def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
-        return self.fn[self.grid](*map(_pairs, tensors), *self.rest, **self.options)
+        return self.fn[self.grid](*self._among([*map(_pairs, tensors)]), *self.rest, **self.options)
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:

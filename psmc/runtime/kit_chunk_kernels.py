@@ -10,21 +10,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from psmc.runtime.kit_chunk_layer import chunk_layer, chunk_step, chunk_steps
-from psmc.runtime.kit_chunk_views import ChunkCall, Kept, Lanes, _block, _folded, _laid, _multiprocessors
+from psmc.runtime.kit_chunk_plan import ChunkPlans
+from psmc.runtime.kit_chunk_views import ChunkCall, Kept, Lanes, _block, _folded, _laid
 
-_PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 _NEAR = 4  # 2^4 tokens of a chunk are a product among themselves
 _NOTHING = SimpleNamespace(q=None, b=None, pairs=None, total=None)  # is made ready
 
 
-class ChunkKernels:
+class ChunkKernels(ChunkPlans):
     """The kernels of the chunked plan. `table`: the kernels, what they fuse, and `tiles`, which the compiler wrote."""
 
-    def __init__(self, table: Any) -> None:
-        self.table = table
-        self.interpreted: bool = table.interpreted
-        self.processors: int | None = 1 if self.interpreted else None
-        self.keeps = True  # states of a forward for its backward, where they are not more than its tensors
+    keeps = True  # states of a forward for its backward, where they are not more than its tensors
 
     def takes(self, key: int, value: int, device: torch.device) -> bool:
         """Whether there are kernels for this device and these sizes."""
@@ -60,8 +56,19 @@ class ChunkKernels:
 
     def call(self, a: ChunkCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """The output [B, T, G, V], the last states [N, G, K, V] and [N, G, K] of z in fp32. Differentiable."""
-        found = _ChunkScan.apply(self, a, *a.tensors)  # type: ignore[no-untyped-call]
-        return found[0], found[1], found[2]
+        a = a if a.layout is not None else a._replace(layout=self.layout(a))
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in a.tensors):
+            found = _ChunkScan.apply(self, a, *a.tensors)  # type: ignore[no-untyped-call]
+            return found[0], found[1], found[2]
+        return self.forward(self.settled(a))[:3]
+
+    def settled(self, a: ChunkCall) -> ChunkCall:
+        """The call over tensors that kernels read as they lie."""
+        a = a if a.layout is not None else a._replace(layout=self.layout(a))
+        if a.layout.settled:
+            return a
+        a = a.of([_laid(at, x) for at, x in enumerate(a.tensors)])
+        return a._replace(layout=self.layout(a))
 
     # --- launches
 
@@ -77,19 +84,21 @@ class ChunkKernels:
                     x.zero_() if start is None else x.copy_(start)
             return out, final, zfinal, Kept(None, None, None, None)
         sums = self._sums(a)
-        made = self._prepared(a, how, sums)
+        a, total = self.lifted(a, how)
+        made = self._prepared(a, how, sums, total)
         zstates = self._norms(a, made, None, how, a.zstart, zfinal)
         begin, last = a.start, final if how.segments == 1 else None
         if how.segments > 1:
             begin = self._starts(a, made, begin, final, None, how)
         y = torch.empty_like(out) if keep and self.table.seen == "y" else None
         states = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else None
-        grid = (n.sequences * n.lanes * how.segments * -(-n.value // how.bv),)
-        self.table.forward[grid](
-            *a.scaled.raw, made.q, made.b, made.pairs, made.total, sums, begin, zstates, out, y, last, states,
-            n.cu, n.first, n.tokens, how.segments, how.segment, n.lanes, a.scale, a.decay, a.over, a.shift,
-            how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1,
-            num_warps=how.warps, num_stages=how.stages,
+        self.run(
+            "forward", a, n.sequences * n.lanes * how.segments * -(-n.value // how.bv),
+            (made.q, made.b, made.pairs, made.total, sums, begin, zstates, out, y, last, states, n.cu, n.first),
+            (n.tokens, how.segments, how.segment, n.lanes, a.scale),
+            (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages, _NEAR,
+             how.bt.bit_length() - 1),
+            "scaled" if a.decay == 2 else "all", num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         seen = out if self.table.seen == "output" else y
         return out, final, zfinal, Kept(seen, sums, states, zstates) if keep else Kept(None, None, None, None)
@@ -111,29 +120,31 @@ class ChunkKernels:
                 (a.values, self.table.params[1], self.table.grads[1], given.values),
             )
         )  # fmt: skip
-        few = {"dtype": torch.float32, "device": a.c.device}
-        numbers = [torch.zeros(a.shape, **few) if asked else None for asked in given.numbers]  # type: ignore[call-overload]
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk)
+        few = {"dtype": torch.float32, "device": a.c.device}
+        lifted = self.table.lifted if any(given.scalars) else ()
+        make: Any = torch.empty if a.cu is None else torch.zeros  # no chunk may hold some tokens
+        shown = [n in lifted for n in self.table.lifted if n[0] == "s"] if self.table.lifted else given.numbers
+        numbers = [make(a.shape, **few) if asked else None for asked in shown]
         each = (blocks, *a.shape)  # what adds up over the key comes in shares
-        dlog = torch.zeros(each, **few) if a.log is not None and given.log else None  # type: ignore[call-overload]
-        dn = torch.zeros(each, **few) if a.n is not None and given.n else None  # type: ignore[call-overload]
+        dlog = make(each, **few) if given.log or "log" in lifted else None
+        dn = make(each, **few) if given.n or "n" in lifted else None
         dc = torch.empty(*a.shape, n.value, dtype=a.c.dtype, device=a.c.device)
         if not do.numel():
             for x, d in ((d_start, d_final), (d_zstart, d_zfinal)):
                 if x is not None:
                     x.zero_() if d is None else x.copy_(d)
-            shares = [None if x is None else x[0] for x in (dlog, dn)]
-            return [d_start, d_zstart, *shares, dc, *keys, *values, *numbers]
+            return [d_start, d_zstart, None, None, dc, *keys, *values, *([None] * (len(a.numbers) + len(a.scalars)))]
         do = do.contiguous()
-        grid = (n.chunks * n.lanes,)
-        made = self._prepared(a, how, kept.sums)
+        raw, (a, total) = a, self.lifted(a, how)
+        made = self._prepared(a, how, kept.sums, total)
         dw = None
         if self.table.norm:
             dw = torch.empty(a.shape, **few)  # type: ignore[call-overload]
-            self.table.normed[grid](
-                *a.raw, do, kept.seen, kept.sums, dw, n.cu, n.first, n.owner, n.tokens, n.lanes, n.value, how.bt,
-                how.bv,
+            self.run(
+                "normed", a, n.chunks * n.lanes, (do, kept.seen, kept.sums, dw, n.cu, n.first, n.owner),
+                (n.tokens, n.lanes), (n.value, how.bt, how.bv),
             )  # fmt: skip
         states = self.states(a, made, None, how.bt) if kept.states is None else kept.states
         back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, begin=d_final, end=d_start)
@@ -141,22 +152,52 @@ class ChunkKernels:
         costates = self.states(a, made, back, how.bt)
         zcostates = self._norms(a, made, back, how, d_zfinal, d_zstart)
         reached = [x for x, stored in zip(numbers, self.table.grads[2], strict=True) if stored]
-        self.table.gradients[(n.chunks * n.lanes * blocks,)](
-            *a.raw, made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs,
-            value.total, states, costates, kept.zstates, zcostates, *keys, *reached, dlog, dn, n.cu, n.first,
-            n.owner, n.tokens, n.batch * n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift, how.precision, n.key,
-            n.value, how.bt, bk, how.bv, how.stages, _NEAR, how.bt.bit_length() - 1, num_warps=how.warps,
-            num_stages=how.stages,
+        self.run(
+            "gradients", a, n.chunks * n.lanes * blocks,
+            (made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs, value.total,
+             states, costates, kept.zstates, zcostates, *keys, *reached, dlog, dn, n.cu, n.first, n.owner),
+            (n.tokens, n.batch * n.tokens, n.lanes, a.scale),
+            (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, _NEAR,
+             how.bt.bit_length() - 1),
+            num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         own = self.plan("values", a, how.bt)
-        self.table.values[(n.chunks * n.lanes * -(-n.value // own.bv),)](
-            *a.raw, made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, states if a.over else None,
-            costates, dc, *values, n.cu, n.first, n.owner, n.tokens, n.lanes, a.scale, a.decay, a.over, a.shift,
-            own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages, _NEAR,
-            own.bt.bit_length() - 1, num_warps=own.warps, num_stages=own.stages,
+        self.run(
+            "values", a, n.chunks * n.lanes * -(-n.value // own.bv),
+            (made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, states if a.over else None, costates, dc,
+             *values, n.cu, n.first, n.owner),
+            (n.tokens, n.lanes, a.scale),
+            (a.decay, a.over, a.shift, own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages,
+             _NEAR, own.bt.bit_length() - 1),
+            num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
+        if lifted:
+            found = {"log": dlog, "n": dn, **{f"s{k}": x for k, x in enumerate(numbers)}}
+            scalars = self._scalar_gradients(raw, how, [found[x] for x in lifted], blocks, given.scalars)
+            return [d_start, d_zstart, None, None, dc, *keys, *values, *([None] * len(numbers)), *scalars]
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
-        return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers]
+        return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers, *([None] * len(raw.scalars))]
+
+    def _scalar_gradients(
+        self, a: ChunkCall, how: SimpleNamespace, given: list[Tensor | None], blocks: int, wanted: tuple[Any, ...]
+    ) -> list[Tensor | None]:
+        """Gradients of what numbers a token are computed of, from theirs; of a param: each chunk's share."""
+        n = how.lanes
+        made: list[Tensor | None] = []
+        for (param, stored), x, asked in zip(self.table.scalars, a.scalars, wanted, strict=True):
+            if not stored or not asked:
+                made.append(None)
+            elif param:
+                made.append(torch.zeros(n.chunks, n.lanes, dtype=torch.float32, device=x.device))
+            else:
+                made.append(torch.empty(a.shape, dtype=x.dtype, device=x.device))
+        stored_ones = [x for x, (_, stored) in zip(made, self.table.scalars, strict=True) if stored]
+        self.run(
+            "numbers", a, n.chunks * -(-n.lanes // how.lane_block),
+            (*given, *stored_ones, n.cu, n.first, n.owner), (n.tokens, n.batch * n.tokens, n.lanes),
+            (blocks, n.key, n.value, how.bt, how.lane_block), "scalars", num_warps=4,
+        )  # fmt: skip
+        return made
 
     def states(self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0) -> Tensor:
         """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
@@ -180,12 +221,13 @@ class ChunkKernels:
         ends, starts = (torch.empty(*each, n.key, n.value, **few) for _ in range(2))
         widths = n.key if a.decay == 2 else 1, n.value if a.over else 0
         left = [torch.empty(*each, w, **few) if w else None for w in widths]
-        own = self.plan("states", a, how.bt)
+        own = SimpleNamespace(**vars(self.plan("states", a, how.bt)))
         own.segments, own.segment = how.segments, how.segment
         self._walk(a, made, None, ends, left, None, back, own)
         block = min(1024, _block(n.key * n.value))
-        self.table.join[(n.sequences * n.lanes * -(-n.key * n.value // block),)](
-            first, ends, *left, starts, last, how.segments, n.lanes, back is not None, a.decay, n.key, n.value, block,
+        self.run(
+            "join", a, n.sequences * n.lanes * -(-n.key * n.value // block), (first, ends, *left, starts, last),
+            (how.segments, n.lanes), (back is not None, a.decay, n.key, n.value, block), "none",
         )  # fmt: skip
         return starts
 
@@ -197,11 +239,13 @@ class ChunkKernels:
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
         given = back or SimpleNamespace(do=None, seen=None, sums=None, value=_NOTHING)
-        self.table.states[(n.sequences * n.lanes * how.segments * blocks,)](
-            *a.scaled.raw, made.q, made.b, made.total, given.sums, given.do, given.seen, given.value.q,
-            given.value.total, begin, end, *left, states, n.cu, n.first, n.tokens, how.segments, how.segment,
-            n.lanes, a.scale, back is not None, a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk,
-            how.bv, how.stages, num_warps=how.warps, num_stages=how.stages,
+        self.run(
+            "states", a, n.sequences * n.lanes * how.segments * blocks,
+            (made.q, made.b, made.total, given.sums, given.do, given.seen, given.value.q, given.value.total, begin, end,
+             *left, states, n.cu, n.first),
+            (n.tokens, how.segments, how.segment, n.lanes, a.scale),
+            (back is not None, a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages),
+            "scaled" if a.decay == 2 else "all", num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
 
     def _norms(
@@ -216,41 +260,38 @@ class ChunkKernels:
         shares, found = (
             torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=a.c.device) for _ in range(2)
         )
-        self.table.shares[(n.chunks * n.lanes,)](
-            *a.scaled.raw, made.q, made.b, made.total, None if back is None else back.dw, shares, n.cu, n.first,
-            n.owner, n.tokens, n.lanes, a.scale, back is not None, a.decay, a.shift, how.precision, n.key, how.bt,
-            how.bk,
+        self.run(
+            "shares", a, n.chunks * n.lanes,
+            (made.q, made.b, made.total, None if back is None else back.dw, shares, n.cu, n.first, n.owner),
+            (n.tokens, n.lanes, a.scale),
+            (back is not None, a.decay, a.shift, how.precision, n.key, how.bt, how.bk),
+            "scaled" if a.decay == 2 else "all",
         )  # fmt: skip
         block = min(how.bk, 32)
-        self.table.norms[(n.sequences * n.lanes * -(-n.key // block),)](
-            made.total, shares, first, found, last, n.cu, n.first, n.tokens, n.lanes, back is not None, a.decay,
-            how.precision, n.key, how.bt, block, 32,
+        self.run(
+            "norms", a, n.sequences * n.lanes * -(-n.key // block),
+            (made.total, shares, first, found, last, n.cu, n.first), (n.tokens, n.lanes),
+            (back is not None, a.decay, how.precision, n.key, how.bt, block, 32), "none",
         )  # fmt: skip
         return found
 
-    def _prepared(self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None) -> SimpleNamespace:
-        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K].
-        For one of a number a token: in place of the totals the sums of its logs, [chunks, G, 2, BT]."""
-        n = how.lanes
+    def _prepared(
+        self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None, total: Tensor | None
+    ) -> SimpleNamespace:
+        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K];
+        for others `total` alone."""
         if a.decay == 2:
-            return self._ready(self.table.prepare, a, how, n.key, sums)
-        if a.decay == 0:
-            return _NOTHING
-        total = torch.empty(n.chunks, n.lanes, 2, how.bt, dtype=torch.float32, device=a.c.device)
-        block = min(16, 1 << (n.lanes - 1).bit_length())
-        self.table.sums[(n.chunks * -(-n.lanes // block),)](
-            *a.raw, total, n.cu, n.first, n.owner, n.tokens, n.lanes, how.precision, how.bt, block, num_warps=4,
-        )  # fmt: skip
+            return self._ready("prepare", a, how, how.lanes.key, sums)
         return SimpleNamespace(q=None, b=None, pairs=None, total=total)
 
     def _prepared_value(self, a: ChunkCall, how: SimpleNamespace, back: SimpleNamespace) -> SimpleNamespace:
         """For a decay over the value the same of dy, c and P."""
         if not a.over:
             return _NOTHING
-        return self._ready(self.table.prepare_value, a, how, how.lanes.value, back.do, back.seen, back.sums)
+        return self._ready("prepare_value", a, how, how.lanes.value, back.do, back.seen, back.sums)
 
     def _ready(
-        self, kernel: Any, a: ChunkCall, how: SimpleNamespace, width: int, *given: Tensor | None
+        self, kernel: str, a: ChunkCall, how: SimpleNamespace, width: int, *given: Tensor | None
     ) -> SimpleNamespace:
         n = how.lanes
         device = a.c.device
@@ -261,9 +302,10 @@ class ChunkKernels:
             total=torch.empty(n.chunks, n.lanes, width, dtype=torch.float32, device=device),
         )
         own = self.plan("prepare", a, how.bt)
-        kernel[(n.chunks * n.lanes,)](
-            *a.raw, made.q, made.b, made.pairs, made.total, *given, n.cu, n.first, n.owner, n.tokens, n.lanes, a.shift,
-            how.precision, width, how.bt, min(_block(width), own.bks), _NEAR, how.bt.bit_length() - 1,
+        self.run(
+            kernel, a, n.chunks * n.lanes,
+            (made.q, made.b, made.pairs, made.total, *given, n.cu, n.first, n.owner), (n.tokens, n.lanes),
+            (a.shift, how.precision, width, how.bt, min(_block(width), own.bks), _NEAR, how.bt.bit_length() - 1),
             num_warps=own.warps,
         )  # fmt: skip
         return made
@@ -296,60 +338,16 @@ class ChunkKernels:
             return torch.zeros(n.chunks, n.lanes, x.shape[-1], dtype=torch.float32, device=x.device)
         return torch.empty(n.batch, n.tokens, n.lanes, x.shape[-1], dtype=x.dtype, device=x.device)
 
-    def plan(self, kernel: str, a: ChunkCall, bt: int = 0) -> SimpleNamespace:
-        """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
-        (batch, tokens, lanes), cu = a.shape, a.cu
-        key, value = next(k for k in a.keys if k is not None).shape[-1], a.c.shape[-1]
-        dtype = a.c.dtype
-        for k in self.table.operands:
-            own = a.keys[k]
-            dtype = dtype if own is None else torch.promote_types(dtype, own.dtype)
-        bk = _block(key)
-        sizes = self.table.tiles[kernel][2 if dtype == torch.bfloat16 else 4]
-        tokens_of, bv, bks, warps, stages = next(tile for largest, tile in sizes if bk <= largest)
-        bt = bt or tokens_of
-        bv = min(bv, _block(value))
-        sequences = batch if cu is None else cu.shape[0] - 1
-        chunks = batch * -(-tokens // bt) if cu is None else -(-tokens // bt) + sequences
-        first = owner = None
-        if cu is not None:
-            lengths = (cu[1:] - cu[:-1] + bt - 1) // bt
-            ends = lengths.cumsum(0)
-            first = ends - lengths
-            owner = torch.searchsorted(ends, torch.arange(chunks, device=cu.device), right=True)
-            owner = torch.where(owner < sequences, owner, -1)
-        wide = -(-value // bv) * (-(-key // bks) if kernel == "states" else 1)
-        segments, segment = self._split(a.c, sequences * lanes * wide, tokens, bt)
-        return SimpleNamespace(
-            lanes=Lanes(batch, tokens, lanes, key, value, sequences, chunks, cu, first, owner), bt=bt,
-            bk=bk, bks=bks, bv=bv, warps=warps, stages=stages, segments=segments, segment=segment,
-            precision=_PRECISION[dtype], operand=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
-        )  # fmt: skip
-
-    def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
-        """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise. Two programs a
-        processor run at once; one more than that would be a second wave of its own."""
-        processors = self.processors or _multiprocessors(like.device)
-        segments = 1
-        if 0 < programs < processors:
-            segments = min(2 * processors // programs, tokens // (8 * bt))
-        if segments < 3:
-            return 1, max(-(-tokens // bt), 1) * bt
-        each = -(-tokens // (segments * bt)) * bt
-        return -(-tokens // each), each
-
 
 class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, kernels: ChunkKernels, a: ChunkCall, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        starts = [None if x is None else x.float().contiguous() for x in tensors[:2]]
-        laid = [None if x is None else _laid(x) for x in tensors[2:]]
-        keep = any(ctx.needs_input_grad)
-        out, final, zfinal, kept = kernels.forward(a.of([*starts, *laid]), keep)
+        a = kernels.settled(a)
+        out, final, zfinal, kept = kernels.forward(a, True)
         ctx.kernels, ctx.plain = kernels, a.of([None] * len(tensors))
-        ctx.save_for_backward(*starts, *laid, *kept)
+        ctx.save_for_backward(*a.tensors, *kept)
         ctx.set_materialize_grads(False)
         return out, final, zfinal
 
@@ -365,8 +363,9 @@ class _ChunkScan(torch.autograd.Function):
         ends = [None if x is None else x.float().contiguous() for x in (d_final, d_zfinal)]
         wanted = ctx.needs_input_grad[2:]
         found = ctx.kernels.backward(a, kept, do, *ends, wanted)
-        params = (False,) * 5 + tuple(p for part in ctx.kernels.table.params for p in part)
-        params += (False,) * (len(found) - len(params))
+        table = ctx.kernels.table
+        params = (False,) * 5 + tuple(p for part in table.params for p in part)
+        params += (False,) * len(a.numbers) + tuple(param for param, _ in table.scalars if a.scalars)
         whole: list[Tensor | None] = []
         for at, (x, d, param) in enumerate(zip(tensors, found, params, strict=True)):
             if x is None or d is None or not wanted[at]:

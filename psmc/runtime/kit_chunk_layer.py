@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 
 from psmc.runtime.kit_bind import spread
-from psmc.runtime.kit_chunk_views import ChunkCall, _block, _laid, _near
+from psmc.runtime.kit_chunk_views import ChunkCall, _block, _near
 from psmc.runtime.kit_op import token_code
 
-_STEP_VALUES = 128  # columns of a state that a program moves on
+_STEP_VALUES = 64, 128  # columns of a state that a program moves on; where a normaliser moves with them, all: at most
+_STEP_EACH = 64  # numbers of them in a thread
 
 
 def fused_call(
-    call: Any, fused: Any, tokens: Any, params: Any, given: dict[str, Tensor],
-    starts: tuple[Tensor | None, Tensor | None], mask: Tensor | None, reset: Tensor | None, cu: Tensor | None,
+    call: Any, fused: Any, reads: tuple[Any, ...], starts: tuple[Tensor | None, Tensor | None], mask: Tensor | None,
+    reset: Tensor | None, cu: Tensor | None,
 ) -> ChunkCall:  # fmt: skip
-    """What the kernels of a fused layer are called with. given: what torch computes of it; starts: of S and z."""
+    """What the kernels of a fused layer are called with. reads: tokens, prefixes with and before them, params, sizes;
+    starts: of S and z."""
     lanes = prod(call.lanes)
+    tokens, at, before = reads[:3]
+    given = fused.given(*reads)
 
     def placed(x: Tensor, own: tuple[int, ...]) -> Tensor:
         """[B, T, lanes of its own, *own]; a single lane axis may be shorter than the call's."""
@@ -30,25 +34,29 @@ def fused_call(
         whole: Tensor = x.expand(*call.leading, *call.lanes, *own).reshape(*call.leading, lanes, *own)
         return whole
 
-    def found(name: str, kind: str, lag: int) -> Tensor:
+    def found(name: str, kind: str, lag: int, width: int = 1) -> Tensor:
+        """A tensor over the key or value (`width` 1) or a number a token (0)."""
         if kind == "param":
-            x = getattr(params, name)
-            whole: Tensor = x.expand(*call.lanes, x.shape[-1]).reshape(1, 1, lanes, x.shape[-1])
+            x = call.params[name]
+            own = x.shape[x.dim() - width :]
+            x = spread(x, x.dim() - width, call.lanes)
+            whole: Tensor = x.expand(*call.lanes, *own).reshape(1, 1, lanes, *own)
             return whole
+        if kind in ("at", "before"):
+            return placed(getattr(at if kind == "at" else before, name), ())
         x = given[name] if kind == "factor" else getattr(tokens, f"{name}_lag{lag}") if lag else call.inputs[name]
-        x = x.to(call.dtype) if (kind == "factor" or lag) and not name.startswith("log") else x
-        return placed(x, x.shape[-1:])
-
-    def number(name: str) -> Tensor | None:
-        x = given.get(name)
-        return None if x is None else x.expand(*call.leading, *call.lanes).reshape(*call.leading, lanes)
+        x = x.to(call.dtype) if (kind == "factor" or lag) and width and not name.startswith("log") else x
+        if kind == "factor" and not width:
+            x = x.expand(*call.leading, *call.lanes)
+        return placed(x, x.shape[x.dim() - width :])
 
     decay = fused.decay if reset is None else max(fused.decay, 1)
     code = None if mask is None and reset is None else token_code(mask, reset)
     return ChunkCall(
-        *starts, number("log"), number("n"), found(*fused.c), tuple(found(*k) for k in fused.keys),
-        tuple(found(*v) for v in fused.values), tuple(x for k in fused.numbers if (x := number(k)) is not None),
-        (*call.leading, lanes), fused.shift, fused.scale(call.n), code, cu, call.dtype, decay, fused.over,
+        *starts, None, None, found(*fused.c), tuple(found(*k) for k in fused.keys),
+        tuple(found(*v) for v in fused.values), (None,) * fused.numbers, (*call.leading, lanes), fused.shift,
+        fused.scale(call.n), code, cu, call.dtype, decay, fused.over,
+        tuple(found(name, kind, lag, 0) for name, kind, lag in fused.scalars),
     )  # fmt: skip
 
 
@@ -103,23 +111,47 @@ def chunk_steps(kernels: Any, states: list[Tensor]) -> bool:
     key, value = states[0].shape[2], states[0].shape[3]
     if not kernels.takes(key, value, states[0].device) or any(s.dtype != torch.float32 for s in states):
         return False
-    whole = len(states) == 1 or _block(value) <= _STEP_VALUES
+    whole = len(states) == 1 or _block(value) <= _STEP_VALUES[1]
     return whole and all(_near(s.shape[1:], s.stride()[1:]) for s in states)
+
+
+def step_states(layer: Any, state: Any) -> list[Tensor] | None:
+    """A layer's states as [rows, G, K, V]; None if they do not lie as they should."""
+    found = []
+    for name, order, vector in zip(layer.components, layer.orders, layer.vectors, strict=True):
+        s = state[name]
+        front = s.dim() - len(order)
+        if not s.is_contiguous():
+            return None
+        s = s.permute(*range(front), *(front + k for k in order))
+        s = s.unsqueeze(-1) if vector else s
+        found.append(s.flatten(1, -3) if s.dim() > 3 else s.unsqueeze(1))
+    return found
 
 
 def chunk_step(kernels: Any, a: ChunkCall, states: list[Tensor], slots: Tensor | None) -> Tensor:
     """One token by kernel: the output [B, 1, G, V] as S [rows, G, K, V] and z [rows, G, K, 1] move on in place, in the
     rows that `slots` [B] names."""
-    (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
-    bk, bv = _block(key), min(_block(value), _STEP_VALUES)
-    z = states[1] if len(states) > 1 else None
-    out = torch.empty(*a.shape, value, dtype=a.dtype, device=a.c.device)
-    a = a.of([None if x is None else _laid(x) for x in a.tensors])
-    kernels.table.step[(batch * lanes * -(-value // bv),)](
-        *a.raw, states[0], z, out, slots, *states[0].stride(), *((0, 0, 0) if z is None else z.stride()[:3]), lanes,
-        a.scale, a.decay, a.shift, key, value, bk, bv, num_warps=8 if bk * bv >= 16384 else 4 if bk * bv >= 4096 else 1,
-    )  # fmt: skip
+    out = torch.empty(*a.shape, states[0].shape[3], dtype=a.dtype, device=a.c.device)
+    launch, given = step_launch(kernels, kernels.settled(a), states, slots, out)
+    launch(*given)
     return out
+
+
+def step_launch(
+    kernels: Any, a: ChunkCall, states: list[Tensor], slots: Tensor | None, out: Tensor | None = None
+) -> tuple[Any, tuple[Any, ...]]:
+    """The step kernel's launch, and the tensors that it takes."""
+    (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
+    bk, bv = _block(key), min(_block(value), _STEP_VALUES[len(states) - 1])
+    z = states[1] if len(states) > 1 else None
+    out = torch.empty(0, dtype=a.dtype) if out is None else out
+    found: tuple[Any, tuple[Any, ...]] = kernels.launcher(
+        "step", a, batch * lanes * -(-value // bv), (states[0], z, out, slots, *a.scalars),
+        (*a.scalar_strides, *states[0].stride(), *((0, 0, 0) if z is None else z.stride()[:3]), lanes, a.scale),
+        (a.decay, a.shift, key, value, bk, bv), num_warps=min(max(bk * bv // (32 * _STEP_EACH), 1), 8),
+    )  # fmt: skip
+    return found
 
 
 def simple_layer(layer: Any, f: LayerFactors) -> bool:

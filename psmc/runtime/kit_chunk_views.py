@@ -27,12 +27,13 @@ class Lanes(NamedTuple):
 class ChunkCall(NamedTuple):
     """One call. keys: what q, b and a log over the key are made of, [B, T, G, K] each, or [1, 1, G, K] of a param; c
     [B, T, G, V]; values: what the readout and a log over the value read, likewise; numbers [B, T, G] for the readout;
-    log, n [B, T, G]; start [N, G, K, V] and zstart [N, G, K] in fp32. A tensor may have fewer lanes, each for several
-    of the G in turn.
+    log, n [B, T, G]; start [N, G, K, V] and zstart [N, G, K] in fp32; scalars [B, T, G], or [1, 1, G] of a param: what
+    kernels compute numbers, log and n of, which are left out then. A tensor may have fewer lanes, each for several of
+    the G in turn.
 
     shape: B, T, G; shift, scale: y_t = scale qᵀ S_(t - shift); code [B, T] int8: bit 0 a token counts, bit 1 the state
     is new before it; cu: N + 1 offsets of sequences in a batch of 1; dtype: of the output; decay: 0 none, 1 a number a
-    token, 2 over the key; over: over the value, too.
+    token, 2 over the key; over: over the value, too; layout: what all of this fixes, of kit_chunk_plan.
     """
 
     start: Tensor | None
@@ -42,7 +43,7 @@ class ChunkCall(NamedTuple):
     c: Tensor
     keys: tuple[Tensor | None, ...]
     values: tuple[Tensor | None, ...]
-    numbers: tuple[Tensor, ...]
+    numbers: tuple[Tensor | None, ...]
     shape: tuple[int, int, int]
     shift: int
     scale: float
@@ -51,19 +52,21 @@ class ChunkCall(NamedTuple):
     dtype: torch.dtype
     decay: int
     over: bool
+    scalars: tuple[Tensor, ...] = ()
+    layout: Any = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What a gradient may be wanted of, in order."""
-        return (*self[:5], *self.keys, *self.values, *self.numbers)
+        return (*self[:5], *self.keys, *self.values, *self.numbers, *self.scalars)
 
     def of(self, tensors: Any) -> ChunkCall:
         """The same call over other `tensors`."""
-        a, b = len(self.keys), len(self.values)
+        a, b, c = len(self.keys), len(self.values), len(self.numbers)
         rest = tuple(tensors[5:])
         return self._replace(
             start=tensors[0], zstart=tensors[1], log=tensors[2], n=tensors[3], c=tensors[4], keys=rest[:a],
-            values=rest[a : a + b], numbers=rest[a + b :],
+            values=rest[a : a + b], numbers=rest[a + b : a + b + c], scalars=rest[a + b + c :],
         )  # fmt: skip
 
     @property
@@ -72,17 +75,29 @@ class ChunkCall(NamedTuple):
         return self._replace(keys=(None,) * len(self.keys)) if self.decay == 2 else self
 
     @property
-    def raw(self) -> list[Any]:
-        """The arguments with which all kernels begin: pointers, then strides of tokens and lanes, lanes to one."""
-        placed = (*self.keys, self.c, *self.values, *self.numbers)
-        strides: list[int] = []
-        for x in (*placed, self.log, self.n):
+    def placed(self) -> tuple[Tensor | None, ...]:
+        """The tensors with which all kernels begin."""
+        return (*self.keys, self.c, *self.values, *self.numbers, self.log, self.n, self.code)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """What follows them: strides of tokens and lanes, and lanes to one, of each but the code."""
+        return self._strides(self.placed[:-1])
+
+    @property
+    def scalar_strides(self) -> tuple[int, ...]:
+        """The same of the scalars."""
+        return self._strides(self.scalars)
+
+    def _strides(self, tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+        found: list[int] = []
+        for x in tensors:
             if x is None:
-                strides += (0, 0, 1)
+                found += (0, 0, 1)
             else:  # of a param, tokens lie on top of each other
                 token = 0 if x.shape[:2] == (1, 1) else x.stride(1)
-                strides += (token, x.stride(2), self.shape[2] // x.shape[2])
-        return [*placed, self.log, self.n, self.code, *strides]
+                found += (token, x.stride(2), self.shape[2] // x.shape[2])
+        return tuple(found)
 
 
 class Kept(NamedTuple):
@@ -95,12 +110,22 @@ class Kept(NamedTuple):
     zstates: Tensor | None
 
 
-def _laid(x: Tensor) -> Tensor:
-    """A tensor [B, T, G, ...] as the kernels read it: rows (b, t) evenly spaced, vectors contiguous, and nothing of a
-    chunk of tokens further than 32 bits reach (where an axis of lanes lies outside of time, it may be)."""
+def _settled(at: int, x: Tensor) -> bool:
+    """Whether the kernels read the tensor at this place as it lies: a start in fp32 and contiguous; of others rows
+    (b, t) evenly spaced, vectors contiguous, and nothing of a chunk of tokens further than 32 bits reach (where an axis
+    of lanes lies outside of time, it may be)."""
+    if at < 2:
+        return x.dtype == torch.float32 and x.is_contiguous()
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     solid = x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1
-    return x if even and solid and _near((64, *x.shape[2:]), x.stride()[1:]) else x.contiguous()
+    return even and solid and _near((64, *x.shape[2:]), x.stride()[1:])
+
+
+def _laid(at: int, x: Tensor | None) -> Tensor | None:
+    """The tensor, or one of the same values that is settled."""
+    if x is None or _settled(at, x):
+        return x
+    return (x.float() if at < 2 else x).contiguous()
 
 
 def _near(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

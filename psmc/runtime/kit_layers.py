@@ -13,7 +13,7 @@ from torch import Tensor
 
 from psmc.runtime.kit_bind import Call, Spec
 from psmc.runtime.kit_chunk import Factors, chunk_scan
-from psmc.runtime.kit_chunk_layer import fused_call
+from psmc.runtime.kit_chunk_layer import fused_call, step_states
 from psmc.runtime.kit_halves import Step
 from psmc.runtime.kit_layer import fill_masked
 from psmc.runtime.kit_run import Rules, Tokens, as_output, as_state, prepared
@@ -32,15 +32,16 @@ class Reads(NamedTuple):
 class FusedLayer(NamedTuple):
     """What the kernels compute of a layer and its readout themselves.
 
-    keys, c, values: (name, 'input' | 'param' | 'factor', lag) of the tensors that they read; given(x, s, prev, p, n):
-    the factors among them, and numbers a token [..., *lanes]: log, n, and `numbers`, which the readout reads. decay,
-    over: as in ChunkCall. output: what the kernels give, in full.
+    keys, c, values, scalars: (name, 'input' | 'param' | 'at' | 'before' | 'factor', lag) of the tensors that they read;
+    given(x, s, prev, p, n): the factors among them; numbers: how many numbers a token the readout reads. decay, over:
+    as in ChunkCall. output: what the kernels give, in full.
     """
 
     keys: tuple[tuple[str, str, int], ...]
     c: tuple[str, str, int]
     values: tuple[tuple[str, str, int], ...]
-    numbers: tuple[str, ...]
+    scalars: tuple[tuple[str, str, int], ...]
+    numbers: int
     given: Callable[..., Values]
     scale: Callable[..., float]
     shift: int
@@ -130,26 +131,17 @@ def step_layers(spec: Spec, rules: Rules, call: Call, state: Values, slots: Tens
         return None
     if not all(isinstance(x, Scanned) for x in scanned):
         return None
-    states = []
-    for name, order, vector in zip(layer.components, layer.orders, layer.vectors, strict=True):
-        s = state[name]
-        front = s.dim() - len(order)
-        if not s.is_contiguous():
-            return None
-        s = s.permute(*range(front), *(front + k for k in order))
-        s = s.unsqueeze(-1) if vector else s
-        states.append(s.flatten(1, -3) if s.dim() > 3 else s.unsqueeze(1))
-    if not rules.matrices.steps(states):
+    states = step_states(layer, state)
+    if states is None or not rules.matrices.steps(states):
         return None
     prefixes = small_steps(call, scanned, state, slots)
     if prefixes is None:
         return None
     now = replace(call, inputs={k: x.unsqueeze(1) for k, x in call.inputs.items()}, leading=(*call.leading, 1))
     x, p = prepared(spec, now, {}, True)
-    tokens, params = Tokens(x), SimpleNamespace(**p)
+    reads = Tokens(x), *prefixes, SimpleNamespace(**p), call.n
     fused = layer.fused
-    given = fused.given(tokens, *prefixes, params, call.n)
-    a = fused_call(now, fused, tokens, params, given, (None, None), None, None, None)
+    a = fused_call(now, fused, reads, (None, None), None, None, None)
     out = rules.matrices.step(a, states, slots)
     y = out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)
     return {fused.output: as_output(y, spec.outputs[0], now, now.leading).squeeze(1)}
@@ -176,10 +168,9 @@ def _fused(
     if given.initial is not None:
         begin = _matrix_start(call, layer, ordered, widths, given, prod(call.lanes), dtype)
     parts = (None, None) if begin is None else (begin[..., : widths[0]], begin[..., -1] if len(widths) > 1 else None)
-    tokens, params = reads[0], reads[3]
     flags = given.mask, given.reset, given.cu_seqlens
     fused = layer.fused
-    out, state, z = kernels.call(fused_call(call, fused, tokens, params, fused.given(*reads), parts, *flags))
+    out, state, z = kernels.call(fused_call(call, fused, reads, parts, *flags))
     states = [state] if z is None else [state, z.unsqueeze(-1)]
     final = _matrix_states(call, layer, ordered, states)
     return {fused.output: out.unflatten(2, call.lanes) if call.lanes else out.squeeze(2)}, final
