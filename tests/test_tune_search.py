@@ -97,7 +97,7 @@ else:
     def test_matrices(tmp_path: Path) -> None:
         """Kernels that disagree about the tokens of a chunk give wrong gradients; that all change is right."""
         tile, other = (16, 16, 16, 1, 1), (32, 16, 16, 1, 1)
-        kernels = ("forward", "states", "gradients", "prepare")
+        kernels = ("forward", "states", "gradients", "values", "prepare")
         given = [
             Candidate("gradients", (Row("gradients", 4, 64, tile),)),
             Candidate("gradients", (Row("gradients", 4, 64, other),)),
