@@ -2,9 +2,9 @@
 
     python benchmarks/pointwise_tiles.py --out benchmarks/results/pointwise_tiles.json [--only logsumexp]
 
-The kernels alone, without autograd: forward as in inference, backward from saved states. A tile is rows a chunk,
-chunks, lanes, warps, stages, lanes a load; the first of a group is the one that is shipped, and "best" says which of
-those that are right took the least time. Checks run a dozen at once, in processes of their own; times one by one.
+The kernels alone, without autograd: forward as in inference, backward from saved states. A tile is rows, lanes, warps,
+stages; the first of a group is the one that is shipped, and "best" says which of those that are right took the least
+time. Checks run a dozen at once, in processes of their own; times one by one.
 Without a GPU: --smoke under TRITON_INTERPRET=1.
 """
 
@@ -30,7 +30,7 @@ from benchmarks import measure  # noqa: E402
 from benchmarks.jobs import Cell, Group, Results, serve  # noqa: E402
 from benchmarks.measure import EXAMPLES, Row, median_ms, options, relative  # noqa: E402
 
-Tile = tuple[int, int, int, int, int, int]
+Tile = tuple[int, int, int, int]
 SHAPE, SMALL, TINY = (8, 8192, 2048), (8, 1024, 2048), (1, 9, 32)
 WAYS = {"fwd": "forward", "bwd": "backward"}
 GROUPS = (("linear_recurrence", "bfloat16", "fwd"), ("linear_recurrence", "bfloat16", "bwd"),
@@ -50,19 +50,14 @@ def shipped(spec: str, dtype: str, way: str) -> Tile:
 
 
 def candidates(spec: str, dtype: str, way: str) -> list[Tile]:
-    """The shipped tile, and those around: a thread holds one or two chunks of `vector` lanes, three stages fit."""
+    """The shipped tile, and those around: a thread has 1 to 4 lanes, 8 to 96 KiB are in flight."""
     size = 2 if dtype == "bfloat16" else 4
-    streams = {"fwd": 2, "bwd": 4}[way] if spec == "linear_recurrence" else {"fwd": 1, "bwd": 3}[way]
-    vectors = (4, 8) if size == 2 else (2, 4)
+    streams = {"fwd": 2, "bwd": 3}[way] if spec == "linear_recurrence" else {"fwd": 1, "bwd": 2}[way]
     found = [shipped(spec, dtype, way)]
-    for rows, chunks, lanes, vector, held in product((2, 4, 8), (4, 8, 16), (32, 64), vectors, (1, 2)):
-        threads = chunks * lanes // vector // held
-        bytes_ = rows * chunks * lanes * size * streams * 3
-        if threads % 32 or threads // 32 not in (1, 2, 4, 8) or rows * vector * held > 64 or bytes_ > 2**17:
-            continue
-        if rows * chunks not in (32, 64):
-            continue
-        found.append((rows, chunks, lanes, threads // 32, 3, vector))
+    for rows, lanes, warps, stages in product((8, 16, 32), (64, 128, 256), (1, 2, 4), (3, 4, 6, 8)):
+        held, flight = lanes // (32 * warps), (stages - 1) * rows * lanes * size * streams
+        if held in (1, 2, 4) and 2**13 <= flight <= 3 * 2**15 and (way == "fwd" or rows == kernels(spec).table.every):
+            found.append((rows, lanes, warps, stages))
     return list(dict.fromkeys(found))
 
 
@@ -112,19 +107,19 @@ def prepared(spec: str, dtype: str, shape: tuple[int, int, int]) -> tuple[Any, .
     grads = [cotangent(y) for y in outputs]
     ends = [torch.zeros_like(f) for f in finals]
     right = exact(spec, x, grads[0]) if shape != SHAPE else None
-    return x, outputs, saved, grads, ends, right
+    return x, saved, grads, ends, right
 
 
 def handle(cell: Cell) -> Iterator[Row]:
     spec, dtype, way, tile, shape = cell["spec"], cell["dtype"], cell["way"], tuple(cell["tile"]), tuple(cell["shape"])
-    x, outputs, saved, grads, ends, right = prepared(spec, dtype, shape)
+    x, saved, grads, ends, right = prepared(spec, dtype, shape)
     k = kernels(spec)
     k.table.tiles = {**k.table.tiles, WAYS[way]: {4: tile, 2: tile}}  # another dict: plans are kept by its contents
 
     def run() -> list[Tensor]:
         if way == "fwd":
             return list(k.scan_forward(x, [], None, None, None, False)[0])
-        return list(k.scan_backward(grads, ends, x, [], None, outputs, saved, None, None)[0])
+        return list(k.scan_backward(grads, ends, x, [], None, saved, None, None)[0])
 
     row = row_of(cell)
     if cell["check"]:

@@ -53,8 +53,8 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
  2043  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
  2106  One checked call in PyTorch: lift, the scan of the plan, readout
  2286  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2557  The public face of a compiled aggregator: a parallel call, a step, states
- 2787  the spec's border
+ 2556  The public face of a compiled aggregator: a parallel call, a step, states
+ 2786  the spec's border
 """
 
 from __future__ import annotations
@@ -2409,8 +2409,8 @@ class Operator:
         inputs, params, initial, mask, reset, cu_seqlens = given
         count = len(self.spec.outputs)
         found = self.kernels.scan_backward(
-            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            grads[:count], grads[count:], inputs, params, initial or None, results[count + len(self.live) :],
+            token_code(mask, reset), cu_seqlens,
         )  # fmt: skip
         parts = zip(found, (inputs, params, initial), strict=True)
         return [g for part, like in parts for g in (part or [None] * len(like))]
@@ -2436,9 +2436,8 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
-            flagged = given.mask is not None or given.reset is not None
-            saved = self.kernels.saved_components(call.dtype, flagged)
-            results += [empty(call.leading, slots[k]) for k in saved]
+            for name in self.kernels.saved_components():
+                results.append(empty((self.kernels.saved_rows(math.prod(call.leading), rows),), slots[name]))
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -2788,7 +2787,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='attention_combine',
-    digest='5b25b8f8d6f5a013',
+    digest='8394c327366d89c1',
     inputs=(Slot('x', ('N', 'D')),),
     params=(Slot('query', ('D', 'D')), Slot('key', ('D', 'D')), Slot('value', ('D', 'D')),),
     components=(Slot('h', ('N', 'D')),),

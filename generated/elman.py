@@ -27,21 +27,22 @@ Plan: left. 'order: left': the fold from the left is the meaning.
 Written by psmc; regenerate with: psmc compile elman.psm
 The runtime holds what this spec needs of it. Needs torch; nothing else.
 
-   61  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
-   88  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
-  406  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
-  568  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
-  800  The border, continued: states, flags and packing
-  922  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
-  998  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1061  One checked call in PyTorch: lift, the scan of the plan, readout
- 1191  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+   62  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+   89  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+  407  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+  569  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+  801  The border, continued: states, flags and packing
+  923  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+  999  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1062  One checked call in PyTorch: lift, the scan of the plan, readout
+ 1192  The scan as an operator of torch: one graph node for torch.compile, with its own backward
  1460  The public face of a compiled aggregator: a parallel call, a step, states
  1665  the spec's border
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -1312,8 +1313,8 @@ class Operator:
         inputs, params, initial, mask, reset, cu_seqlens = given
         count = len(self.spec.outputs)
         found = self.kernels.scan_backward(
-            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            grads[:count], grads[count:], inputs, params, initial or None, results[count + len(self.live) :],
+            token_code(mask, reset), cu_seqlens,
         )  # fmt: skip
         parts = zip(found, (inputs, params, initial), strict=True)
         return [g for part, like in parts for g in (part or [None] * len(like))]
@@ -1339,9 +1340,8 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
-            flagged = given.mask is not None or given.reset is not None
-            saved = self.kernels.saved_components(call.dtype, flagged)
-            results += [empty(call.leading, slots[k]) for k in saved]
+            for name in self.kernels.saved_components():
+                results.append(empty((self.kernels.saved_rows(math.prod(call.leading), rows),), slots[name]))
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -1666,7 +1666,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='elman',
-    digest='3e2628d38a1fec83',
+    digest='d8171eb8e4408ec2',
     inputs=(Slot('x', ('H',)),),
     params=(Slot('W', ('H', 'H')),),
     components=(Slot('h', ('H',)),),

@@ -37,10 +37,10 @@ The runtime holds what this spec needs of it. Needs torch; nothing else.
  1630  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
  1818  Matrix states a chunk of tokens at a time, as batched matrix products
  1970  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2239  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
- 2321  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 2571  The public face of a compiled aggregator: a parallel call, a step, states
- 2776  the spec's border
+ 2238  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 2320  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 2570  The public face of a compiled aggregator: a parallel call, a step, states
+ 2775  the spec's border
 """
 
 from __future__ import annotations
@@ -2091,8 +2091,8 @@ class Operator:
         inputs, params, initial, mask, reset, cu_seqlens = given
         count = len(self.spec.outputs)
         found = self.kernels.scan_backward(
-            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            grads[:count], grads[count:], inputs, params, initial or None, results[count + len(self.live) :],
+            token_code(mask, reset), cu_seqlens,
         )  # fmt: skip
         parts = zip(found, (inputs, params, initial), strict=True)
         return [g for part, like in parts for g in (part or [None] * len(like))]
@@ -2118,9 +2118,8 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
-            flagged = given.mask is not None or given.reset is not None
-            saved = self.kernels.saved_components(call.dtype, flagged)
-            results += [empty(call.leading, slots[k]) for k in saved]
+            for name in self.kernels.saved_components():
+                results.append(empty((self.kernels.saved_rows(math.prod(call.leading), rows),), slots[name]))
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -2777,7 +2776,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gated_deltanet_recurrence',
-    digest='eae1a21617f86076',
+    digest='8176e2f98b433a58',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('beta', within=(0.0, 1.0, '[]')), Slot('g', within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('A', ('K', 'K')), Slot('S', ('K', 'V')),),

@@ -48,11 +48,11 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
  3480  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
  3628  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
  3992  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4261  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
- 4361  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 4640  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
- 4791  The public face of a compiled aggregator: a parallel call, a step, states
- 5021  the spec's border
+ 4260  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 4360  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 4639  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
+ 4790  The public face of a compiled aggregator: a parallel call, a step, states
+ 5020  the spec's border
 """
 
 from __future__ import annotations
@@ -4113,8 +4113,8 @@ class Operator:
         inputs, params, initial, mask, reset, cu_seqlens = given
         count = len(self.spec.outputs)
         found = self.kernels.scan_backward(
-            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            grads[:count], grads[count:], inputs, params, initial or None, results[count + len(self.live) :],
+            token_code(mask, reset), cu_seqlens,
         )  # fmt: skip
         parts = zip(found, (inputs, params, initial), strict=True)
         return [g for part, like in parts for g in (part or [None] * len(like))]
@@ -4140,9 +4140,8 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
-            flagged = given.mask is not None or given.reset is not None
-            saved = self.kernels.saved_components(call.dtype, flagged)
-            results += [empty(call.leading, slots[k]) for k in saved]
+            for name in self.kernels.saved_components():
+                results.append(empty((self.kernels.saved_rows(math.prod(call.leading), rows),), slots[name]))
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -5022,7 +5021,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='e716022763f0e160',
+    digest='0280e9aefdf95456',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

@@ -30,20 +30,20 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    69  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
    98  kernels: a pointwise scan
- 1008  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
- 1132  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1275  One token at a time by the step kernel: what its shapes fix is worked out once
- 1403  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1789  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2068  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2225  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2457  The border, continued: states, flags and packing
- 2579  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2655  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2718  One checked call in PyTorch: lift, the scan of the plan, readout
- 2848  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3117  The public face of a compiled aggregator: a parallel call, a step, states
- 3322  the spec's border
+ 1055  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
+ 1179  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 1322  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1450  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1849  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2128  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2285  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2517  The border, continued: states, flags and packing
+ 2639  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2715  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2778  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2908  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3176  The public face of a compiled aggregator: a parallel call, a step, states
+ 3381  the spec's border
 """
 
 from __future__ import annotations
@@ -97,15 +97,13 @@ def identity(n, like):
 
 # --- kernels: a pointwise scan. Tensors lie as [B, T, C], C the lanes (all lane axes and dims, flattened).
 #
-# A program has BC lanes of one sequence (or of one of its S segments of SEG tokens) and walks over tiles of W * R tokens,
-# [W, R, BC]: W chunks of R tokens, each in one thread's registers. Lift the tokens, scan each chunk, scan the chunks'
-# products behind what is carried, bring what is before each chunk into it, read out.
+# A program has BC lanes of one sequence (or of one of its S segments of SEG tokens) and walks over its tokens, a token
+# of a lane in one thread, R tokens of each tensor loaded at a time and NS such loads ahead.
 #   bos, eos    a sequence's first token and the one past its last, as rows of the packed batch
-#   C = CV * V  V lanes are loaded at once, and C is known to be a multiple of V
 #   Q, D        lane c of a tensor that has fewer lanes is its (c // Q) * D + c % D
 #   kind        int8 [B, T]: 0 the token is skipped, 1 it joins what is before, 3 nothing counts before it, 2 the same
 #               and it is skipped; None: all count
-# Least traffic: every input and output once, and for a backward the states once more.
+# Least traffic: every input and output once; for the backward, a state of every K tokens is written and read, too.
 
 
 
@@ -124,8 +122,24 @@ def jit(fn=None, **options):
 
 
 @jit
+def tile_load(p, m):
+    if m is None:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=m, other=0)
+
+
+if triton is not None:  # not in Triton's interpreter, and not on other GPUs
+    NATIVE = tl.constexpr(isinstance(tile_load, triton.JITFunction) and torch.version.hip is None)
+
+@jit
 def lane_exp(x):
-    return tl.exp2(x * 1.4426950408889634)
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x * 1.4426950408889634)
 
 
 @jit
@@ -166,6 +180,39 @@ def lane_lift(u_re, u_im, nu, theta, gamma):
 
 
 @jit
+def lane_step(u_re, u_im, nu, theta, gamma, prev_h_re, prev_h_im):
+    exp_nu = lane_exp(-lane_exp(nu))
+    exp_theta = lane_exp(theta)
+    t1 = exp_nu * lane_cos(exp_theta)
+    t2 = exp_nu * lane_sin(exp_theta)
+    exp_gamma = lane_exp(gamma)
+    h_re = t1 * prev_h_re - t2 * prev_h_im + exp_gamma * u_re
+    h_im = t1 * prev_h_im + t2 * prev_h_re + exp_gamma * u_im
+    return h_re, h_im
+
+
+@jit
+def lane_readout(s_h_re, s_h_im):
+    y_re = s_h_re
+    y_im = s_h_im
+    return y_re, y_im
+
+
+@jit
+def lane_fold(u_re, u_im, nu, theta, gamma, l_a_re, l_a_im, l_h_re, l_h_im):
+    exp_nu = lane_exp(-lane_exp(nu))
+    exp_theta = lane_exp(theta)
+    t1 = exp_nu * lane_cos(exp_theta)
+    t2 = exp_nu * lane_sin(exp_theta)
+    a_re = l_a_re * t1 - l_a_im * t2
+    a_im = l_a_re * t2 + l_a_im * t1
+    exp_gamma = lane_exp(gamma)
+    h_re = t1 * l_h_re - t2 * l_h_im + exp_gamma * u_re
+    h_im = t1 * l_h_im + t2 * l_h_re + exp_gamma * u_im
+    return a_re, a_im, h_re, h_im
+
+
+@jit
 def lane_combine(l_a_re, l_a_im, l_h_re, l_h_im, r_a_re, r_a_im, r_h_re, r_h_im):
     a_re = l_a_re * r_a_re - l_a_im * r_a_im
     a_im = l_a_re * r_a_im + l_a_im * r_a_re
@@ -182,13 +229,6 @@ def lane_advance(l_h_re, l_h_im, r_a_re, r_a_im, r_h_re, r_h_im):
 
 
 @jit
-def lane_readout(s_h_re, s_h_im):
-    y_re = s_h_re
-    y_im = s_h_im
-    return y_re, y_im
-
-
-@jit
 def lane_direct(d_y_re, d_y_im):
     adj_h_re = d_y_re
     adj_h_im = d_y_im
@@ -196,13 +236,37 @@ def lane_direct(d_y_re, d_y_im):
 
 
 @jit
-def lane_transition(nu, theta):
+def lane_back(u_re, u_im, nu, theta, gamma, prev_h_re, prev_h_im, grad_h_re, grad_h_im):
+    exp_nu = lane_exp(nu)
+    exp_nu_ = lane_exp(-exp_nu)
+    exp_theta = lane_exp(theta)
+    sin_theta = lane_sin(exp_theta)
+    t1 = exp_nu_ * sin_theta
+    cos_theta = lane_cos(exp_theta)
+    t2 = exp_nu_ * cos_theta
+    adj_h_re = grad_h_im * t1 + grad_h_re * t2
+    adj_h_im = grad_h_im * t2 - grad_h_re * t1
+    exp_gamma = lane_exp(gamma)
+    g_u_re = grad_h_re * exp_gamma
+    g_u_im = grad_h_im * exp_gamma
+    t3 = grad_h_im * prev_h_re - grad_h_re * prev_h_im
+    t4 = grad_h_im * prev_h_im + grad_h_re * prev_h_re
+    g_nu = -((t3 * sin_theta + t4 * cos_theta) * exp_nu_ * exp_nu)
+    g_theta = (t3 * exp_nu_ * cos_theta - t4 * exp_nu_ * sin_theta) * exp_theta
+    g_gamma = (grad_h_im * u_im + grad_h_re * u_re) * exp_gamma
+    return adj_h_re, adj_h_im, g_u_re, g_u_im, g_nu, g_theta, g_gamma
+
+
+@jit
+def lane_entry(nu, theta, d_y_re, d_y_im):
     exp_nu = lane_exp(-lane_exp(nu))
     exp_theta = lane_exp(theta)
     J_h_re_h_re = exp_nu * lane_cos(exp_theta)
     J_h_re_h_im = exp_nu * lane_sin(exp_theta)
     J_h_im_h_re = -J_h_re_h_im
-    return J_h_re_h_re, J_h_re_h_im, J_h_im_h_re, J_h_re_h_re
+    adj_h_re = d_y_im * J_h_re_h_im + d_y_re * J_h_re_h_re
+    adj_h_im = d_y_im * J_h_re_h_re - d_y_re * J_h_re_h_im
+    return J_h_re_h_re, J_h_re_h_im, J_h_im_h_re, J_h_re_h_re, adj_h_re, adj_h_im
 
 
 @jit
@@ -224,21 +288,27 @@ def lane_pull(l_adj_h_re, l_adj_h_im, r_J_h_re_h_re, r_J_h_re_h_im, r_J_h_im_h_r
 
 
 @jit
-def lane_gradient(u_re, u_im, nu, theta, gamma, prev_h_re, prev_h_im, grad_h_re, grad_h_im):
-    exp_gamma = lane_exp(gamma)
-    g_u_re = grad_h_re * exp_gamma
-    g_u_im = grad_h_im * exp_gamma
-    t1 = grad_h_im * prev_h_re - grad_h_re * prev_h_im
-    exp_theta = lane_exp(theta)
-    sin_theta = lane_sin(exp_theta)
-    t2 = grad_h_im * prev_h_im + grad_h_re * prev_h_re
-    cos_theta = lane_cos(exp_theta)
-    exp_nu = lane_exp(nu)
-    exp_nu_ = lane_exp(-exp_nu)
-    g_nu = -((t1 * sin_theta + t2 * cos_theta) * exp_nu_ * exp_nu)
-    g_theta = (t1 * exp_nu_ * cos_theta - t2 * exp_nu_ * sin_theta) * exp_theta
-    g_gamma = (grad_h_im * u_im + grad_h_re * u_re) * exp_gamma
-    return g_u_re, g_u_im, g_nu, g_theta, g_gamma
+def token_state(b_u_re, b_u_im, b_nu, b_theta, b_gamma, h_h_re, h_h_im, kind, alone, BC: tl.constexpr):
+    """v_* before a token and s_* after it. h_* is what stands there, but counts for nothing where kind is 2 or 3, or
+    the token is `alone`: then the state after it is its lifted element."""
+    v_h_re = h_h_re
+    if kind is not None:
+        v_h_re = tl.where(kind >= 2, tl.full([BC], 0.0, tl.float32), h_h_re)
+    v_h_im = h_h_im
+    if kind is not None:
+        v_h_im = tl.where(kind >= 2, tl.full([BC], 0.0, tl.float32), h_h_im)
+    s_h_re, s_h_im = lane_step(b_u_re, b_u_im, b_nu, b_theta, b_gamma, v_h_re, v_h_im)
+    e_a_re, e_a_im, e_h_re, e_h_im = lane_lift(b_u_re, b_u_im, b_nu, b_theta, b_gamma)
+    if kind is not None:
+        s_h_re = tl.where(kind == 3, e_h_re, s_h_re)
+        s_h_im = tl.where(kind == 3, e_h_im, s_h_im)
+    elif alone is not None:
+        s_h_re = tl.where(alone, e_h_re, s_h_re)
+        s_h_im = tl.where(alone, e_h_im, s_h_im)
+    if kind is not None:
+        s_h_re = tl.where((kind & 1) != 0, s_h_re, v_h_re)
+        s_h_im = tl.where((kind & 1) != 0, s_h_im, v_h_im)
+    return v_h_re, v_h_im, s_h_re, s_h_im
 
 
 @jit
@@ -272,21 +342,8 @@ def tile_pick(x, chosen, axis: tl.constexpr):
 
 
 @jit
-def tile_load(p, m):
-    if m is None:
-        return tl.load(p)
-    else:
-        return tl.load(p, mask=m, other=0)
-
-
-@jit
-def tile_store(p, value, m):
-    tl.store(p, value, mask=m)
-
-
-@jit
 def lane_index(c, Q: tl.constexpr, D: tl.constexpr):
-    """Where lane c lies in a tensor that has fewer lanes; of c = C, how many it has."""
+    """Where lane c lies in a tensor that has fewer lanes."""
     if Q == 1:
         return c
     return c // Q * D + c % D
@@ -327,256 +384,210 @@ def kind_kernel(p_code, p_kind, p_cu, T, PACKED, JOINED: tl.constexpr, BT: tl.co
         before = tl.sum(tl.where(t == BT - 1, count, 0), 0)
 
 
-@jit
-def forward_tile(
-    p_u, p_out_y, p_saved_h,
-    p_kind, row, left, C, i_c, joined, h_h_re, h_h_im, b_nu, b_theta, b_gamma,
-    Q_u: tl.constexpr, D_u: tl.constexpr,
-    Q_nu: tl.constexpr, D_nu: tl.constexpr,
-    Q_theta: tl.constexpr, D_theta: tl.constexpr,
-    Q_gamma: tl.constexpr, D_gamma: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
-):
-    """One tile from token `row` on, of which `left` are there (all, if WHOLE; and all lanes, if EVEN): prefixes s_* of the
-    lifted tokens e_* behind h_*, which counts if `joined`, and the outputs y_*. Returns h_* for the next tile."""
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
-    m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_u, k_u = lane_index(C, Q_u, D_u), lane_index(o_c, Q_u, D_u)
-    oc_u = t * C_u + k_u[:, None, :]
-    inside = t < left
-    m = None
-    if not EVEN:
-        m = m_c[:, None, :]
-    if not WHOLE:
-        m = inside & m_c[:, None, :]
-    b_u_re = tile_load(p_u + 2 * (row * C_u + oc_u), m).to(tl.float32)
-    b_u_im = tile_load(p_u + 2 * (row * C_u + oc_u) + 1, m).to(tl.float32)
-    e_a_re, e_a_im, e_h_re, e_h_im = lane_lift(b_u_re, b_u_im, b_nu, b_theta, b_gamma)
-    e_a_re = tl.broadcast_to(e_a_re, [W, R, BC])
-    e_a_im = tl.broadcast_to(e_a_im, [W, R, BC])
-    if p_kind is not None:
-        kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
-        e_h_re = tl.where(kind == 2, 0.0, e_h_re)
-        e_h_im = tl.where(kind == 2, 0.0, e_h_im)
-        kind = tl.broadcast_to(kind, [W, R, BC])
-    if p_kind is not None:
-        inner_kind, g_a_re, g_a_im, g_h_re, g_h_im = tl.associative_scan((kind, e_a_re, e_a_im, e_h_re, e_h_im), 1, lane_flagged)
-        outer_kind = tile_pick(inner_kind, r == R - 1, 1)
-    else:
-        (g_a_re, g_a_im, g_h_re, g_h_im,) = tl.associative_scan((e_a_re, e_a_im, e_h_re, e_h_im,), 1, lane_combine)
-    c_a_re = tile_pick(g_a_re, r == R - 1, 1)  # [W, BC]
-    c_a_im = tile_pick(g_a_im, r == R - 1, 1)  # [W, BC]
-    c_h_re = tile_pick(g_h_re, r == R - 1, 1)  # [W, BC]
-    c_h_im = tile_pick(g_h_im, r == R - 1, 1)  # [W, BC]
-    f_h_re, f_h_im = lane_advance(h_h_re, h_h_im, c_a_re, c_a_im, c_h_re, c_h_im)
-    if p_kind is not None:
-        f_h_re = tl.where(outer_kind == 0, h_h_re, tl.where(outer_kind == 1, f_h_re, c_h_re))
-        c_h_re = tl.where(w == 0, f_h_re, c_h_re)
-        f_h_im = tl.where(outer_kind == 0, h_h_im, tl.where(outer_kind == 1, f_h_im, c_h_im))
-        c_h_im = tl.where(w == 0, f_h_im, c_h_im)
-        outer_kind = tl.where(w == 0, 3, outer_kind)
-        outer_kind, c_a_re, c_a_im, c_h_re, c_h_im = tl.associative_scan((outer_kind, c_a_re, c_a_im, c_h_re, c_h_im), 0, lane_flagged)
-    else:
-        c_h_re = tl.where((w == 0) & joined, f_h_re, c_h_re)
-        c_h_im = tl.where((w == 0) & joined, f_h_im, c_h_im)
-        (c_a_re, c_a_im, c_h_re, c_h_im,) = tl.associative_scan((c_a_re, c_a_im, c_h_re, c_h_im,), 0, lane_combine)
-    q_h_re = tl.where(w == 0, h_h_re, tl.gather(c_h_re, above, 0))[:, None, :]  # before each chunk
-    h_h_re = tile_pick(c_h_re, w == W - 1, 0)[None, :]
-    q_h_im = tl.where(w == 0, h_h_im, tl.gather(c_h_im, above, 0))[:, None, :]  # before each chunk
-    h_h_im = tile_pick(c_h_im, w == W - 1, 0)[None, :]
-    s_h_re, s_h_im = lane_advance(q_h_re, q_h_im, g_a_re, g_a_im, g_h_re, g_h_im)
-    if p_kind is not None:
-        s_h_re = tl.where(inner_kind == 0, q_h_re, tl.where(inner_kind == 1, s_h_re, g_h_re))
-        s_h_im = tl.where(inner_kind == 0, q_h_im, tl.where(inner_kind == 1, s_h_im, g_h_im))
-    else:
-        s_h_re = tl.where((w > 0)[:, :, None] | joined, s_h_re, g_h_re)
-        s_h_im = tl.where((w > 0)[:, :, None] | joined, s_h_im, g_h_im)
-    y_y_re, y_y_im = lane_readout(s_h_re, s_h_im)
-    if p_kind is not None:
-        y_y_re = tl.where((kind & 1) != 0, y_y_re, 0)
-    tile_store(p_out_y + 2 * (row * C + o), y_y_re, m)
-    if p_kind is not None:
-        y_y_im = tl.where((kind & 1) != 0, y_y_im, 0)
-    tile_store(p_out_y + 2 * (row * C + o) + 1, y_y_im, m)
-    if p_saved_h is not None:
-        tile_store(p_saved_h + 2 * (row * C + o), s_h_re, m)
-    if not WHOLE:
-        h_h_re = tile_pick(tile_pick(s_h_re, t == left - 1, 1), w >= 0, 0)[None, :]
-    if p_saved_h is not None:
-        tile_store(p_saved_h + 2 * (row * C + o) + 1, s_h_im, m)
-    if not WHOLE:
-        h_h_im = tile_pick(tile_pick(s_h_im, t == left - 1, 1), w >= 0, 0)[None, :]
-    return h_h_re, h_h_im
-
-
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def forward_kernel(
     p_u, p_nu, p_theta, p_gamma, p_out_y, p_saved_h, p_initial_h, p_final_h, p_carry_h_re, p_carry_h_im,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_u: tl.constexpr, D_u: tl.constexpr,
     Q_nu: tl.constexpr, D_nu: tl.constexpr,
     Q_theta: tl.constexpr, D_theta: tl.constexpr,
     Q_gamma: tl.constexpr, D_gamma: tl.constexpr,
-    JOINED: tl.constexpr, EVEN: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, JOINED: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
-    """Outputs, the final state, and what the backward wants saved. h_* [1, BC] is the state before a tile."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    """Outputs, the final state, and the states before every K tokens, for the backward. h_* [BC] is the state before a
+    token."""
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_nu, k_nu = lane_index(C, Q_nu, D_nu), lane_index(o_c, Q_nu, D_nu)
-    oc_nu = t * C_nu + k_nu[:, None, :]
-    C_theta, k_theta = lane_index(C, Q_theta, D_theta), lane_index(o_c, Q_theta, D_theta)
-    oc_theta = t * C_theta + k_theta[:, None, :]
-    C_gamma, k_gamma = lane_index(C, Q_gamma, D_gamma), lane_index(o_c, Q_gamma, D_gamma)
-    oc_gamma = t * C_gamma + k_gamma[:, None, :]
-    b_nu = tl.load(p_nu + k_nu, mask=m_c, other=0).to(tl.float32)[:, None, :]
-    b_theta = tl.load(p_theta + k_theta, mask=m_c, other=0).to(tl.float32)[:, None, :]
-    b_gamma = tl.load(p_gamma + k_gamma, mask=m_c, other=0).to(tl.float32)[:, None, :]
-    h_h_re = tl.full([1, BC], 0.0, tl.float32)
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_u: tl.constexpr = C if Q_u == 1 else C // Q_u * D_u + C % D_u
+    k_u = lane_index(o_c, Q_u, D_u)
+    oc_u = o if Q_u == 1 else t * C_u + k_u[None, :]
+    C_nu: tl.constexpr = C if Q_nu == 1 else C // Q_nu * D_nu + C % D_nu
+    k_nu = lane_index(o_c, Q_nu, D_nu)
+    oc_nu = o if Q_nu == 1 else t * C_nu + k_nu[None, :]
+    C_theta: tl.constexpr = C if Q_theta == 1 else C // Q_theta * D_theta + C % D_theta
+    k_theta = lane_index(o_c, Q_theta, D_theta)
+    oc_theta = o if Q_theta == 1 else t * C_theta + k_theta[None, :]
+    C_gamma: tl.constexpr = C if Q_gamma == 1 else C // Q_gamma * D_gamma + C % D_gamma
+    k_gamma = lane_index(o_c, Q_gamma, D_gamma)
+    oc_gamma = o if Q_gamma == 1 else t * C_gamma + k_gamma[None, :]
+    b_nu = tl.load(p_nu + k_nu, mask=m_c, other=0).to(tl.float32)
+    b_theta = tl.load(p_theta + k_theta, mask=m_c, other=0).to(tl.float32)
+    b_gamma = tl.load(p_gamma + k_gamma, mask=m_c, other=0).to(tl.float32)
+    h_h_re = tl.full([BC], 0.0, tl.float32)
     if p_initial_h is not None:
         h_h_re = tl.load(p_initial_h + 2 * (i_n * C + o_c), mask=m_c, other=0).to(tl.float32)
-    if S > 1:
-        h_h_re = tl.load(p_carry_h_re + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
-    h_h_im = tl.full([1, BC], 0.0, tl.float32)
+    h_h_im = tl.full([BC], 0.0, tl.float32)
     if p_initial_h is not None:
         h_h_im = tl.load(p_initial_h + 2 * (i_n * C + o_c) + 1, mask=m_c, other=0).to(tl.float32)
     if S > 1:
+        h_h_re = tl.load(p_carry_h_re + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    if S > 1:
         h_h_im = tl.load(p_carry_h_im + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    BT: tl.constexpr = max(R, K)
     whole = tl.maximum(length, 0) // BT * BT
-    for i_t in tl.range(0, whole, BT, num_stages=NS):
-        joined = ((i_t > 0) | (i_s > 0) | JOINED).to(tl.int1)
-        h_h_re, h_h_im = forward_tile(
-            p_u, p_out_y, p_saved_h,
-            p_kind, begin + i_t, BT, C, i_c, joined, h_h_re, h_h_im, b_nu, b_theta, b_gamma,
-            Q_u, D_u, Q_nu, D_nu, Q_theta, D_theta, Q_gamma, D_gamma, R, W, BC, True, EVEN,
-        )
-    if whole < length:
-        joined = ((whole > 0) | (i_s > 0) | JOINED).to(tl.int1)
-        h_h_re, h_h_im = forward_tile(
-            p_u, p_out_y, p_saved_h,
-            p_kind, begin + whole, length - whole, C, i_c, joined, h_h_re, h_h_im, b_nu, b_theta, b_gamma,
-            Q_u, D_u, Q_nu, D_nu, Q_theta, D_theta, Q_gamma, D_gamma, R, W, BC, False, EVEN,
-        )
+    for i_t in tl.range(0, whole, R, num_stages=NS):
+        row = begin + i_t
+        q_out_y = p_out_y + 2 * (row * C + o_c)
+        tb_u_re = tile_load(p_u + 2 * (row * C_u + oc_u), m_tile).to(tl.float32)  # [R, BC]
+        tb_u_im = tile_load(p_u + 2 * (row * C_u + oc_u) + 1, m_tile).to(tl.float32)  # [R, BC]
+        for r in tl.static_range(R):
+            if r % K == 0:
+                if p_saved_h is not None:
+                    tl.store(p_saved_h + 2 * (((row + r) // K + i_n) * C + o_c), h_h_re, mask=m_c & ((i_t + r) % K == 0))
+                if p_saved_h is not None:
+                    tl.store(p_saved_h + 2 * (((row + r) // K + i_n) * C + o_c) + 1, h_h_im, mask=m_c & ((i_t + r) % K == 0))
+            b_u_re = tile_pick(tb_u_re, t == r, 0)
+            b_u_im = tile_pick(tb_u_im, t == r, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + r).to(tl.int32)
+            elif r == 0 and not JOINED:
+                alone = (i_t == 0) & (i_s == 0)
+            v_h_re, v_h_im, s_h_re, s_h_im = token_state(b_u_re, b_u_im, b_nu, b_theta, b_gamma, h_h_re, h_h_im, kind, alone, BC)
+            y_y_re, y_y_im = lane_readout(s_h_re, s_h_im)
+            if p_kind is not None:
+                y_y_re = tl.where((kind & 1) != 0, y_y_re, 0)
+            tl.store(q_out_y + 2 * r * C, y_y_re, mask=m)
+            if p_kind is not None:
+                y_y_im = tl.where((kind & 1) != 0, y_y_im, 0)
+            tl.store(q_out_y + 2 * r * C + 1, y_y_im, mask=m)
+            h_h_re, h_h_im = s_h_re, s_h_im
+    for i_t in tl.range(whole, length, 1, num_stages=NS):
+        row = begin + i_t
+        q_out_y = p_out_y + 2 * (row * C + o_c)
+        b_u_re = tile_load(p_u + 2 * (row * C_u + k_u), m).to(tl.float32)
+        b_u_im = tile_load(p_u + 2 * (row * C_u + k_u) + 1, m).to(tl.float32)
+        within = i_t % K
+        kept = tl.where(i_t - within + K <= length, row // K + i_n, REST + i_n * K + within)
+        if p_saved_h is not None:
+            tl.store(p_saved_h + 2 * (kept * C + o_c), h_h_re, mask=m_c & ((within == 0) | (kept >= REST)))
+        if p_saved_h is not None:
+            tl.store(p_saved_h + 2 * (kept * C + o_c) + 1, h_h_im, mask=m_c & ((within == 0) | (kept >= REST)))
+        alone, kind = None, None
+        if p_kind is not None:
+            kind = tl.load(p_kind + row).to(tl.int32)
+        elif not JOINED:
+            alone = (i_t == 0) & (i_s == 0)
+        v_h_re, v_h_im, s_h_re, s_h_im = token_state(b_u_re, b_u_im, b_nu, b_theta, b_gamma, h_h_re, h_h_im, kind, alone, BC)
+        y_y_re, y_y_im = lane_readout(s_h_re, s_h_im)
+        if p_kind is not None:
+            y_y_re = tl.where((kind & 1) != 0, y_y_re, 0)
+        tl.store(q_out_y, y_y_re, mask=m)
+        if p_kind is not None:
+            y_y_im = tl.where((kind & 1) != 0, y_y_im, 0)
+        tl.store(q_out_y + 1, y_y_im, mask=m)
+        h_h_re, h_h_im = s_h_re, s_h_im
     m_end = m_c & (begin + SEG >= eos) & ((begin < eos) | (i_s == 0))
     tl.store(p_final_h + 2 * (i_n * C + o_c), h_h_re, mask=m_end)
     tl.store(p_final_h + 2 * (i_n * C + o_c) + 1, h_h_im, mask=m_end)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def fold_kernel(
     p_u, p_nu, p_theta, p_gamma, p_fold_a_re, p_fold_a_im, p_fold_h_re, p_fold_h_im, p_fold_kind,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_u: tl.constexpr, D_u: tl.constexpr,
     Q_nu: tl.constexpr, D_nu: tl.constexpr,
     Q_theta: tl.constexpr, D_theta: tl.constexpr,
     Q_gamma: tl.constexpr, D_gamma: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """The product of each whole segment's elements, [N, S, C] a component; with kinds, its kind. What a sequence's last
     segment folds to is not read."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_u, k_u = lane_index(C, Q_u, D_u), lane_index(o_c, Q_u, D_u)
-    oc_u = t * C_u + k_u[:, None, :]
-    C_nu, k_nu = lane_index(C, Q_nu, D_nu), lane_index(o_c, Q_nu, D_nu)
-    oc_nu = t * C_nu + k_nu[:, None, :]
-    C_theta, k_theta = lane_index(C, Q_theta, D_theta), lane_index(o_c, Q_theta, D_theta)
-    oc_theta = t * C_theta + k_theta[:, None, :]
-    C_gamma, k_gamma = lane_index(C, Q_gamma, D_gamma), lane_index(o_c, Q_gamma, D_gamma)
-    oc_gamma = t * C_gamma + k_gamma[:, None, :]
-    b_nu = tl.load(p_nu + k_nu, mask=m_c, other=0).to(tl.float32)[:, None, :]
-    b_theta = tl.load(p_theta + k_theta, mask=m_c, other=0).to(tl.float32)[:, None, :]
-    b_gamma = tl.load(p_gamma + k_gamma, mask=m_c, other=0).to(tl.float32)[:, None, :]
-    h_a_re = tl.zeros([1, BC], tl.float32)
-    h_a_im = tl.zeros([1, BC], tl.float32)
-    h_h_re = tl.zeros([1, BC], tl.float32)
-    h_h_im = tl.zeros([1, BC], tl.float32)
-    before_kind = tl.zeros([1, BC], tl.int32)
-    for i_t in tl.range(0, length, BT, num_stages=NS):
-        row, inside = begin + i_t, i_t + t < length
-        m = inside & m_c[:, None, :]
-        b_u_re = tile_load(p_u + 2 * (row * C_u + oc_u), m).to(tl.float32)
-        b_u_im = tile_load(p_u + 2 * (row * C_u + oc_u) + 1, m).to(tl.float32)
-        e_a_re, e_a_im, e_h_re, e_h_im = lane_lift(b_u_re, b_u_im, b_nu, b_theta, b_gamma)
-        e_a_re = tl.broadcast_to(e_a_re, [W, R, BC])
-        e_a_im = tl.broadcast_to(e_a_im, [W, R, BC])
-        if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
-            e_h_re = tl.where(kind == 2, 0.0, e_h_re)
-            e_h_im = tl.where(kind == 2, 0.0, e_h_im)
-            kind = tl.broadcast_to(kind, [W, R, BC])
-        if p_kind is not None:
-            inner_kind, g_a_re, g_a_im, g_h_re, g_h_im = tl.associative_scan((kind, e_a_re, e_a_im, e_h_re, e_h_im), 1, lane_flagged)
-            outer_kind = tile_pick(inner_kind, r == R - 1, 1)
-        else:
-            (g_a_re, g_a_im, g_h_re, g_h_im,) = tl.associative_scan((e_a_re, e_a_im, e_h_re, e_h_im,), 1, lane_combine)
-        c_a_re = tile_pick(g_a_re, r == R - 1, 1)  # [W, BC]
-        c_a_im = tile_pick(g_a_im, r == R - 1, 1)  # [W, BC]
-        c_h_re = tile_pick(g_h_re, r == R - 1, 1)  # [W, BC]
-        c_h_im = tile_pick(g_h_im, r == R - 1, 1)  # [W, BC]
-        if p_kind is not None:
-            joined_kind, f_a_re, f_a_im, f_h_re, f_h_im = lane_flagged(before_kind, h_a_re, h_a_im, h_h_re, h_h_im, outer_kind, c_a_re, c_a_im, c_h_re, c_h_im)
-            outer_kind = tl.where(w == 0, joined_kind, outer_kind)
-        else:
-            f_a_re, f_a_im, f_h_re, f_h_im = lane_combine(h_a_re, h_a_im, h_h_re, h_h_im, c_a_re, c_a_im, c_h_re, c_h_im)
-        c_a_re = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_a_re, c_a_re)
-        c_a_im = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_a_im, c_a_im)
-        c_h_re = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_h_re, c_h_re)
-        c_h_im = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_h_im, c_h_im)
-        if p_kind is not None:
-            outer_kind, c_a_re, c_a_im, c_h_re, c_h_im = tl.associative_scan((outer_kind, c_a_re, c_a_im, c_h_re, c_h_im), 0, lane_flagged)
-            before_kind = tile_pick(outer_kind, w == W - 1, 0)[None, :]
-        else:
-            (c_a_re, c_a_im, c_h_re, c_h_im,) = tl.associative_scan((c_a_re, c_a_im, c_h_re, c_h_im,), 0, lane_combine)
-        h_a_re = tile_pick(c_a_re, w == W - 1, 0)[None, :]
-        h_a_im = tile_pick(c_a_im, w == W - 1, 0)[None, :]
-        h_h_re = tile_pick(c_h_re, w == W - 1, 0)[None, :]
-        h_h_im = tile_pick(c_h_im, w == W - 1, 0)[None, :]
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_u: tl.constexpr = C if Q_u == 1 else C // Q_u * D_u + C % D_u
+    k_u = lane_index(o_c, Q_u, D_u)
+    oc_u = o if Q_u == 1 else t * C_u + k_u[None, :]
+    C_nu: tl.constexpr = C if Q_nu == 1 else C // Q_nu * D_nu + C % D_nu
+    k_nu = lane_index(o_c, Q_nu, D_nu)
+    oc_nu = o if Q_nu == 1 else t * C_nu + k_nu[None, :]
+    C_theta: tl.constexpr = C if Q_theta == 1 else C // Q_theta * D_theta + C % D_theta
+    k_theta = lane_index(o_c, Q_theta, D_theta)
+    oc_theta = o if Q_theta == 1 else t * C_theta + k_theta[None, :]
+    C_gamma: tl.constexpr = C if Q_gamma == 1 else C // Q_gamma * D_gamma + C % D_gamma
+    k_gamma = lane_index(o_c, Q_gamma, D_gamma)
+    oc_gamma = o if Q_gamma == 1 else t * C_gamma + k_gamma[None, :]
+    b_nu = tl.load(p_nu + k_nu, mask=m_c, other=0).to(tl.float32)
+    b_theta = tl.load(p_theta + k_theta, mask=m_c, other=0).to(tl.float32)
+    b_gamma = tl.load(p_gamma + k_gamma, mask=m_c, other=0).to(tl.float32)
+    h_a_re = tl.zeros([BC], tl.float32)
+    h_a_im = tl.zeros([BC], tl.float32)
+    h_h_re = tl.zeros([BC], tl.float32)
+    h_h_im = tl.zeros([BC], tl.float32)
+    before = i_s * 0
+    for i_t in tl.range(0, tl.where(length == SEG, length, 0), R, num_stages=NS):
+        row = begin + i_t
+        tb_u_re = tile_load(p_u + 2 * (row * C_u + oc_u), m_tile).to(tl.float32)  # [R, BC]
+        tb_u_im = tile_load(p_u + 2 * (row * C_u + oc_u) + 1, m_tile).to(tl.float32)  # [R, BC]
+        for r in tl.static_range(R):
+            b_u_re = tile_pick(tb_u_re, t == r, 0)
+            b_u_im = tile_pick(tb_u_im, t == r, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + r).to(tl.int32)
+            elif r == 0:
+                alone = i_t == 0
+            e_a_re, e_a_im, e_h_re, e_h_im = lane_lift(b_u_re, b_u_im, b_nu, b_theta, b_gamma)
+            f_a_re, f_a_im, f_h_re, f_h_im = lane_fold(b_u_re, b_u_im, b_nu, b_theta, b_gamma, h_a_re, h_a_im, h_h_re, h_h_im)
+            if kind is not None:
+                a_a_re = e_a_re
+                f_a_re = tl.where(kind == 0, h_a_re, tl.where((kind == 1) & (before != 0), f_a_re, a_a_re))
+                a_a_im = e_a_im
+                f_a_im = tl.where(kind == 0, h_a_im, tl.where((kind == 1) & (before != 0), f_a_im, a_a_im))
+                a_h_re = tl.where(kind == 2, 0.0, e_h_re)
+                f_h_re = tl.where(kind == 0, h_h_re, tl.where((kind == 1) & (before != 0), f_h_re, a_h_re))
+                a_h_im = tl.where(kind == 2, 0.0, e_h_im)
+                f_h_im = tl.where(kind == 0, h_h_im, tl.where((kind == 1) & (before != 0), f_h_im, a_h_im))
+                before = before | kind
+            elif alone is not None:
+                f_a_re = tl.where(alone, e_a_re, f_a_re)
+                f_a_im = tl.where(alone, e_a_im, f_a_im)
+                f_h_re = tl.where(alone, e_h_re, f_h_re)
+                f_h_im = tl.where(alone, e_h_im, f_h_im)
+            h_a_re = f_a_re
+            h_a_im = f_a_im
+            h_h_re = f_h_re
+            h_h_im = f_h_im
     tl.store(p_fold_a_re + (i_n * S + i_s) * C + o_c, h_a_re, mask=m_c)
     tl.store(p_fold_a_im + (i_n * S + i_s) * C + o_c, h_a_im, mask=m_c)
     tl.store(p_fold_h_re + (i_n * S + i_s) * C + o_c, h_h_re, mask=m_c)
     tl.store(p_fold_h_im + (i_n * S + i_s) * C + o_c, h_h_im, mask=m_c)
     if p_kind is not None:
-        tl.store(p_fold_kind + (i_n * S + i_s) * C + o_c, before_kind, mask=m_c)
+        tl.store(p_fold_kind + (i_n * S + i_s) * C + o_c, tl.full([BC], 0, tl.int32) + before, mask=m_c)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def carry_kernel(
     p_fold_a_re, p_fold_a_im, p_fold_h_re, p_fold_h_im, p_initial_h, p_carry_h_re, p_carry_h_im,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
-    JOINED: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
+    C: tl.constexpr, JOINED: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr,
 ):
     """What is before each segment, [N, S + 1, C] a live component, from the segments' products."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_n * 0, T, SEG)
     segments = tl.cdiv(eos - bos, SEG).to(tl.int32)
@@ -597,7 +608,7 @@ def carry_kernel(
     if p_initial_h is not None:
         h_h_im = tl.load(p_initial_h + 2 * (i_n * C + o_c) + 1, mask=m_c, other=0).to(tl.float32)
     tl.store(p_carry_h_im + i_n * (S + 1) * C + o_c, h_h_im, mask=m_c)
-    for i_t in tl.range(0, segments, BT, num_stages=NS):
+    for i_t in tl.range(0, segments, BT):
         m = (i_t + t < segments) & m_c[:, None, :]
         e_a_re = tl.load(p_fold_a_re + (i_n * S + i_t) * C + o, mask=m, other=0)
         e_a_im = tl.load(p_fold_a_im + (i_n * S + i_t) * C + o, mask=m, other=0)
@@ -642,268 +653,304 @@ def carry_kernel(
         tl.store(p_carry_h_im + (i_n * (S + 1) + i_t + 1) * C + o, s_h_im, mask=m)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def backward_kernel(
-    p_u, p_nu, p_theta, p_gamma, p_d_out_y, p_saved_h, p_initial_h, p_d_final_h, p_d_initial_h, p_d_u,
-    p_d_nu, p_d_theta, p_d_gamma, p_carry_h_re, p_carry_h_im,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_u, p_nu, p_theta, p_gamma, p_d_out_y, p_saved_h, p_d_final_h, p_d_initial_h, p_d_u, p_d_nu,
+    p_d_theta, p_d_gamma, p_carry_h_re, p_carry_h_im,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_u: tl.constexpr, D_u: tl.constexpr,
     Q_nu: tl.constexpr, D_nu: tl.constexpr,
     Q_theta: tl.constexpr, D_theta: tl.constexpr,
     Q_gamma: tl.constexpr, D_gamma: tl.constexpr,
-    JOINED: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, JOINED: tl.constexpr,
+    R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
-    """From the last tile to the first: l_*, the whole cotangent of the state after each token, by a scan of a_* (the
-    next token's Jacobian, and what enters at this one); then the gradients. h_* [1, BC] is l_* below the tile."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    """From the last token to the first: l_* [BC], the cotangent of the state from later tokens, takes in what each
+    token's outputs ask of it, and gives the gradients. The states come again, R tokens at a time, from those kept."""
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = BT - 1 - (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_u, k_u = lane_index(C, Q_u, D_u), lane_index(o_c, Q_u, D_u)
-    oc_u = t * C_u + k_u[:, None, :]
-    C_nu, k_nu = lane_index(C, Q_nu, D_nu), lane_index(o_c, Q_nu, D_nu)
-    oc_nu = t * C_nu + k_nu[:, None, :]
-    C_theta, k_theta = lane_index(C, Q_theta, D_theta), lane_index(o_c, Q_theta, D_theta)
-    oc_theta = t * C_theta + k_theta[:, None, :]
-    C_gamma, k_gamma = lane_index(C, Q_gamma, D_gamma), lane_index(o_c, Q_gamma, D_gamma)
-    oc_gamma = t * C_gamma + k_gamma[:, None, :]
-    b_nu = tl.load(p_nu + k_nu, mask=m_c, other=0).to(tl.float32)[:, None, :]
-    b_theta = tl.load(p_theta + k_theta, mask=m_c, other=0).to(tl.float32)[:, None, :]
-    b_gamma = tl.load(p_gamma + k_gamma, mask=m_c, other=0).to(tl.float32)[:, None, :]
-    h_adj_h_re = tl.load(p_d_final_h + 2 * (i_n * C + o_c), mask=m_c, other=0).to(tl.float32)
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_u: tl.constexpr = C if Q_u == 1 else C // Q_u * D_u + C % D_u
+    k_u = lane_index(o_c, Q_u, D_u)
+    oc_u = o if Q_u == 1 else t * C_u + k_u[None, :]
+    C_nu: tl.constexpr = C if Q_nu == 1 else C // Q_nu * D_nu + C % D_nu
+    k_nu = lane_index(o_c, Q_nu, D_nu)
+    oc_nu = o if Q_nu == 1 else t * C_nu + k_nu[None, :]
+    C_theta: tl.constexpr = C if Q_theta == 1 else C // Q_theta * D_theta + C % D_theta
+    k_theta = lane_index(o_c, Q_theta, D_theta)
+    oc_theta = o if Q_theta == 1 else t * C_theta + k_theta[None, :]
+    C_gamma: tl.constexpr = C if Q_gamma == 1 else C // Q_gamma * D_gamma + C % D_gamma
+    k_gamma = lane_index(o_c, Q_gamma, D_gamma)
+    oc_gamma = o if Q_gamma == 1 else t * C_gamma + k_gamma[None, :]
+    b_nu = tl.load(p_nu + k_nu, mask=m_c, other=0).to(tl.float32)
+    b_theta = tl.load(p_theta + k_theta, mask=m_c, other=0).to(tl.float32)
+    b_gamma = tl.load(p_gamma + k_gamma, mask=m_c, other=0).to(tl.float32)
+    l_h_re = tl.load(p_d_final_h + 2 * (i_n * C + o_c), mask=m_c, other=0).to(tl.float32)
     if S > 1:
-        h_adj_h_re = tl.load(p_carry_h_re + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
-    h_adj_h_im = tl.load(p_d_final_h + 2 * (i_n * C + o_c) + 1, mask=m_c, other=0).to(tl.float32)
+        l_h_re = tl.load(p_carry_h_re + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    l_h_im = tl.load(p_d_final_h + 2 * (i_n * C + o_c) + 1, mask=m_c, other=0).to(tl.float32)
     if S > 1:
-        h_adj_h_im = tl.load(p_carry_h_im + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
-    sum_g_nu = tl.zeros([W, BC], tl.float32)
-    sum_g_theta = tl.zeros([W, BC], tl.float32)
-    sum_g_gamma = tl.zeros([W, BC], tl.float32)
-    z_h_re = tl.full([1, BC], 0.0, tl.float32)
-    if p_initial_h is not None:
-        z_h_re = tl.load(p_initial_h + 2 * (i_n * C + o_c), mask=m_c, other=0).to(tl.float32)
-    z_h_im = tl.full([1, BC], 0.0, tl.float32)
-    if p_initial_h is not None:
-        z_h_im = tl.load(p_initial_h + 2 * (i_n * C + o_c) + 1, mask=m_c, other=0).to(tl.float32)
-    tiles = tl.cdiv(length, BT)
-    rest, first_row = (eos - begin).to(tl.int32), (bos - begin).to(tl.int32)
-    for j in tl.range(0, tiles, num_stages=NS):
-        i_t = (tiles - 1 - j) * BT
+        l_h_im = tl.load(p_carry_h_im + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    sum_g_nu = tl.zeros([BC], tl.float32)
+    sum_g_theta = tl.zeros([BC], tl.float32)
+    sum_g_gamma = tl.zeros([BC], tl.float32)
+    whole = tl.maximum(length, 0) // R * R
+    for j in tl.range(0, length - whole, 1, num_stages=NS):
+        i_t = length - 1 - j
         row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        m_after = m & (i_t + t + 1 < rest)  # another token follows
-        b_u_re = tl.load(p_u + 2 * (row * C_u + oc_u), mask=m, other=0).to(tl.float32)
-        b_u_im = tl.load(p_u + 2 * (row * C_u + oc_u) + 1, mask=m, other=0).to(tl.float32)
-        b_d_y_re = tl.load(p_d_out_y + 2 * (row * C + o), mask=m, other=0).to(tl.float32)
-        b_d_y_im = tl.load(p_d_out_y + 2 * (row * C + o) + 1, mask=m, other=0).to(tl.float32)
-        v_h_re = tl.load(p_saved_h + 2 * ((row - 1) * C + o), mask=m & (i_t + t > first_row), other=0.0).to(tl.float32)
-        if p_initial_h is not None:
-            v_h_re = tl.where(i_t + t > first_row, v_h_re, z_h_re[:, None, :])
-        v_h_im = tl.load(p_saved_h + 2 * ((row - 1) * C + o) + 1, mask=m & (i_t + t > first_row), other=0.0).to(tl.float32)
-        if p_initial_h is not None:
-            v_h_im = tl.where(i_t + t > first_row, v_h_im, z_h_im[:, None, :])
-        m_here = m
+        q_d_u = p_d_u + 2 * (row * C + o_c)
+        b_u_re = tile_load(p_u + 2 * (row * C_u + k_u), m).to(tl.float32)
+        b_u_im = tile_load(p_u + 2 * (row * C_u + k_u) + 1, m).to(tl.float32)
+        b_d_y_re = tile_load(p_d_out_y + 2 * (row * C + o_c), m).to(tl.float32)
+        b_d_y_im = tile_load(p_d_out_y + 2 * (row * C + o_c) + 1, m).to(tl.float32)
+        alone, kind = None, None
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
-            below = tl.load(p_kind + row + 1 + t, mask=(i_t + t < length) & (i_t + t + 1 < rest), other=0).to(tl.int32)
-            cut = tl.broadcast_to((below >= 2).to(tl.int32), [W, R, BC])
-            m_here, m_after = m & ((kind & 1) != 0), m & (below == 1)
-            v_h_re = tl.where(kind >= 2, 0.0, v_h_re)
-            v_h_im = tl.where(kind >= 2, 0.0, v_h_im)
-        u_adj_h_re, u_adj_h_im = lane_direct(b_d_y_re, b_d_y_im)
-        w_J_h_re_h_re, w_J_h_re_h_im, w_J_h_im_h_re, w_J_h_im_h_im = lane_transition(b_nu, b_theta)
-        a_J_h_re_h_re = tl.where(m_after, w_J_h_re_h_re, 1.0)
-        a_J_h_re_h_im = tl.where(m_after, w_J_h_re_h_im, 0.0)
-        a_J_h_im_h_re = tl.where(m_after, w_J_h_im_h_re, 0.0)
-        a_J_h_im_h_im = tl.where(m_after, w_J_h_im_h_im, 1.0)
-        a_adj_h_re = tl.where(m_here, u_adj_h_re, 0.0)
-        a_adj_h_im = tl.where(m_here, u_adj_h_im, 0.0)
+            kind = tl.load(p_kind + row).to(tl.int32)
+        elif not JOINED:
+            alone = (i_t == 0) & (i_s == 0)
+        h_h_re = tl.load(p_saved_h + 2 * ((REST + i_n * R + i_t - whole) * C + o_c), mask=m_c, other=0).to(tl.float32)
+        h_h_im = tl.load(p_saved_h + 2 * ((REST + i_n * R + i_t - whole) * C + o_c) + 1, mask=m_c, other=0).to(tl.float32)
+        v_h_re, v_h_im, s_h_re, s_h_im = token_state(b_u_re, b_u_im, b_nu, b_theta, b_gamma, h_h_re, h_h_im, kind, alone, BC)
         if p_kind is not None:
-            inner_cut, g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im = tl.associative_scan((cut, a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im), 1, lane_cut)
-            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
-        else:
-            (g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im,) = tl.associative_scan((a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im,), 1, lane_compose)
-        c_J_h_re_h_re = tile_pick(g_J_h_re_h_re, r == R - 1, 1)  # [W, BC]
-        c_J_h_re_h_im = tile_pick(g_J_h_re_h_im, r == R - 1, 1)  # [W, BC]
-        c_J_h_im_h_re = tile_pick(g_J_h_im_h_re, r == R - 1, 1)  # [W, BC]
-        c_J_h_im_h_im = tile_pick(g_J_h_im_h_im, r == R - 1, 1)  # [W, BC]
-        c_adj_h_re = tile_pick(g_adj_h_re, r == R - 1, 1)  # [W, BC]
-        c_adj_h_im = tile_pick(g_adj_h_im, r == R - 1, 1)  # [W, BC]
-        f_adj_h_re, f_adj_h_im = lane_pull(h_adj_h_re, h_adj_h_im, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im)
+            b_d_y_re = tl.where((kind & 1) != 0, b_d_y_re, 0.0)
         if p_kind is not None:
-            c_adj_h_re = tl.where((w == 0) & (outer_cut == 0), f_adj_h_re, c_adj_h_re)
-            c_adj_h_im = tl.where((w == 0) & (outer_cut == 0), f_adj_h_im, c_adj_h_im)
-            outer_cut, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im = tl.associative_scan((outer_cut, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im), 0, lane_cut)
-        else:
-            c_adj_h_re = tl.where(w == 0, f_adj_h_re, c_adj_h_re)
-            c_adj_h_im = tl.where(w == 0, f_adj_h_im, c_adj_h_im)
-            (c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im,) = tl.associative_scan((c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im,), 0, lane_compose)
-        q_adj_h_re = tl.where(w == 0, h_adj_h_re, tl.gather(c_adj_h_re, above, 0))[:, None, :]  # below each chunk
-        h_adj_h_re = tile_pick(c_adj_h_re, w == W - 1, 0)[None, :]
-        q_adj_h_im = tl.where(w == 0, h_adj_h_im, tl.gather(c_adj_h_im, above, 0))[:, None, :]  # below each chunk
-        h_adj_h_im = tile_pick(c_adj_h_im, w == W - 1, 0)[None, :]
-        l_adj_h_re, l_adj_h_im = lane_pull(q_adj_h_re, q_adj_h_im, g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im)
+            b_d_y_im = tl.where((kind & 1) != 0, b_d_y_im, 0.0)
+        d_adj_h_re, d_adj_h_im = lane_direct(b_d_y_re, b_d_y_im)
+        c_h_re = l_h_re + d_adj_h_re
+        c_h_im = l_h_im + d_adj_h_im
+        adj_h_re, adj_h_im, g_u_re, g_u_im, g_nu, g_theta, g_gamma = lane_back(b_u_re, b_u_im, b_nu, b_theta, b_gamma, v_h_re, v_h_im, c_h_re, c_h_im)
         if p_kind is not None:
-            l_adj_h_re = tl.where(inner_cut == 0, l_adj_h_re, g_adj_h_re)
-            l_adj_h_im = tl.where(inner_cut == 0, l_adj_h_im, g_adj_h_im)
-        g_u_re, g_u_im, g_nu, g_theta, g_gamma = lane_gradient(b_u_re, b_u_im, b_nu, b_theta, b_gamma, v_h_re, v_h_im, l_adj_h_re, l_adj_h_im)
+            adj_h_re = tl.where(kind == 1, adj_h_re, tl.where(kind == 0, l_h_re, 0.0))
+        l_h_re = adj_h_re
         if p_kind is not None:
-            g_u_re = tl.where(m_here, g_u_re, 0.0)
-        tl.store(p_d_u + 2 * (row * C + o), g_u_re, mask=m)
+            adj_h_im = tl.where(kind == 1, adj_h_im, tl.where(kind == 0, l_h_im, 0.0))
+        l_h_im = adj_h_im
         if p_kind is not None:
-            g_u_im = tl.where(m_here, g_u_im, 0.0)
-        tl.store(p_d_u + 2 * (row * C + o) + 1, g_u_im, mask=m)
-        sum_g_nu += tl.sum(tl.where(m_here, g_nu, 0.0), 1)
-        sum_g_theta += tl.sum(tl.where(m_here, g_theta, 0.0), 1)
-        sum_g_gamma += tl.sum(tl.where(m_here, g_gamma, 0.0), 1)
-    tl.store(p_d_nu + (i_n * S + i_s) * C + o_c, tl.sum(sum_g_nu, 0, keep_dims=True), mask=m_c)
-    tl.store(p_d_theta + (i_n * S + i_s) * C + o_c, tl.sum(sum_g_theta, 0, keep_dims=True), mask=m_c)
-    tl.store(p_d_gamma + (i_n * S + i_s) * C + o_c, tl.sum(sum_g_gamma, 0, keep_dims=True), mask=m_c)
+            g_u_re = tl.where((kind & 1) != 0, g_u_re, 0.0)
+        if p_kind is not None:
+            g_u_im = tl.where((kind & 1) != 0, g_u_im, 0.0)
+        if p_kind is not None:
+            g_nu = tl.where((kind & 1) != 0, g_nu, 0.0)
+        if p_kind is not None:
+            g_theta = tl.where((kind & 1) != 0, g_theta, 0.0)
+        if p_kind is not None:
+            g_gamma = tl.where((kind & 1) != 0, g_gamma, 0.0)
+        tl.store(q_d_u, g_u_re, mask=m)
+        tl.store(q_d_u + 1, g_u_im, mask=m)
+        sum_g_nu += g_nu
+        sum_g_theta += g_theta
+        sum_g_gamma += g_gamma
+    for j in tl.range(0, whole, R, num_stages=NS):
+        i_t = whole - R - j
+        row = begin + i_t
+        q_d_u = p_d_u + 2 * (row * C + o_c)
+        tb_u_re = tile_load(p_u + 2 * (row * C_u + oc_u), m_tile).to(tl.float32)  # [R, BC]
+        tb_u_im = tile_load(p_u + 2 * (row * C_u + oc_u) + 1, m_tile).to(tl.float32)  # [R, BC]
+        tb_d_y_re = tile_load(p_d_out_y + 2 * (row * C + o), m_tile).to(tl.float32)  # [R, BC]
+        tb_d_y_im = tile_load(p_d_out_y + 2 * (row * C + o) + 1, m_tile).to(tl.float32)  # [R, BC]
+        h_h_re = tl.load(p_saved_h + 2 * ((row // R + i_n) * C + o_c), mask=m_c, other=0).to(tl.float32)
+        tv_h_re, ts_h_re = (), ()
+        h_h_im = tl.load(p_saved_h + 2 * ((row // R + i_n) * C + o_c) + 1, mask=m_c, other=0).to(tl.float32)
+        tv_h_im, ts_h_im = (), ()
+        for r in tl.static_range(R):
+            b_u_re = tile_pick(tb_u_re, t == r, 0)
+            b_u_im = tile_pick(tb_u_im, t == r, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + r).to(tl.int32)
+            elif r == 0 and not JOINED:
+                alone = (i_t == 0) & (i_s == 0)
+            v_h_re, v_h_im, s_h_re, s_h_im = token_state(b_u_re, b_u_im, b_nu, b_theta, b_gamma, h_h_re, h_h_im, kind, alone, BC)
+            h_h_re, h_h_im = s_h_re, s_h_im
+            tv_h_re = tv_h_re + (v_h_re,)
+            ts_h_re = ts_h_re + (s_h_re,)
+            tv_h_im = tv_h_im + (v_h_im,)
+            ts_h_im = ts_h_im + (s_h_im,)
+        for q in tl.static_range(R):
+            b_u_re = tile_pick(tb_u_re, t == R - 1 - q, 0)
+            b_u_im = tile_pick(tb_u_im, t == R - 1 - q, 0)
+            b_d_y_re = tile_pick(tb_d_y_re, t == R - 1 - q, 0)
+            b_d_y_im = tile_pick(tb_d_y_im, t == R - 1 - q, 0)
+            v_h_re, s_h_re = tv_h_re[R - 1 - q], ts_h_re[R - 1 - q]
+            v_h_im, s_h_im = tv_h_im[R - 1 - q], ts_h_im[R - 1 - q]
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + (R - 1 - q)).to(tl.int32)
+            elif False:
+                alone = (i_t == 0) & (i_s == 0)
+            if p_kind is not None:
+                b_d_y_re = tl.where((kind & 1) != 0, b_d_y_re, 0.0)
+            if p_kind is not None:
+                b_d_y_im = tl.where((kind & 1) != 0, b_d_y_im, 0.0)
+            d_adj_h_re, d_adj_h_im = lane_direct(b_d_y_re, b_d_y_im)
+            c_h_re = l_h_re + d_adj_h_re
+            c_h_im = l_h_im + d_adj_h_im
+            adj_h_re, adj_h_im, g_u_re, g_u_im, g_nu, g_theta, g_gamma = lane_back(b_u_re, b_u_im, b_nu, b_theta, b_gamma, v_h_re, v_h_im, c_h_re, c_h_im)
+            if p_kind is not None:
+                adj_h_re = tl.where(kind == 1, adj_h_re, tl.where(kind == 0, l_h_re, 0.0))
+            l_h_re = adj_h_re
+            if p_kind is not None:
+                adj_h_im = tl.where(kind == 1, adj_h_im, tl.where(kind == 0, l_h_im, 0.0))
+            l_h_im = adj_h_im
+            if p_kind is not None:
+                g_u_re = tl.where((kind & 1) != 0, g_u_re, 0.0)
+            if p_kind is not None:
+                g_u_im = tl.where((kind & 1) != 0, g_u_im, 0.0)
+            if p_kind is not None:
+                g_nu = tl.where((kind & 1) != 0, g_nu, 0.0)
+            if p_kind is not None:
+                g_theta = tl.where((kind & 1) != 0, g_theta, 0.0)
+            if p_kind is not None:
+                g_gamma = tl.where((kind & 1) != 0, g_gamma, 0.0)
+            tl.store(q_d_u + 2 * (R - 1 - q) * C, g_u_re, mask=m)
+            tl.store(q_d_u + 2 * (R - 1 - q) * C + 1, g_u_im, mask=m)
+            sum_g_nu += g_nu
+            sum_g_theta += g_theta
+            sum_g_gamma += g_gamma
+    tl.store(p_d_nu + (i_n * S + i_s) * C + o_c, sum_g_nu, mask=m_c)
+    tl.store(p_d_theta + (i_n * S + i_s) * C + o_c, sum_g_theta, mask=m_c)
+    tl.store(p_d_gamma + (i_n * S + i_s) * C + o_c, sum_g_gamma, mask=m_c)
     if p_d_initial_h is not None:
-        m_after = m_c & (length > 0) & (i_s == 0)
-        b_nu = tl.reshape(b_nu, [1, BC])
-        b_theta = tl.reshape(b_theta, [1, BC])
-        if p_kind is not None:
-            below = tl.load(p_kind + begin, mask=length > 0, other=0).to(tl.int32)
-            m_after = m_after & (below == 1)
-        w_J_h_re_h_re, w_J_h_re_h_im, w_J_h_im_h_re, w_J_h_im_h_im = lane_transition(b_nu, b_theta)
-        c_J_h_re_h_re = tl.where(m_after, w_J_h_re_h_re, 1.0)
-        c_J_h_re_h_im = tl.where(m_after, w_J_h_re_h_im, 0.0)
-        c_J_h_im_h_re = tl.where(m_after, w_J_h_im_h_re, 0.0)
-        c_J_h_im_h_im = tl.where(m_after, w_J_h_im_h_im, 1.0)
-        c_adj_h_re = tl.zeros([1, BC], tl.float32)
-        c_adj_h_im = tl.zeros([1, BC], tl.float32)
-        f_adj_h_re, f_adj_h_im = lane_pull(h_adj_h_re, h_adj_h_im, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im)
-        if p_kind is not None:
-            f_adj_h_re = tl.where(below >= 2, 0.0, f_adj_h_re)
-        tl.store(p_d_initial_h + 2 * (i_n * C + o_c), f_adj_h_re, mask=m_c & (i_s == 0))
-        if p_kind is not None:
-            f_adj_h_im = tl.where(below >= 2, 0.0, f_adj_h_im)
-        tl.store(p_d_initial_h + 2 * (i_n * C + o_c) + 1, f_adj_h_im, mask=m_c & (i_s == 0))
+        tl.store(p_d_initial_h + 2 * (i_n * C + o_c), l_h_re, mask=m_c & (i_s == 0))
+        tl.store(p_d_initial_h + 2 * (i_n * C + o_c) + 1, l_h_im, mask=m_c & (i_s == 0))
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def backward_fold_kernel(
     p_nu, p_theta, p_d_out_y, p_fold_J_h_re_h_re, p_fold_J_h_re_h_im, p_fold_J_h_im_h_re,
     p_fold_J_h_im_h_im, p_fold_adj_h_re, p_fold_adj_h_im, p_fold_cut,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_nu: tl.constexpr, D_nu: tl.constexpr,
     Q_theta: tl.constexpr, D_theta: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, JOINED: tl.constexpr,
+    R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """How the cotangents before each segment come from those after it, [N, S, C] an entry."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = BT - 1 - (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_nu, k_nu = lane_index(C, Q_nu, D_nu), lane_index(o_c, Q_nu, D_nu)
-    oc_nu = t * C_nu + k_nu[:, None, :]
-    C_theta, k_theta = lane_index(C, Q_theta, D_theta), lane_index(o_c, Q_theta, D_theta)
-    oc_theta = t * C_theta + k_theta[:, None, :]
-    b_nu = tl.load(p_nu + k_nu, mask=m_c, other=0).to(tl.float32)[:, None, :]
-    b_theta = tl.load(p_theta + k_theta, mask=m_c, other=0).to(tl.float32)[:, None, :]
-    h_J_h_re_h_re = tl.full([1, BC], 1.0, tl.float32)
-    h_J_h_re_h_im = tl.full([1, BC], 0.0, tl.float32)
-    h_J_h_im_h_re = tl.full([1, BC], 0.0, tl.float32)
-    h_J_h_im_h_im = tl.full([1, BC], 1.0, tl.float32)
-    h_adj_h_re = tl.full([1, BC], 0.0, tl.float32)
-    h_adj_h_im = tl.full([1, BC], 0.0, tl.float32)
-    before_cut = tl.zeros([1, BC], tl.int32)
-    tiles = tl.cdiv(length, BT)
-    rest, first_row = (eos - begin).to(tl.int32), (bos - begin).to(tl.int32)
-    for j in tl.range(0, tiles, num_stages=NS):
-        i_t = (tiles - 1 - j) * BT
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_nu: tl.constexpr = C if Q_nu == 1 else C // Q_nu * D_nu + C % D_nu
+    k_nu = lane_index(o_c, Q_nu, D_nu)
+    oc_nu = o if Q_nu == 1 else t * C_nu + k_nu[None, :]
+    C_theta: tl.constexpr = C if Q_theta == 1 else C // Q_theta * D_theta + C % D_theta
+    k_theta = lane_index(o_c, Q_theta, D_theta)
+    oc_theta = o if Q_theta == 1 else t * C_theta + k_theta[None, :]
+    b_nu = tl.load(p_nu + k_nu, mask=m_c, other=0).to(tl.float32)
+    b_theta = tl.load(p_theta + k_theta, mask=m_c, other=0).to(tl.float32)
+    z_J_h_re_h_re = tl.full([BC], 1.0, tl.float32)
+    z_J_h_re_h_im = tl.full([BC], 0.0, tl.float32)
+    z_J_h_im_h_re = tl.full([BC], 0.0, tl.float32)
+    z_J_h_im_h_im = tl.full([BC], 1.0, tl.float32)
+    z_adj_h_re = tl.full([BC], 0.0, tl.float32)
+    z_adj_h_im = tl.full([BC], 0.0, tl.float32)
+    cut = i_s * 0
+    whole = tl.maximum(length, 0) // R * R
+    for j in tl.range(0, length - whole, 1, num_stages=NS):
+        i_t = length - 1 - j
         row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        m_after = m & (i_t + t + 1 < rest)  # another token follows
-        b_d_y_re = tl.load(p_d_out_y + 2 * (row * C + o), mask=m, other=0).to(tl.float32)
-        b_d_y_im = tl.load(p_d_out_y + 2 * (row * C + o) + 1, mask=m, other=0).to(tl.float32)
-        m_here = m
+        b_d_y_re = tile_load(p_d_out_y + 2 * (row * C + o_c), m).to(tl.float32)
+        b_d_y_im = tile_load(p_d_out_y + 2 * (row * C + o_c) + 1, m).to(tl.float32)
+        alone, kind = None, None
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
-            below = tl.load(p_kind + row + 1 + t, mask=(i_t + t < length) & (i_t + t + 1 < rest), other=0).to(tl.int32)
-            cut = tl.broadcast_to((below >= 2).to(tl.int32), [W, R, BC])
-            m_here, m_after = m & ((kind & 1) != 0), m & (below == 1)
-        u_adj_h_re, u_adj_h_im = lane_direct(b_d_y_re, b_d_y_im)
-        w_J_h_re_h_re, w_J_h_re_h_im, w_J_h_im_h_re, w_J_h_im_h_im = lane_transition(b_nu, b_theta)
-        a_J_h_re_h_re = tl.where(m_after, w_J_h_re_h_re, 1.0)
-        a_J_h_re_h_im = tl.where(m_after, w_J_h_re_h_im, 0.0)
-        a_J_h_im_h_re = tl.where(m_after, w_J_h_im_h_re, 0.0)
-        a_J_h_im_h_im = tl.where(m_after, w_J_h_im_h_im, 1.0)
-        a_adj_h_re = tl.where(m_here, u_adj_h_re, 0.0)
-        a_adj_h_im = tl.where(m_here, u_adj_h_im, 0.0)
+            kind = tl.load(p_kind + row).to(tl.int32)
+        elif not JOINED:
+            alone = (i_t == 0) & (i_s == 0)
+        a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im = lane_entry(b_nu, b_theta, b_d_y_re, b_d_y_im)
+        f_J_h_re_h_re, f_J_h_re_h_im, f_J_h_im_h_re, f_J_h_im_h_im, f_adj_h_re, f_adj_h_im = lane_compose(z_J_h_re_h_re, z_J_h_re_h_im, z_J_h_im_h_re, z_J_h_im_h_im, z_adj_h_re, z_adj_h_im, a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im)
         if p_kind is not None:
-            inner_cut, g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im = tl.associative_scan((cut, a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im), 1, lane_cut)
-            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
-        else:
-            (g_J_h_re_h_re, g_J_h_re_h_im, g_J_h_im_h_re, g_J_h_im_h_im, g_adj_h_re, g_adj_h_im,) = tl.associative_scan((a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im,), 1, lane_compose)
-        c_J_h_re_h_re = tile_pick(g_J_h_re_h_re, r == R - 1, 1)  # [W, BC]
-        c_J_h_re_h_im = tile_pick(g_J_h_re_h_im, r == R - 1, 1)  # [W, BC]
-        c_J_h_im_h_re = tile_pick(g_J_h_im_h_re, r == R - 1, 1)  # [W, BC]
-        c_J_h_im_h_im = tile_pick(g_J_h_im_h_im, r == R - 1, 1)  # [W, BC]
-        c_adj_h_re = tile_pick(g_adj_h_re, r == R - 1, 1)  # [W, BC]
-        c_adj_h_im = tile_pick(g_adj_h_im, r == R - 1, 1)  # [W, BC]
+            f_J_h_re_h_re = tl.where(kind == 1, f_J_h_re_h_re, tl.where(kind == 0, z_J_h_re_h_re, 1.0))
+        z_J_h_re_h_re = f_J_h_re_h_re
         if p_kind is not None:
-            joined_cut, f_J_h_re_h_re, f_J_h_re_h_im, f_J_h_im_h_re, f_J_h_im_h_im, f_adj_h_re, f_adj_h_im = lane_cut(before_cut, h_J_h_re_h_re, h_J_h_re_h_im, h_J_h_im_h_re, h_J_h_im_h_im, h_adj_h_re, h_adj_h_im, outer_cut, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im)
-            outer_cut = tl.where(w == 0, joined_cut, outer_cut)
-        else:
-            f_J_h_re_h_re, f_J_h_re_h_im, f_J_h_im_h_re, f_J_h_im_h_im, f_adj_h_re, f_adj_h_im = lane_compose(h_J_h_re_h_re, h_J_h_re_h_im, h_J_h_im_h_re, h_J_h_im_h_im, h_adj_h_re, h_adj_h_im, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im)
-        c_J_h_re_h_re = tl.where(w == 0, f_J_h_re_h_re, c_J_h_re_h_re)
-        c_J_h_re_h_im = tl.where(w == 0, f_J_h_re_h_im, c_J_h_re_h_im)
-        c_J_h_im_h_re = tl.where(w == 0, f_J_h_im_h_re, c_J_h_im_h_re)
-        c_J_h_im_h_im = tl.where(w == 0, f_J_h_im_h_im, c_J_h_im_h_im)
-        c_adj_h_re = tl.where(w == 0, f_adj_h_re, c_adj_h_re)
-        c_adj_h_im = tl.where(w == 0, f_adj_h_im, c_adj_h_im)
+            f_J_h_re_h_im = tl.where(kind == 1, f_J_h_re_h_im, tl.where(kind == 0, z_J_h_re_h_im, 0.0))
+        z_J_h_re_h_im = f_J_h_re_h_im
         if p_kind is not None:
-            outer_cut, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im = tl.associative_scan((outer_cut, c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im), 0, lane_cut)
-            before_cut = tile_pick(outer_cut, w == W - 1, 0)[None, :]
-        else:
-            (c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im,) = tl.associative_scan((c_J_h_re_h_re, c_J_h_re_h_im, c_J_h_im_h_re, c_J_h_im_h_im, c_adj_h_re, c_adj_h_im,), 0, lane_compose)
-        h_J_h_re_h_re = tile_pick(c_J_h_re_h_re, w == W - 1, 0)[None, :]
-        h_J_h_re_h_im = tile_pick(c_J_h_re_h_im, w == W - 1, 0)[None, :]
-        h_J_h_im_h_re = tile_pick(c_J_h_im_h_re, w == W - 1, 0)[None, :]
-        h_J_h_im_h_im = tile_pick(c_J_h_im_h_im, w == W - 1, 0)[None, :]
-        h_adj_h_re = tile_pick(c_adj_h_re, w == W - 1, 0)[None, :]
-        h_adj_h_im = tile_pick(c_adj_h_im, w == W - 1, 0)[None, :]
-    tl.store(p_fold_J_h_re_h_re + (i_n * S + i_s) * C + o_c, h_J_h_re_h_re, mask=m_c)
-    tl.store(p_fold_J_h_re_h_im + (i_n * S + i_s) * C + o_c, h_J_h_re_h_im, mask=m_c)
-    tl.store(p_fold_J_h_im_h_re + (i_n * S + i_s) * C + o_c, h_J_h_im_h_re, mask=m_c)
-    tl.store(p_fold_J_h_im_h_im + (i_n * S + i_s) * C + o_c, h_J_h_im_h_im, mask=m_c)
-    tl.store(p_fold_adj_h_re + (i_n * S + i_s) * C + o_c, h_adj_h_re, mask=m_c)
-    tl.store(p_fold_adj_h_im + (i_n * S + i_s) * C + o_c, h_adj_h_im, mask=m_c)
+            f_J_h_im_h_re = tl.where(kind == 1, f_J_h_im_h_re, tl.where(kind == 0, z_J_h_im_h_re, 0.0))
+        z_J_h_im_h_re = f_J_h_im_h_re
+        if p_kind is not None:
+            f_J_h_im_h_im = tl.where(kind == 1, f_J_h_im_h_im, tl.where(kind == 0, z_J_h_im_h_im, 1.0))
+        z_J_h_im_h_im = f_J_h_im_h_im
+        if p_kind is not None:
+            f_adj_h_re = tl.where(kind == 1, f_adj_h_re, tl.where(kind == 0, z_adj_h_re, 0.0))
+        z_adj_h_re = f_adj_h_re
+        if p_kind is not None:
+            f_adj_h_im = tl.where(kind == 1, f_adj_h_im, tl.where(kind == 0, z_adj_h_im, 0.0))
+        z_adj_h_im = f_adj_h_im
+        if p_kind is not None:
+            cut = cut | (kind >> 1)
+    for j in tl.range(0, whole, R, num_stages=NS):
+        i_t = whole - R - j
+        row = begin + i_t
+        tb_d_y_re = tile_load(p_d_out_y + 2 * (row * C + o), m_tile).to(tl.float32)  # [R, BC]
+        tb_d_y_im = tile_load(p_d_out_y + 2 * (row * C + o) + 1, m_tile).to(tl.float32)  # [R, BC]
+        for q in tl.static_range(R):
+            b_d_y_re = tile_pick(tb_d_y_re, t == R - 1 - q, 0)
+            b_d_y_im = tile_pick(tb_d_y_im, t == R - 1 - q, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + (R - 1 - q)).to(tl.int32)
+            elif False:
+                alone = (i_t == 0) & (i_s == 0)
+            a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im = lane_entry(b_nu, b_theta, b_d_y_re, b_d_y_im)
+            f_J_h_re_h_re, f_J_h_re_h_im, f_J_h_im_h_re, f_J_h_im_h_im, f_adj_h_re, f_adj_h_im = lane_compose(z_J_h_re_h_re, z_J_h_re_h_im, z_J_h_im_h_re, z_J_h_im_h_im, z_adj_h_re, z_adj_h_im, a_J_h_re_h_re, a_J_h_re_h_im, a_J_h_im_h_re, a_J_h_im_h_im, a_adj_h_re, a_adj_h_im)
+            if p_kind is not None:
+                f_J_h_re_h_re = tl.where(kind == 1, f_J_h_re_h_re, tl.where(kind == 0, z_J_h_re_h_re, 1.0))
+            z_J_h_re_h_re = f_J_h_re_h_re
+            if p_kind is not None:
+                f_J_h_re_h_im = tl.where(kind == 1, f_J_h_re_h_im, tl.where(kind == 0, z_J_h_re_h_im, 0.0))
+            z_J_h_re_h_im = f_J_h_re_h_im
+            if p_kind is not None:
+                f_J_h_im_h_re = tl.where(kind == 1, f_J_h_im_h_re, tl.where(kind == 0, z_J_h_im_h_re, 0.0))
+            z_J_h_im_h_re = f_J_h_im_h_re
+            if p_kind is not None:
+                f_J_h_im_h_im = tl.where(kind == 1, f_J_h_im_h_im, tl.where(kind == 0, z_J_h_im_h_im, 1.0))
+            z_J_h_im_h_im = f_J_h_im_h_im
+            if p_kind is not None:
+                f_adj_h_re = tl.where(kind == 1, f_adj_h_re, tl.where(kind == 0, z_adj_h_re, 0.0))
+            z_adj_h_re = f_adj_h_re
+            if p_kind is not None:
+                f_adj_h_im = tl.where(kind == 1, f_adj_h_im, tl.where(kind == 0, z_adj_h_im, 0.0))
+            z_adj_h_im = f_adj_h_im
+            if p_kind is not None:
+                cut = cut | (kind >> 1)
+    tl.store(p_fold_J_h_re_h_re + (i_n * S + i_s) * C + o_c, z_J_h_re_h_re, mask=m_c)
+    tl.store(p_fold_J_h_re_h_im + (i_n * S + i_s) * C + o_c, z_J_h_re_h_im, mask=m_c)
+    tl.store(p_fold_J_h_im_h_re + (i_n * S + i_s) * C + o_c, z_J_h_im_h_re, mask=m_c)
+    tl.store(p_fold_J_h_im_h_im + (i_n * S + i_s) * C + o_c, z_J_h_im_h_im, mask=m_c)
+    tl.store(p_fold_adj_h_re + (i_n * S + i_s) * C + o_c, z_adj_h_re, mask=m_c)
+    tl.store(p_fold_adj_h_im + (i_n * S + i_s) * C + o_c, z_adj_h_im, mask=m_c)
     if p_kind is not None:
-        tl.store(p_fold_cut + (i_n * S + i_s) * C + o_c, before_cut, mask=m_c)
+        tl.store(p_fold_cut + (i_n * S + i_s) * C + o_c, tl.full([BC], 0, tl.int32) + cut, mask=m_c)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def backward_carry_kernel(
     p_fold_J_h_re_h_re, p_fold_J_h_re_h_im, p_fold_J_h_im_h_re, p_fold_J_h_im_h_im, p_fold_adj_h_re,
     p_fold_adj_h_im, p_d_final_h, p_carry_h_re, p_carry_h_im,
-    p_cut, p_cu, T, CV, S, SEG, PACKED,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    p_cut, p_cu, T, S, SEG, PACKED, REST,
+    C: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr,
 ):
     """The cotangents after each segment, [N, S, C] a live component."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_n * 0, T, SEG)
     segments = tl.cdiv(eos - bos, SEG).to(tl.int32)
@@ -921,7 +968,7 @@ def backward_carry_kernel(
     h_adj_h_im = tl.load(p_d_final_h + 2 * (i_n * C + o_c) + 1, mask=m_c, other=0).to(tl.float32)
     tl.store(p_carry_h_im + (i_n * S + tl.maximum(segments - 1, 0)) * C + o_c, h_adj_h_im, mask=m_c)
     tiles = tl.cdiv(segments, BT)
-    for j in tl.range(0, tiles, num_stages=NS):
+    for j in tl.range(0, tiles):
         i_t = (tiles - 1 - j) * BT
         m = (i_t + t < segments) & m_c[:, None, :]
         a_J_h_re_h_re = tl.load(p_fold_J_h_re_h_re + (i_n * S + i_t) * C + o, mask=m, other=1.0)
@@ -1419,25 +1466,28 @@ class PointwiseKernels:
         self.table, self.exact = table, exact
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
-        self.segment_tiles = 16  # a segment has at least as many
+        self.segment_tiles = 8  # a segment has at least as many
         self.kernels = {k.removesuffix("_kernel"): Kernel(v) for k, v in vars(table).items() if k.endswith("_kernel")}
         self._plans: dict[Any, Any] = {}
         self._families: dict[Any, Any] = {}
         self._lanes: dict[Any, LaneShape] = {}
         self._tuned: Any = None
 
-    def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
-        """The live components that `scan_forward` saves beside outputs of that dtype; `flagged`: with a mask or resets
-        (then an output is 0 at masked tokens, and does not stand for the state)."""
-        whole = self.exact or dtype == torch.float32
-        reused = [] if flagged else [c for c, _, always in self.table.reused if always or whole]
-        return tuple(self.table.live[c][0] for c in self.table.backward[3] if c not in reused)
+    def saved_components(self) -> tuple[str, ...]:
+        """The live components whose values `scan_forward` saves."""
+        return tuple(self.table.live[c][0] for c in self.table.saved)
+
+    def saved_rows(self, tokens: int, rows: int) -> int:
+        """How many states are kept of so many tokens in `rows` sequences: one before every `every` tokens (of token t,
+        in sequence n, at row t // every + n), and those before what is left over, `every` to a sequence, at the end."""
+        every: int = self.table.every
+        return tokens // every + rows * (1 + every)
 
     def scan_forward(
         self, inputs: list[Tensor], params: list[Tensor], initial: list[Tensor] | None, code: Tensor | None,
         cu: Tensor | None, save: bool,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-        """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [B, T, ...]."""
+        """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [saved_rows, ...]."""
         plan = self._planned(self._forward_plan, inputs, params, initial, code is not None, cu, save)
         device = inputs[0].device
         outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.outputs]
@@ -1458,8 +1508,7 @@ class PointwiseKernels:
 
     def scan_backward(
         self, d_outputs: list[Tensor], d_finals: list[Tensor], inputs: list[Tensor], params: list[Tensor],
-        initial: list[Tensor] | None, outputs: list[Tensor], saved: list[Tensor], code: Tensor | None,
-        cu: Tensor | None,
+        initial: list[Tensor] | None, saved: list[Tensor], code: Tensor | None, cu: Tensor | None,
     ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None] | None]:  # fmt: skip
         """Gradients of inputs and params in their own shapes, and of the initial state; None where there is none."""
         table = self.table
@@ -1475,22 +1524,18 @@ class PointwiseKernels:
             zeros = [torch.zeros_like(x) for x in inputs], [torch.zeros_like(x) for x in params]
             return [*zeros[0]], [*zeros[1]], d_initial
 
-        kept = dict(zip(plan.names, saved, strict=True))
-        states = {c: outputs[o] for c, o, _ in table.reused}
-        states = {c: kept[name] if (name := table.live[c][0]) in kept else states[c] for c in table.backward[3]}
         offsets = _no_offsets(device) if cu is None else cu
         kinds = self._kinds(plan, code, offsets)
         args = plan.lanes.tensors(table.backward, inputs, params)
         cotangents = [_plain(d_outputs[o]) for o in table.backward[2]]
-        begin = [None if initial is None else _plain(initial[c]) for c in table.backward[3]]
         ends = [_plain(d_finals[c]) for c in table.smooth]
         firsts = [None if d_initial is None else d_initial[c] for c in table.smooth]
         whole = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.whole]
         parts = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.parts]
         carry = [ends[c] for c in table.smooth_owners]  # read only where there are segments
         if plan.folds is not None:
-            carry = self._backward_carries(plan, inputs, params, d_outputs, states, initial, ends, kinds, offsets)
-        tensors = [*cotangents, *states.values(), *begin, *ends, *firsts, *whole, *parts]
+            carry = self._backward_carries(plan, inputs, params, d_outputs, saved, ends, kinds, offsets)
+        tensors = [*cotangents, *saved, *ends, *firsts, *whole, *parts]
         plan.launch(*args, *tensors, *carry, kinds, offsets)
         for x, g in zip(table.input_shares, whole, strict=True):
             d_inputs[x] = plan.lanes.reduced(g, inputs[x], table.inputs[x][1], 2)
@@ -1510,7 +1555,7 @@ class PointwiseKernels:
     ) -> Any:  # fmt: skip
         """The plan of a call's shapes. The second shape of a kind of call is the sign that shapes vary: from then on a
         split of time, which long sequences of few lanes need, must not wait for the compiler."""
-        tuned = self.table.tiles, self.processors, self.segment_tiles
+        tuned = self.table.tiles, self.processors, self.segment_tiles, self.table.every
         if tuned != self._tuned:
             self._plans.clear()
             self._families.clear()
@@ -1544,15 +1589,15 @@ class PointwiseKernels:
     ) -> SimpleNamespace:  # fmt: skip
         """What both directions have in common; `launch` is None if there is nothing to run."""
         lanes, device = self._shape(inputs, params), inputs[0].device
-        joined = initial or self.table.counts
+        joined, tokens = initial or self.table.counts, math.prod(inputs[0].shape[:2])
         basis = SimpleNamespace(
             lanes=lanes, rows=rows, length=length, joined=joined, launch=None, folds=None, kinds=None,
-            numbers=None, segments=1, span=None, device=device,
+            numbers=None, segments=1, span=None, device=device, rest=tokens // self.table.every + rows,
         )  # fmt: skip
         if rows and lanes.count:
             span = basis.span = self._span(direction, lanes, rows, length, inputs)
             basis.segments = span.segments
-            basis.numbers = (*span.numbers, int(packed))
+            basis.numbers = (*span.numbers, int(packed), basis.rest)
             if flagged and not self.table.counts:
                 basis.kinds = self.kernels["kind"].launch(rows, (length, int(packed)), (joined, 256), device)
         return basis
@@ -1565,18 +1610,19 @@ class PointwiseKernels:
         plan = self._basis("forward", inputs, params, initial, flagged, rows, length, packed)
         lanes, span = plan.lanes, plan.span
         real = {**_DTYPES, "real": self._real(inputs, params)}
-        names = self.saved_components(real["real"], flagged) if save else ()
+        names = self.saved_components() if save else ()
         tokens = (*inputs[0].shape[:2], *lanes.full)
         plan.outputs = [(tokens, real[kind]) for _, kind in table.outputs]
         plan.finals = [((rows, *lanes.full), _DTYPES[kind]) for _, kind in table.live]
         kinds = dict(table.live)
-        plan.saved = [(tokens, _DTYPES[kinds[name]]) for name in names]
+        kept = (self.saved_rows(math.prod(tokens[:2]), rows), *lanes.full)
+        plan.saved = [(kept, _DTYPES[kinds[name]]) for name in names]
         plan.kept = [names.index(name) if name in names else None for name, _ in table.live]
         plan.nothing = [None] * len(table.live)
         if span is not None:
             maps = lanes.flat_maps(table.forward)
             plan.launch = self.kernels["forward"].launch(
-                span.programs * span.segments, plan.numbers, (*maps, plan.joined, span.even, *span.tile),
+                span.programs * span.segments, plan.numbers, (*maps, lanes.count, plan.joined, table.every, *span.tile),
                 plan.device, num_warps=span.warps,
             )  # fmt: skip
             plan.folds = self._fold_plan(plan) if span.segments > 1 else None
@@ -1584,15 +1630,16 @@ class PointwiseKernels:
 
     def _fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
         table, span, lanes = self.table, plan.span, plan.lanes
-        rows, segments, where = plan.rows, plan.segments, {"device": plan.device, "num_warps": span.warps}
+        rows, segments = plan.rows, plan.segments
         return SimpleNamespace(
             folds=[((rows, segments, lanes.count), _DTYPES[k]) for k in table.element_scalars],
             carry=[((rows, segments + 1, lanes.count), _DTYPES[k]) for k in table.live_scalars],
             kinds=((rows, segments, lanes.count), torch.int8),
             fold=self.kernels["fold"].launch(
-                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), *span.tile), **where
+                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), lanes.count, *span.tile),
+                plan.device, num_warps=span.warps,
             ),
-            join=self.kernels["carry"].launch(span.programs, plan.numbers, (plan.joined, *span.tile), **where),
+            join=self._join("carry", plan, len(table.element_scalars), (plan.joined,)),
         )
 
     def _backward_plan(
@@ -1602,7 +1649,6 @@ class PointwiseKernels:
         table = self.table
         plan = self._basis("backward", inputs, params, initial, flagged, rows, length, packed)
         lanes, span = plan.lanes, plan.span
-        plan.names = self.saved_components(real_dtype([*inputs, *params]), flagged)
         if span is not None:
             tokens = (*inputs[0].shape[:2], *lanes.full)
             plan.whole = []
@@ -1614,7 +1660,7 @@ class PointwiseKernels:
             plan.parts = [(shape, _DTYPES[table.params[p][2]]) for p in table.param_shares]
             maps = lanes.flat_maps(table.backward)
             plan.launch = self.kernels["backward"].launch(
-                span.programs * span.segments, plan.numbers, (*maps, plan.joined, *span.tile), plan.device,
+                span.programs * span.segments, plan.numbers, (*maps, lanes.count, plan.joined, *span.tile), plan.device,
                 num_warps=span.warps,
             )  # fmt: skip
             plan.folds = self._backward_fold_plan(plan) if span.segments > 1 else None
@@ -1622,17 +1668,29 @@ class PointwiseKernels:
 
     def _backward_fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
         table, span, lanes = self.table, plan.span, plan.lanes
-        shape, where = (plan.rows, plan.segments, lanes.count), {"device": plan.device, "num_warps": span.warps}
+        shape = (plan.rows, plan.segments, lanes.count)
         return SimpleNamespace(
             folds=[(shape, torch.float32)] * table.entries,
             carry=[(shape, torch.float32)] * table.smooth_scalars,
             kinds=(shape, torch.int8),
             fold=self.kernels["backward_fold"].launch(
-                span.programs * span.segments, plan.numbers, (*lanes.flat_maps(table.backward_fold), *span.tile),
-                **where,
+                span.programs * span.segments, plan.numbers,
+                (*lanes.flat_maps(table.backward_fold), lanes.count, plan.joined, *span.tile), plan.device,
+                num_warps=span.warps,
             ),
-            join=self.kernels["backward_carry"].launch(span.programs, plan.numbers, span.tile, **where),
+            join=self._join("backward_carry", plan, table.entries, ()),
         )  # fmt: skip
+
+    def _join(self, kernel: str, plan: SimpleNamespace, scalars: int, constants: tuple[Any, ...]) -> Launch:
+        """The scan of the segments' products, so many scalars each, by programs of few lanes."""
+        count = plan.lanes.count
+        rows, chunks, width, warps = (2, 2, 2, 1) if self.interpreted else (8, 128, 4, 8)
+        while chunks > 16 and chunks * scalars > 512:
+            chunks //= 2
+        grid = plan.rows * -(-count // width)
+        return self.kernels[kernel].launch(
+            grid, plan.numbers, (count, *constants, rows, chunks, width), plan.device, num_warps=warps
+        )
 
     def _warm(
         self, make: Callable[..., Any], plan: SimpleNamespace, inputs: Sequence[Tensor], params: Sequence[Tensor],
@@ -1650,9 +1708,7 @@ class PointwiseKernels:
             real = self._real(inputs, params)
             args = plan.lanes.tensors(table.backward_fold, inputs, params)
             args += [{**_DTYPES, "real": real}[table.outputs[o][1]] for o in outputs]
-            kept = {table.live[c][0] for c, _, _ in table.reused} - set(plan.names)
-            args += [real if table.live[c][0] in kept and states[c] == torch.float32 else states[c] for c in used]
-            args += [states[c] if initial else None for c in used]
+            args += [states[c] for c in used]
             begin = [states[c] for c in table.smooth]
         else:
             args = plan.lanes.tensors(table.fold, inputs, params)
@@ -1678,21 +1734,26 @@ class PointwiseKernels:
     ) -> SimpleNamespace:
         """Tile, grid, and the split of time: programs enough to keep every multiprocessor loading."""
         wide = any(x.element_size() >= 4 and lanes.maps[at] == (1, 1) for at, x in enumerate(inputs))
-        each_rows, chunks, width, warps, stages, vector = self.table.tiles[direction][4 if wide else 2]
-        while width > 1 and width >= 2 * lanes.count:
-            width, chunks = width // 2, min(2 * chunks, 64)
-        tokens, vector = each_rows * chunks, math.gcd(vector, lanes.count)
+        each_rows, width, warps, stages = self.table.tiles[direction][4 if wide else 2]
+        every = self.table.every if self.table.saved else 1
+        if direction == "backward" and every > 1:
+            each_rows = every  # the states are run again from one that was kept
+        while width > 64 and width >= 2 * lanes.count:
+            width, warps = width // 2, max(1, warps // 2)
+        tokens = max(each_rows, every)
         programs = rows * -(-lanes.count // width)
         processors = self.processors or _processors(inputs[0].device)
         segments, each = 1, length
-        if programs < 2 * processors:
-            segments = min(-(-4 * processors // programs), length // (self.segment_tiles * tokens))
+        if programs * warps < processors:
+            segments = min(-(-7 * processors // (programs * warps)), length // (self.segment_tiles * tokens))
             if segments > 3:
                 each = -(-length // (segments * tokens)) * tokens
             segments = -(-length // each) if each else 1
+            if segments > 1:
+                warps = max(1, min(warps, width // 64))  # segments are threads enough
         return SimpleNamespace(
-            tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
-            numbers=(length, lanes.count // vector, segments, each), even=lanes.count % width == 0,
+            tile=(each_rows, width, max(1, width // (32 * warps)), stages), warps=warps, programs=programs,
+            segments=segments, numbers=(length, segments, each),
         )  # fmt: skip
 
     # --- launches beside the main one
@@ -1718,15 +1779,13 @@ class PointwiseKernels:
 
     def _backward_carries(
         self, plan: SimpleNamespace, inputs: list[Tensor], params: list[Tensor], d_outputs: list[Tensor],
-        states: dict[int, Tensor], initial: list[Tensor] | None, ends: list[Tensor], kinds: Tensor | None,
-        offsets: Tensor,
-    ) -> list[Tensor]:  # fmt: skip
+        saved: list[Tensor], ends: list[Tensor], kinds: Tensor | None, offsets: Tensor,
+    ) -> list[Tensor]:
         """The cotangents after each segment, [N, S, C] a live scalar."""
         folds, carry, cuts = _buffers(plan.folds, kinds, offsets.device)
         args = plan.lanes.tensors(self.table.backward_fold, inputs, params)
         _, _, outputs, used = self.table.backward_fold
-        begin = [None if initial is None else _plain(initial[c]) for c in used]
-        tensors = [*(_plain(d_outputs[o]) for o in outputs), *(states[c] for c in used), *begin]
+        tensors = [*(_plain(d_outputs[o]) for o in outputs), *(saved if used else ())]
         plan.folds.fold(*args, *tensors, *folds, cuts, kinds, offsets)
         plan.folds.join(*folds, *ends, *carry, cuts, offsets)
         return carry
@@ -1780,9 +1839,10 @@ KERNELS = PointwiseKernels(
         smooth_owners=(0, 0),
         entries=6,
         smooth_scalars=2,
-        reused=((0, 0, True),),
+        saved=(0,),
+        every=8,
         counts=False,
-        tiles={"forward": {4: (4, 8, 64, 4, 3, 4), 2: (2, 16, 64, 4, 3, 8)}, "backward": {4: (2, 4, 64, 2, 3, 4), 2: (2, 4, 64, 2, 3, 4)}},
+        tiles={"forward": {4: (8, 64, 2, 8), 2: (8, 128, 1, 6)}, "backward": {4: (8, 64, 2, 6), 2: (8, 128, 1, 6)}},
     )
 )
 
@@ -2969,8 +3029,8 @@ class Operator:
         inputs, params, initial, mask, reset, cu_seqlens = given
         count = len(self.spec.outputs)
         found = self.kernels.scan_backward(
-            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            grads[:count], grads[count:], inputs, params, initial or None, results[count + len(self.live) :],
+            token_code(mask, reset), cu_seqlens,
         )  # fmt: skip
         parts = zip(found, (inputs, params, initial), strict=True)
         return [g for part, like in parts for g in (part or [None] * len(like))]
@@ -2996,9 +3056,8 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
-            flagged = given.mask is not None or given.reset is not None
-            saved = self.kernels.saved_components(call.dtype, flagged)
-            results += [empty(call.leading, slots[k]) for k in saved]
+            for name in self.kernels.saved_components():
+                results.append(empty((self.kernels.saved_rows(math.prod(call.leading), rows),), slots[name]))
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -3323,7 +3382,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='lru',
-    digest='018ce754bc21ef8d',
+    digest='0dc8fa60113f9d00',
     inputs=(Slot('u', (), 'complex'),),
     params=(Slot('nu'), Slot('theta'), Slot('gamma'),),
     components=(Slot('a', (), 'complex'), Slot('h', (), 'complex'),),

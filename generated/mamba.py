@@ -29,21 +29,22 @@ Plan: general. blocked scan in PyTorch over the rule (proved associative).
 Written by psmc; regenerate with: psmc compile mamba.psm
 The runtime holds what this spec needs of it. Needs torch; nothing else.
 
-   63  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
-   95  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
-  374  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
-  531  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
-  763  The border, continued: states, flags and packing
-  885  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
-  961  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1024  One checked call in PyTorch: lift, the scan of the plan, readout
- 1154  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+   64  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+   96  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+  375  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+  532  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+  764  The border, continued: states, flags and packing
+  886  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+  962  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1025  One checked call in PyTorch: lift, the scan of the plan, readout
+ 1155  The scan as an operator of torch: one graph node for torch.compile, with its own backward
  1423  The public face of a compiled aggregator: a parallel call, a step, states
  1628  the spec's border
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -1275,8 +1276,8 @@ class Operator:
         inputs, params, initial, mask, reset, cu_seqlens = given
         count = len(self.spec.outputs)
         found = self.kernels.scan_backward(
-            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            grads[:count], grads[count:], inputs, params, initial or None, results[count + len(self.live) :],
+            token_code(mask, reset), cu_seqlens,
         )  # fmt: skip
         parts = zip(found, (inputs, params, initial), strict=True)
         return [g for part, like in parts for g in (part or [None] * len(like))]
@@ -1302,9 +1303,8 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
-            flagged = given.mask is not None or given.reset is not None
-            saved = self.kernels.saved_components(call.dtype, flagged)
-            results += [empty(call.leading, slots[k]) for k in saved]
+            for name in self.kernels.saved_components():
+                results.append(empty((self.kernels.saved_rows(math.prod(call.leading), rows),), slots[name]))
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -1629,7 +1629,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='mamba',
-    digest='4ceb663732f75a59',
+    digest='e4eb6b98033d02ed',
     inputs=(Slot('x', ('D',)), Slot('dt', ('D',), within=(0.0, None, '()')), Slot('B', ('N',)), Slot('C', ('N',)),),
     params=(Slot('A', ('D', 'N'), within=(None, 0.0, '()')),),
     components=(Slot('a', ('D', 'N')), Slot('h', ('D', 'N')),),

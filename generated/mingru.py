@@ -29,20 +29,20 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    68  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
    98  kernels: a pointwise scan
-  779  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
-  903  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1046  One token at a time by the step kernel: what its shapes fix is worked out once
- 1174  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1560  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1839  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1996  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2228  The border, continued: states, flags and packing
- 2350  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2426  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2489  One checked call in PyTorch: lift, the scan of the plan, readout
- 2619  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2888  The public face of a compiled aggregator: a parallel call, a step, states
- 3093  the spec's border
+  797  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
+  921  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 1064  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1192  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1591  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1870  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2027  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2259  The border, continued: states, flags and packing
+ 2381  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2457  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2520  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2650  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 2918  The public face of a compiled aggregator: a parallel call, a step, states
+ 3123  the spec's border
 """
 
 from __future__ import annotations
@@ -97,15 +97,13 @@ def identity(n, like):
 
 # --- kernels: a pointwise scan. Tensors lie as [B, T, C], C the lanes (all lane axes and dims, flattened).
 #
-# A program has BC lanes of one sequence (or of one of its S segments of SEG tokens) and walks over tiles of W * R tokens,
-# [W, R, BC]: W chunks of R tokens, each in one thread's registers. Lift the tokens, scan each chunk, scan the chunks'
-# products behind what is carried, bring what is before each chunk into it, read out.
+# A program has BC lanes of one sequence (or of one of its S segments of SEG tokens) and walks over its tokens, a token
+# of a lane in one thread, R tokens of each tensor loaded at a time and NS such loads ahead.
 #   bos, eos    a sequence's first token and the one past its last, as rows of the packed batch
-#   C = CV * V  V lanes are loaded at once, and C is known to be a multiple of V
 #   Q, D        lane c of a tensor that has fewer lanes is its (c // Q) * D + c % D
 #   kind        int8 [B, T]: 0 the token is skipped, 1 it joins what is before, 3 nothing counts before it, 2 the same
 #               and it is skipped; None: all count
-# Least traffic: every input and output once, and for a backward the states once more.
+# Least traffic: every input and output once; for the backward, a state of every K tokens is written and read, too.
 
 
 
@@ -124,8 +122,24 @@ def jit(fn=None, **options):
 
 
 @jit
+def tile_load(p, m):
+    if m is None:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=m, other=0)
+
+
+if triton is not None:  # not in Triton's interpreter, and not on other GPUs
+    NATIVE = tl.constexpr(isinstance(tile_load, triton.JITFunction) and torch.version.hip is None)
+
+@jit
 def lane_exp(x):
-    return tl.exp2(x * 1.4426950408889634)
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x * 1.4426950408889634)
 
 
 @jit
@@ -144,6 +158,28 @@ def lane_lift(z, x):
 
 
 @jit
+def lane_step(z, x, prev_h):
+    sigmoid_z = lane_sigmoid(z)
+    h = (1 - sigmoid_z) * prev_h + sigmoid_z * x
+    return h
+
+
+@jit
+def lane_readout(s_h):
+    y = s_h
+    return y
+
+
+@jit
+def lane_fold(z, x, l_a, l_h):
+    sigmoid_z = lane_sigmoid(z)
+    t1 = 1 - sigmoid_z
+    a = l_a * t1
+    h = t1 * l_h + sigmoid_z * x
+    return a, h
+
+
+@jit
 def lane_combine(l_a, l_h, r_a, r_h):
     a = l_a * r_a
     h = r_a * l_h + r_h
@@ -157,21 +193,26 @@ def lane_advance(l_h, r_a, r_h):
 
 
 @jit
-def lane_readout(s_h):
-    y = s_h
-    return y
-
-
-@jit
 def lane_direct(d_y):
     adj_h = d_y
     return adj_h
 
 
 @jit
-def lane_transition(z):
+def lane_back(z, x, prev_h, grad_h):
+    sigmoid_z = lane_sigmoid(z)
+    t1 = 1 - sigmoid_z
+    adj_h = grad_h * t1
+    g_z = (grad_h * x - grad_h * prev_h) * (sigmoid_z * t1)
+    g_x = grad_h * sigmoid_z
+    return adj_h, g_z, g_x
+
+
+@jit
+def lane_entry(z, d_y):
     J_h_h = 1 - lane_sigmoid(z)
-    return J_h_h
+    adj_h = d_y * J_h_h
+    return J_h_h, adj_h
 
 
 @jit
@@ -188,11 +229,21 @@ def lane_pull(l_adj_h, r_J_h_h, r_adj_h):
 
 
 @jit
-def lane_gradient(z, x, prev_h, grad_h):
-    sigmoid_z = lane_sigmoid(z)
-    g_z = (grad_h * x - grad_h * prev_h) * (sigmoid_z * (1 - sigmoid_z))
-    g_x = grad_h * sigmoid_z
-    return g_z, g_x
+def token_state(b_z, b_x, h_h, kind, alone, BC: tl.constexpr):
+    """v_* before a token and s_* after it. h_* is what stands there, but counts for nothing where kind is 2 or 3, or
+    the token is `alone`: then the state after it is its lifted element."""
+    v_h = h_h
+    if kind is not None:
+        v_h = tl.where(kind >= 2, tl.full([BC], 0.0, tl.float32), h_h)
+    s_h = lane_step(b_z, b_x, v_h)
+    e_a, e_h = lane_lift(b_z, b_x)
+    if kind is not None:
+        s_h = tl.where(kind == 3, e_h, s_h)
+    elif alone is not None:
+        s_h = tl.where(alone, e_h, s_h)
+    if kind is not None:
+        s_h = tl.where((kind & 1) != 0, s_h, v_h)
+    return v_h, s_h
 
 
 @jit
@@ -223,21 +274,8 @@ def tile_pick(x, chosen, axis: tl.constexpr):
 
 
 @jit
-def tile_load(p, m):
-    if m is None:
-        return tl.load(p)
-    else:
-        return tl.load(p, mask=m, other=0)
-
-
-@jit
-def tile_store(p, value, m):
-    tl.store(p, value, mask=m)
-
-
-@jit
 def lane_index(c, Q: tl.constexpr, D: tl.constexpr):
-    """Where lane c lies in a tensor that has fewer lanes; of c = C, how many it has."""
+    """Where lane c lies in a tensor that has fewer lanes."""
     if Q == 1:
         return c
     return c // Q * D + c % D
@@ -278,198 +316,160 @@ def kind_kernel(p_code, p_kind, p_cu, T, PACKED, JOINED: tl.constexpr, BT: tl.co
         before = tl.sum(tl.where(t == BT - 1, count, 0), 0)
 
 
-@jit
-def forward_tile(
-    p_z, p_x, p_out_y, p_saved_h,
-    p_kind, row, left, C, i_c, joined, h_h,
-    Q_z: tl.constexpr, D_z: tl.constexpr,
-    Q_x: tl.constexpr, D_x: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
-):
-    """One tile from token `row` on, of which `left` are there (all, if WHOLE; and all lanes, if EVEN): prefixes s_* of the
-    lifted tokens e_* behind h_*, which counts if `joined`, and the outputs y_*. Returns h_* for the next tile."""
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
-    m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_z, k_z = lane_index(C, Q_z, D_z), lane_index(o_c, Q_z, D_z)
-    oc_z = t * C_z + k_z[:, None, :]
-    C_x, k_x = lane_index(C, Q_x, D_x), lane_index(o_c, Q_x, D_x)
-    oc_x = t * C_x + k_x[:, None, :]
-    inside = t < left
-    m = None
-    if not EVEN:
-        m = m_c[:, None, :]
-    if not WHOLE:
-        m = inside & m_c[:, None, :]
-    b_z = tile_load(p_z + row * C_z + oc_z, m).to(tl.float32)
-    b_x = tile_load(p_x + row * C_x + oc_x, m).to(tl.float32)
-    e_a, e_h = lane_lift(b_z, b_x)
-    if p_kind is not None:
-        kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
-        e_h = tl.where(kind == 2, 0.0, e_h)
-        kind = tl.broadcast_to(kind, [W, R, BC])
-    if p_kind is not None:
-        inner_kind, g_a, g_h = tl.associative_scan((kind, e_a, e_h), 1, lane_flagged)
-        outer_kind = tile_pick(inner_kind, r == R - 1, 1)
-    else:
-        (g_a, g_h,) = tl.associative_scan((e_a, e_h,), 1, lane_combine)
-    c_a = tile_pick(g_a, r == R - 1, 1)  # [W, BC]
-    c_h = tile_pick(g_h, r == R - 1, 1)  # [W, BC]
-    f_h = lane_advance(h_h, c_a, c_h)
-    if p_kind is not None:
-        f_h = tl.where(outer_kind == 0, h_h, tl.where(outer_kind == 1, f_h, c_h))
-        c_h = tl.where(w == 0, f_h, c_h)
-        outer_kind = tl.where(w == 0, 3, outer_kind)
-        outer_kind, c_a, c_h = tl.associative_scan((outer_kind, c_a, c_h), 0, lane_flagged)
-    else:
-        c_h = tl.where((w == 0) & joined, f_h, c_h)
-        (c_a, c_h,) = tl.associative_scan((c_a, c_h,), 0, lane_combine)
-    q_h = tl.where(w == 0, h_h, tl.gather(c_h, above, 0))[:, None, :]  # before each chunk
-    h_h = tile_pick(c_h, w == W - 1, 0)[None, :]
-    s_h = lane_advance(q_h, g_a, g_h)
-    if p_kind is not None:
-        s_h = tl.where(inner_kind == 0, q_h, tl.where(inner_kind == 1, s_h, g_h))
-    else:
-        s_h = tl.where((w > 0)[:, :, None] | joined, s_h, g_h)
-    y_y = lane_readout(s_h)
-    if p_kind is not None:
-        y_y = tl.where((kind & 1) != 0, y_y, 0)
-    tile_store(p_out_y + row * C + o, y_y, m)
-    if p_saved_h is not None:
-        tile_store(p_saved_h + row * C + o, s_h, m)
-    if not WHOLE:
-        h_h = tile_pick(tile_pick(s_h, t == left - 1, 1), w >= 0, 0)[None, :]
-    return h_h
-
-
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def forward_kernel(
     p_z, p_x, p_out_y, p_saved_h, p_initial_h, p_final_h, p_carry_h,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_z: tl.constexpr, D_z: tl.constexpr,
     Q_x: tl.constexpr, D_x: tl.constexpr,
-    JOINED: tl.constexpr, EVEN: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, JOINED: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
-    """Outputs, the final state, and what the backward wants saved. h_* [1, BC] is the state before a tile."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    """Outputs, the final state, and the states before every K tokens, for the backward. h_* [BC] is the state before a
+    token."""
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    h_h = tl.full([1, BC], 0.0, tl.float32)
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_z: tl.constexpr = C if Q_z == 1 else C // Q_z * D_z + C % D_z
+    k_z = lane_index(o_c, Q_z, D_z)
+    oc_z = o if Q_z == 1 else t * C_z + k_z[None, :]
+    C_x: tl.constexpr = C if Q_x == 1 else C // Q_x * D_x + C % D_x
+    k_x = lane_index(o_c, Q_x, D_x)
+    oc_x = o if Q_x == 1 else t * C_x + k_x[None, :]
+    h_h = tl.full([BC], 0.0, tl.float32)
     if p_initial_h is not None:
         h_h = tl.load(p_initial_h + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     if S > 1:
         h_h = tl.load(p_carry_h + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    BT: tl.constexpr = max(R, K)
     whole = tl.maximum(length, 0) // BT * BT
-    for i_t in tl.range(0, whole, BT, num_stages=NS):
-        joined = ((i_t > 0) | (i_s > 0) | JOINED).to(tl.int1)
-        h_h = forward_tile(
-            p_z, p_x, p_out_y, p_saved_h,
-            p_kind, begin + i_t, BT, C, i_c, joined, h_h,
-            Q_z, D_z, Q_x, D_x, R, W, BC, True, EVEN,
-        )
-    if whole < length:
-        joined = ((whole > 0) | (i_s > 0) | JOINED).to(tl.int1)
-        h_h = forward_tile(
-            p_z, p_x, p_out_y, p_saved_h,
-            p_kind, begin + whole, length - whole, C, i_c, joined, h_h,
-            Q_z, D_z, Q_x, D_x, R, W, BC, False, EVEN,
-        )
+    for i_t in tl.range(0, whole, R, num_stages=NS):
+        row = begin + i_t
+        q_out_y = p_out_y + (row * C + o_c)
+        tb_z = tile_load(p_z + row * C_z + oc_z, m_tile).to(tl.float32)  # [R, BC]
+        tb_x = tile_load(p_x + row * C_x + oc_x, m_tile).to(tl.float32)  # [R, BC]
+        for r in tl.static_range(R):
+            if r % K == 0:
+                if p_saved_h is not None:
+                    tl.store(p_saved_h + ((row + r) // K + i_n) * C + o_c, h_h, mask=m_c & ((i_t + r) % K == 0))
+            b_z = tile_pick(tb_z, t == r, 0)
+            b_x = tile_pick(tb_x, t == r, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + r).to(tl.int32)
+            elif r == 0 and not JOINED:
+                alone = (i_t == 0) & (i_s == 0)
+            v_h, s_h = token_state(b_z, b_x, h_h, kind, alone, BC)
+            y_y = lane_readout(s_h)
+            if p_kind is not None:
+                y_y = tl.where((kind & 1) != 0, y_y, 0)
+            tl.store(q_out_y + r * C, y_y, mask=m)
+            h_h = s_h
+    for i_t in tl.range(whole, length, 1, num_stages=NS):
+        row = begin + i_t
+        q_out_y = p_out_y + (row * C + o_c)
+        b_z = tile_load(p_z + row * C_z + k_z, m).to(tl.float32)
+        b_x = tile_load(p_x + row * C_x + k_x, m).to(tl.float32)
+        within = i_t % K
+        kept = tl.where(i_t - within + K <= length, row // K + i_n, REST + i_n * K + within)
+        if p_saved_h is not None:
+            tl.store(p_saved_h + kept * C + o_c, h_h, mask=m_c & ((within == 0) | (kept >= REST)))
+        alone, kind = None, None
+        if p_kind is not None:
+            kind = tl.load(p_kind + row).to(tl.int32)
+        elif not JOINED:
+            alone = (i_t == 0) & (i_s == 0)
+        v_h, s_h = token_state(b_z, b_x, h_h, kind, alone, BC)
+        y_y = lane_readout(s_h)
+        if p_kind is not None:
+            y_y = tl.where((kind & 1) != 0, y_y, 0)
+        tl.store(q_out_y, y_y, mask=m)
+        h_h = s_h
     m_end = m_c & (begin + SEG >= eos) & ((begin < eos) | (i_s == 0))
     tl.store(p_final_h + i_n * C + o_c, h_h, mask=m_end)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def fold_kernel(
     p_z, p_x, p_fold_a, p_fold_h, p_fold_kind,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_z: tl.constexpr, D_z: tl.constexpr,
     Q_x: tl.constexpr, D_x: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """The product of each whole segment's elements, [N, S, C] a component; with kinds, its kind. What a sequence's last
     segment folds to is not read."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_z, k_z = lane_index(C, Q_z, D_z), lane_index(o_c, Q_z, D_z)
-    oc_z = t * C_z + k_z[:, None, :]
-    C_x, k_x = lane_index(C, Q_x, D_x), lane_index(o_c, Q_x, D_x)
-    oc_x = t * C_x + k_x[:, None, :]
-    h_a = tl.zeros([1, BC], tl.float32)
-    h_h = tl.zeros([1, BC], tl.float32)
-    before_kind = tl.zeros([1, BC], tl.int32)
-    for i_t in tl.range(0, length, BT, num_stages=NS):
-        row, inside = begin + i_t, i_t + t < length
-        m = inside & m_c[:, None, :]
-        b_z = tile_load(p_z + row * C_z + oc_z, m).to(tl.float32)
-        b_x = tile_load(p_x + row * C_x + oc_x, m).to(tl.float32)
-        e_a, e_h = lane_lift(b_z, b_x)
-        if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
-            e_h = tl.where(kind == 2, 0.0, e_h)
-            kind = tl.broadcast_to(kind, [W, R, BC])
-        if p_kind is not None:
-            inner_kind, g_a, g_h = tl.associative_scan((kind, e_a, e_h), 1, lane_flagged)
-            outer_kind = tile_pick(inner_kind, r == R - 1, 1)
-        else:
-            (g_a, g_h,) = tl.associative_scan((e_a, e_h,), 1, lane_combine)
-        c_a = tile_pick(g_a, r == R - 1, 1)  # [W, BC]
-        c_h = tile_pick(g_h, r == R - 1, 1)  # [W, BC]
-        if p_kind is not None:
-            joined_kind, f_a, f_h = lane_flagged(before_kind, h_a, h_h, outer_kind, c_a, c_h)
-            outer_kind = tl.where(w == 0, joined_kind, outer_kind)
-        else:
-            f_a, f_h = lane_combine(h_a, h_h, c_a, c_h)
-        c_a = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_a, c_a)
-        c_h = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_h, c_h)
-        if p_kind is not None:
-            outer_kind, c_a, c_h = tl.associative_scan((outer_kind, c_a, c_h), 0, lane_flagged)
-            before_kind = tile_pick(outer_kind, w == W - 1, 0)[None, :]
-        else:
-            (c_a, c_h,) = tl.associative_scan((c_a, c_h,), 0, lane_combine)
-        h_a = tile_pick(c_a, w == W - 1, 0)[None, :]
-        h_h = tile_pick(c_h, w == W - 1, 0)[None, :]
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_z: tl.constexpr = C if Q_z == 1 else C // Q_z * D_z + C % D_z
+    k_z = lane_index(o_c, Q_z, D_z)
+    oc_z = o if Q_z == 1 else t * C_z + k_z[None, :]
+    C_x: tl.constexpr = C if Q_x == 1 else C // Q_x * D_x + C % D_x
+    k_x = lane_index(o_c, Q_x, D_x)
+    oc_x = o if Q_x == 1 else t * C_x + k_x[None, :]
+    h_a = tl.zeros([BC], tl.float32)
+    h_h = tl.zeros([BC], tl.float32)
+    before = i_s * 0
+    for i_t in tl.range(0, tl.where(length == SEG, length, 0), R, num_stages=NS):
+        row = begin + i_t
+        tb_z = tile_load(p_z + row * C_z + oc_z, m_tile).to(tl.float32)  # [R, BC]
+        tb_x = tile_load(p_x + row * C_x + oc_x, m_tile).to(tl.float32)  # [R, BC]
+        for r in tl.static_range(R):
+            b_z = tile_pick(tb_z, t == r, 0)
+            b_x = tile_pick(tb_x, t == r, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + r).to(tl.int32)
+            elif r == 0:
+                alone = i_t == 0
+            e_a, e_h = lane_lift(b_z, b_x)
+            f_a, f_h = lane_fold(b_z, b_x, h_a, h_h)
+            if kind is not None:
+                a_a = e_a
+                f_a = tl.where(kind == 0, h_a, tl.where((kind == 1) & (before != 0), f_a, a_a))
+                a_h = tl.where(kind == 2, 0.0, e_h)
+                f_h = tl.where(kind == 0, h_h, tl.where((kind == 1) & (before != 0), f_h, a_h))
+                before = before | kind
+            elif alone is not None:
+                f_a = tl.where(alone, e_a, f_a)
+                f_h = tl.where(alone, e_h, f_h)
+            h_a = f_a
+            h_h = f_h
     tl.store(p_fold_a + (i_n * S + i_s) * C + o_c, h_a, mask=m_c)
     tl.store(p_fold_h + (i_n * S + i_s) * C + o_c, h_h, mask=m_c)
     if p_kind is not None:
-        tl.store(p_fold_kind + (i_n * S + i_s) * C + o_c, before_kind, mask=m_c)
+        tl.store(p_fold_kind + (i_n * S + i_s) * C + o_c, tl.full([BC], 0, tl.int32) + before, mask=m_c)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def carry_kernel(
     p_fold_a, p_fold_h, p_initial_h, p_carry_h,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
-    JOINED: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
+    C: tl.constexpr, JOINED: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr,
 ):
     """What is before each segment, [N, S + 1, C] a live component, from the segments' products."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_n * 0, T, SEG)
     segments = tl.cdiv(eos - bos, SEG).to(tl.int32)
@@ -486,7 +486,7 @@ def carry_kernel(
     if p_initial_h is not None:
         h_h = tl.load(p_initial_h + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     tl.store(p_carry_h + i_n * (S + 1) * C + o_c, h_h, mask=m_c)
-    for i_t in tl.range(0, segments, BT, num_stages=NS):
+    for i_t in tl.range(0, segments, BT):
         m = (i_t + t < segments) & m_c[:, None, :]
         e_a = tl.load(p_fold_a + (i_n * S + i_t) * C + o, mask=m, other=0)
         e_h = tl.load(p_fold_h + (i_n * S + i_t) * C + o, mask=m, other=0)
@@ -519,187 +519,205 @@ def carry_kernel(
         tl.store(p_carry_h + (i_n * (S + 1) + i_t + 1) * C + o, s_h, mask=m)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def backward_kernel(
-    p_z, p_x, p_d_out_y, p_saved_h, p_initial_h, p_d_final_h, p_d_initial_h, p_d_z, p_d_x, p_carry_h,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_z, p_x, p_d_out_y, p_saved_h, p_d_final_h, p_d_initial_h, p_d_z, p_d_x, p_carry_h,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_z: tl.constexpr, D_z: tl.constexpr,
     Q_x: tl.constexpr, D_x: tl.constexpr,
-    JOINED: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, JOINED: tl.constexpr,
+    R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
-    """From the last tile to the first: l_*, the whole cotangent of the state after each token, by a scan of a_* (the
-    next token's Jacobian, and what enters at this one); then the gradients. h_* [1, BC] is l_* below the tile."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    """From the last token to the first: l_* [BC], the cotangent of the state from later tokens, takes in what each
+    token's outputs ask of it, and gives the gradients. The states come again, R tokens at a time, from those kept."""
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = BT - 1 - (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_z, k_z = lane_index(C, Q_z, D_z), lane_index(o_c, Q_z, D_z)
-    oc_z = t * C_z + k_z[:, None, :]
-    C_x, k_x = lane_index(C, Q_x, D_x), lane_index(o_c, Q_x, D_x)
-    oc_x = t * C_x + k_x[:, None, :]
-    h_adj_h = tl.load(p_d_final_h + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_z: tl.constexpr = C if Q_z == 1 else C // Q_z * D_z + C % D_z
+    k_z = lane_index(o_c, Q_z, D_z)
+    oc_z = o if Q_z == 1 else t * C_z + k_z[None, :]
+    C_x: tl.constexpr = C if Q_x == 1 else C // Q_x * D_x + C % D_x
+    k_x = lane_index(o_c, Q_x, D_x)
+    oc_x = o if Q_x == 1 else t * C_x + k_x[None, :]
+    l_h = tl.load(p_d_final_h + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     if S > 1:
-        h_adj_h = tl.load(p_carry_h + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
-    z_h = tl.full([1, BC], 0.0, tl.float32)
-    if p_initial_h is not None:
-        z_h = tl.load(p_initial_h + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    tiles = tl.cdiv(length, BT)
-    rest, first_row = (eos - begin).to(tl.int32), (bos - begin).to(tl.int32)
-    for j in tl.range(0, tiles, num_stages=NS):
-        i_t = (tiles - 1 - j) * BT
+        l_h = tl.load(p_carry_h + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    whole = tl.maximum(length, 0) // R * R
+    for j in tl.range(0, length - whole, 1, num_stages=NS):
+        i_t = length - 1 - j
         row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        m_after = m & (i_t + t + 1 < rest)  # another token follows
-        b_z = tl.load(p_z + row * C_z + oc_z, mask=m, other=0).to(tl.float32)
-        b_x = tl.load(p_x + row * C_x + oc_x, mask=m, other=0).to(tl.float32)
-        b_d_y = tl.load(p_d_out_y + row * C + o, mask=m, other=0).to(tl.float32)
-        nb_z = tl.load(p_z + (row + 1) * C_z + oc_z, mask=m_after, other=0).to(tl.float32)
-        v_h = tl.load(p_saved_h + (row - 1) * C + o, mask=m & (i_t + t > first_row), other=0.0).to(tl.float32)
-        if p_initial_h is not None:
-            v_h = tl.where(i_t + t > first_row, v_h, z_h[:, None, :])
-        m_here = m
+        q_d_z = p_d_z + (row * C + o_c)
+        q_d_x = p_d_x + (row * C + o_c)
+        b_z = tile_load(p_z + row * C_z + k_z, m).to(tl.float32)
+        b_x = tile_load(p_x + row * C_x + k_x, m).to(tl.float32)
+        b_d_y = tile_load(p_d_out_y + row * C + o_c, m).to(tl.float32)
+        alone, kind = None, None
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
-            below = tl.load(p_kind + row + 1 + t, mask=(i_t + t < length) & (i_t + t + 1 < rest), other=0).to(tl.int32)
-            cut = tl.broadcast_to((below >= 2).to(tl.int32), [W, R, BC])
-            m_here, m_after = m & ((kind & 1) != 0), m & (below == 1)
-            v_h = tl.where(kind >= 2, 0.0, v_h)
-        u_adj_h = lane_direct(b_d_y)
-        w_J_h_h = lane_transition(nb_z)
-        a_J_h_h = tl.where(m_after, w_J_h_h, 1.0)
-        a_adj_h = tl.where(m_here, u_adj_h, 0.0)
+            kind = tl.load(p_kind + row).to(tl.int32)
+        elif not JOINED:
+            alone = (i_t == 0) & (i_s == 0)
+        h_h = tl.load(p_saved_h + (REST + i_n * R + i_t - whole) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        v_h, s_h = token_state(b_z, b_x, h_h, kind, alone, BC)
         if p_kind is not None:
-            inner_cut, g_J_h_h, g_adj_h = tl.associative_scan((cut, a_J_h_h, a_adj_h), 1, lane_cut)
-            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
-        else:
-            (g_J_h_h, g_adj_h,) = tl.associative_scan((a_J_h_h, a_adj_h,), 1, lane_compose)
-        c_J_h_h = tile_pick(g_J_h_h, r == R - 1, 1)  # [W, BC]
-        c_adj_h = tile_pick(g_adj_h, r == R - 1, 1)  # [W, BC]
-        f_adj_h = lane_pull(h_adj_h, c_J_h_h, c_adj_h)
+            b_d_y = tl.where((kind & 1) != 0, b_d_y, 0.0)
+        d_adj_h = lane_direct(b_d_y)
+        c_h = l_h + d_adj_h
+        adj_h, g_z, g_x = lane_back(b_z, b_x, v_h, c_h)
         if p_kind is not None:
-            c_adj_h = tl.where((w == 0) & (outer_cut == 0), f_adj_h, c_adj_h)
-            outer_cut, c_J_h_h, c_adj_h = tl.associative_scan((outer_cut, c_J_h_h, c_adj_h), 0, lane_cut)
-        else:
-            c_adj_h = tl.where(w == 0, f_adj_h, c_adj_h)
-            (c_J_h_h, c_adj_h,) = tl.associative_scan((c_J_h_h, c_adj_h,), 0, lane_compose)
-        q_adj_h = tl.where(w == 0, h_adj_h, tl.gather(c_adj_h, above, 0))[:, None, :]  # below each chunk
-        h_adj_h = tile_pick(c_adj_h, w == W - 1, 0)[None, :]
-        l_adj_h = lane_pull(q_adj_h, g_J_h_h, g_adj_h)
+            adj_h = tl.where(kind == 1, adj_h, tl.where(kind == 0, l_h, 0.0))
+        l_h = adj_h
         if p_kind is not None:
-            l_adj_h = tl.where(inner_cut == 0, l_adj_h, g_adj_h)
-        g_z, g_x = lane_gradient(b_z, b_x, v_h, l_adj_h)
+            g_z = tl.where((kind & 1) != 0, g_z, 0.0)
         if p_kind is not None:
-            g_z = tl.where(m_here, g_z, 0.0)
-        tl.store(p_d_z + row * C + o, g_z, mask=m)
-        if p_kind is not None:
-            g_x = tl.where(m_here, g_x, 0.0)
-        tl.store(p_d_x + row * C + o, g_x, mask=m)
+            g_x = tl.where((kind & 1) != 0, g_x, 0.0)
+        tl.store(q_d_z, g_z, mask=m)
+        tl.store(q_d_x, g_x, mask=m)
+    for j in tl.range(0, whole, R, num_stages=NS):
+        i_t = whole - R - j
+        row = begin + i_t
+        q_d_z = p_d_z + (row * C + o_c)
+        q_d_x = p_d_x + (row * C + o_c)
+        tb_z = tile_load(p_z + row * C_z + oc_z, m_tile).to(tl.float32)  # [R, BC]
+        tb_x = tile_load(p_x + row * C_x + oc_x, m_tile).to(tl.float32)  # [R, BC]
+        tb_d_y = tile_load(p_d_out_y + row * C + o, m_tile).to(tl.float32)  # [R, BC]
+        h_h = tl.load(p_saved_h + (row // R + i_n) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        tv_h, ts_h = (), ()
+        for r in tl.static_range(R):
+            b_z = tile_pick(tb_z, t == r, 0)
+            b_x = tile_pick(tb_x, t == r, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + r).to(tl.int32)
+            elif r == 0 and not JOINED:
+                alone = (i_t == 0) & (i_s == 0)
+            v_h, s_h = token_state(b_z, b_x, h_h, kind, alone, BC)
+            h_h = s_h
+            tv_h = tv_h + (v_h,)
+            ts_h = ts_h + (s_h,)
+        for q in tl.static_range(R):
+            b_z = tile_pick(tb_z, t == R - 1 - q, 0)
+            b_x = tile_pick(tb_x, t == R - 1 - q, 0)
+            b_d_y = tile_pick(tb_d_y, t == R - 1 - q, 0)
+            v_h, s_h = tv_h[R - 1 - q], ts_h[R - 1 - q]
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + (R - 1 - q)).to(tl.int32)
+            elif False:
+                alone = (i_t == 0) & (i_s == 0)
+            if p_kind is not None:
+                b_d_y = tl.where((kind & 1) != 0, b_d_y, 0.0)
+            d_adj_h = lane_direct(b_d_y)
+            c_h = l_h + d_adj_h
+            adj_h, g_z, g_x = lane_back(b_z, b_x, v_h, c_h)
+            if p_kind is not None:
+                adj_h = tl.where(kind == 1, adj_h, tl.where(kind == 0, l_h, 0.0))
+            l_h = adj_h
+            if p_kind is not None:
+                g_z = tl.where((kind & 1) != 0, g_z, 0.0)
+            if p_kind is not None:
+                g_x = tl.where((kind & 1) != 0, g_x, 0.0)
+            tl.store(q_d_z + (R - 1 - q) * C, g_z, mask=m)
+            tl.store(q_d_x + (R - 1 - q) * C, g_x, mask=m)
     if p_d_initial_h is not None:
-        m_after = m_c & (length > 0) & (i_s == 0)
-        nb_z = tl.load(p_z + begin * C_z + k_z, mask=m_after, other=0).to(tl.float32)
-        if p_kind is not None:
-            below = tl.load(p_kind + begin, mask=length > 0, other=0).to(tl.int32)
-            m_after = m_after & (below == 1)
-        w_J_h_h = lane_transition(nb_z)
-        c_J_h_h = tl.where(m_after, w_J_h_h, 1.0)
-        c_adj_h = tl.zeros([1, BC], tl.float32)
-        f_adj_h = lane_pull(h_adj_h, c_J_h_h, c_adj_h)
-        if p_kind is not None:
-            f_adj_h = tl.where(below >= 2, 0.0, f_adj_h)
-        tl.store(p_d_initial_h + i_n * C + o_c, f_adj_h, mask=m_c & (i_s == 0))
+        tl.store(p_d_initial_h + i_n * C + o_c, l_h, mask=m_c & (i_s == 0))
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def backward_fold_kernel(
     p_z, p_d_out_y, p_fold_J_h_h, p_fold_adj_h, p_fold_cut,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_z: tl.constexpr, D_z: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, JOINED: tl.constexpr,
+    R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """How the cotangents before each segment come from those after it, [N, S, C] an entry."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = BT - 1 - (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_z, k_z = lane_index(C, Q_z, D_z), lane_index(o_c, Q_z, D_z)
-    oc_z = t * C_z + k_z[:, None, :]
-    h_J_h_h = tl.full([1, BC], 1.0, tl.float32)
-    h_adj_h = tl.full([1, BC], 0.0, tl.float32)
-    before_cut = tl.zeros([1, BC], tl.int32)
-    tiles = tl.cdiv(length, BT)
-    rest, first_row = (eos - begin).to(tl.int32), (bos - begin).to(tl.int32)
-    for j in tl.range(0, tiles, num_stages=NS):
-        i_t = (tiles - 1 - j) * BT
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_z: tl.constexpr = C if Q_z == 1 else C // Q_z * D_z + C % D_z
+    k_z = lane_index(o_c, Q_z, D_z)
+    oc_z = o if Q_z == 1 else t * C_z + k_z[None, :]
+    z_J_h_h = tl.full([BC], 1.0, tl.float32)
+    z_adj_h = tl.full([BC], 0.0, tl.float32)
+    cut = i_s * 0
+    whole = tl.maximum(length, 0) // R * R
+    for j in tl.range(0, length - whole, 1, num_stages=NS):
+        i_t = length - 1 - j
         row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        m_after = m & (i_t + t + 1 < rest)  # another token follows
-        b_d_y = tl.load(p_d_out_y + row * C + o, mask=m, other=0).to(tl.float32)
-        nb_z = tl.load(p_z + (row + 1) * C_z + oc_z, mask=m_after, other=0).to(tl.float32)
-        m_here = m
+        b_z = tile_load(p_z + row * C_z + k_z, m).to(tl.float32)
+        b_d_y = tile_load(p_d_out_y + row * C + o_c, m).to(tl.float32)
+        alone, kind = None, None
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
-            below = tl.load(p_kind + row + 1 + t, mask=(i_t + t < length) & (i_t + t + 1 < rest), other=0).to(tl.int32)
-            cut = tl.broadcast_to((below >= 2).to(tl.int32), [W, R, BC])
-            m_here, m_after = m & ((kind & 1) != 0), m & (below == 1)
-        u_adj_h = lane_direct(b_d_y)
-        w_J_h_h = lane_transition(nb_z)
-        a_J_h_h = tl.where(m_after, w_J_h_h, 1.0)
-        a_adj_h = tl.where(m_here, u_adj_h, 0.0)
+            kind = tl.load(p_kind + row).to(tl.int32)
+        elif not JOINED:
+            alone = (i_t == 0) & (i_s == 0)
+        a_J_h_h, a_adj_h = lane_entry(b_z, b_d_y)
+        f_J_h_h, f_adj_h = lane_compose(z_J_h_h, z_adj_h, a_J_h_h, a_adj_h)
         if p_kind is not None:
-            inner_cut, g_J_h_h, g_adj_h = tl.associative_scan((cut, a_J_h_h, a_adj_h), 1, lane_cut)
-            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
-        else:
-            (g_J_h_h, g_adj_h,) = tl.associative_scan((a_J_h_h, a_adj_h,), 1, lane_compose)
-        c_J_h_h = tile_pick(g_J_h_h, r == R - 1, 1)  # [W, BC]
-        c_adj_h = tile_pick(g_adj_h, r == R - 1, 1)  # [W, BC]
+            f_J_h_h = tl.where(kind == 1, f_J_h_h, tl.where(kind == 0, z_J_h_h, 1.0))
+        z_J_h_h = f_J_h_h
         if p_kind is not None:
-            joined_cut, f_J_h_h, f_adj_h = lane_cut(before_cut, h_J_h_h, h_adj_h, outer_cut, c_J_h_h, c_adj_h)
-            outer_cut = tl.where(w == 0, joined_cut, outer_cut)
-        else:
-            f_J_h_h, f_adj_h = lane_compose(h_J_h_h, h_adj_h, c_J_h_h, c_adj_h)
-        c_J_h_h = tl.where(w == 0, f_J_h_h, c_J_h_h)
-        c_adj_h = tl.where(w == 0, f_adj_h, c_adj_h)
+            f_adj_h = tl.where(kind == 1, f_adj_h, tl.where(kind == 0, z_adj_h, 0.0))
+        z_adj_h = f_adj_h
         if p_kind is not None:
-            outer_cut, c_J_h_h, c_adj_h = tl.associative_scan((outer_cut, c_J_h_h, c_adj_h), 0, lane_cut)
-            before_cut = tile_pick(outer_cut, w == W - 1, 0)[None, :]
-        else:
-            (c_J_h_h, c_adj_h,) = tl.associative_scan((c_J_h_h, c_adj_h,), 0, lane_compose)
-        h_J_h_h = tile_pick(c_J_h_h, w == W - 1, 0)[None, :]
-        h_adj_h = tile_pick(c_adj_h, w == W - 1, 0)[None, :]
-    tl.store(p_fold_J_h_h + (i_n * S + i_s) * C + o_c, h_J_h_h, mask=m_c)
-    tl.store(p_fold_adj_h + (i_n * S + i_s) * C + o_c, h_adj_h, mask=m_c)
+            cut = cut | (kind >> 1)
+    for j in tl.range(0, whole, R, num_stages=NS):
+        i_t = whole - R - j
+        row = begin + i_t
+        tb_z = tile_load(p_z + row * C_z + oc_z, m_tile).to(tl.float32)  # [R, BC]
+        tb_d_y = tile_load(p_d_out_y + row * C + o, m_tile).to(tl.float32)  # [R, BC]
+        for q in tl.static_range(R):
+            b_z = tile_pick(tb_z, t == R - 1 - q, 0)
+            b_d_y = tile_pick(tb_d_y, t == R - 1 - q, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + (R - 1 - q)).to(tl.int32)
+            elif False:
+                alone = (i_t == 0) & (i_s == 0)
+            a_J_h_h, a_adj_h = lane_entry(b_z, b_d_y)
+            f_J_h_h, f_adj_h = lane_compose(z_J_h_h, z_adj_h, a_J_h_h, a_adj_h)
+            if p_kind is not None:
+                f_J_h_h = tl.where(kind == 1, f_J_h_h, tl.where(kind == 0, z_J_h_h, 1.0))
+            z_J_h_h = f_J_h_h
+            if p_kind is not None:
+                f_adj_h = tl.where(kind == 1, f_adj_h, tl.where(kind == 0, z_adj_h, 0.0))
+            z_adj_h = f_adj_h
+            if p_kind is not None:
+                cut = cut | (kind >> 1)
+    tl.store(p_fold_J_h_h + (i_n * S + i_s) * C + o_c, z_J_h_h, mask=m_c)
+    tl.store(p_fold_adj_h + (i_n * S + i_s) * C + o_c, z_adj_h, mask=m_c)
     if p_kind is not None:
-        tl.store(p_fold_cut + (i_n * S + i_s) * C + o_c, before_cut, mask=m_c)
+        tl.store(p_fold_cut + (i_n * S + i_s) * C + o_c, tl.full([BC], 0, tl.int32) + cut, mask=m_c)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def backward_carry_kernel(
     p_fold_J_h_h, p_fold_adj_h, p_d_final_h, p_carry_h,
-    p_cut, p_cu, T, CV, S, SEG, PACKED,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    p_cut, p_cu, T, S, SEG, PACKED, REST,
+    C: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr,
 ):
     """The cotangents after each segment, [N, S, C] a live component."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_n * 0, T, SEG)
     segments = tl.cdiv(eos - bos, SEG).to(tl.int32)
@@ -715,7 +733,7 @@ def backward_carry_kernel(
     h_adj_h = tl.load(p_d_final_h + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     tl.store(p_carry_h + (i_n * S + tl.maximum(segments - 1, 0)) * C + o_c, h_adj_h, mask=m_c)
     tiles = tl.cdiv(segments, BT)
-    for j in tl.range(0, tiles, num_stages=NS):
+    for j in tl.range(0, tiles):
         i_t = (tiles - 1 - j) * BT
         m = (i_t + t < segments) & m_c[:, None, :]
         a_J_h_h = tl.load(p_fold_J_h_h + (i_n * S + i_t) * C + o, mask=m, other=1.0)
@@ -1190,25 +1208,28 @@ class PointwiseKernels:
         self.table, self.exact = table, exact
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
-        self.segment_tiles = 16  # a segment has at least as many
+        self.segment_tiles = 8  # a segment has at least as many
         self.kernels = {k.removesuffix("_kernel"): Kernel(v) for k, v in vars(table).items() if k.endswith("_kernel")}
         self._plans: dict[Any, Any] = {}
         self._families: dict[Any, Any] = {}
         self._lanes: dict[Any, LaneShape] = {}
         self._tuned: Any = None
 
-    def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
-        """The live components that `scan_forward` saves beside outputs of that dtype; `flagged`: with a mask or resets
-        (then an output is 0 at masked tokens, and does not stand for the state)."""
-        whole = self.exact or dtype == torch.float32
-        reused = [] if flagged else [c for c, _, always in self.table.reused if always or whole]
-        return tuple(self.table.live[c][0] for c in self.table.backward[3] if c not in reused)
+    def saved_components(self) -> tuple[str, ...]:
+        """The live components whose values `scan_forward` saves."""
+        return tuple(self.table.live[c][0] for c in self.table.saved)
+
+    def saved_rows(self, tokens: int, rows: int) -> int:
+        """How many states are kept of so many tokens in `rows` sequences: one before every `every` tokens (of token t,
+        in sequence n, at row t // every + n), and those before what is left over, `every` to a sequence, at the end."""
+        every: int = self.table.every
+        return tokens // every + rows * (1 + every)
 
     def scan_forward(
         self, inputs: list[Tensor], params: list[Tensor], initial: list[Tensor] | None, code: Tensor | None,
         cu: Tensor | None, save: bool,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-        """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [B, T, ...]."""
+        """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [saved_rows, ...]."""
         plan = self._planned(self._forward_plan, inputs, params, initial, code is not None, cu, save)
         device = inputs[0].device
         outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.outputs]
@@ -1229,8 +1250,7 @@ class PointwiseKernels:
 
     def scan_backward(
         self, d_outputs: list[Tensor], d_finals: list[Tensor], inputs: list[Tensor], params: list[Tensor],
-        initial: list[Tensor] | None, outputs: list[Tensor], saved: list[Tensor], code: Tensor | None,
-        cu: Tensor | None,
+        initial: list[Tensor] | None, saved: list[Tensor], code: Tensor | None, cu: Tensor | None,
     ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None] | None]:  # fmt: skip
         """Gradients of inputs and params in their own shapes, and of the initial state; None where there is none."""
         table = self.table
@@ -1246,22 +1266,18 @@ class PointwiseKernels:
             zeros = [torch.zeros_like(x) for x in inputs], [torch.zeros_like(x) for x in params]
             return [*zeros[0]], [*zeros[1]], d_initial
 
-        kept = dict(zip(plan.names, saved, strict=True))
-        states = {c: outputs[o] for c, o, _ in table.reused}
-        states = {c: kept[name] if (name := table.live[c][0]) in kept else states[c] for c in table.backward[3]}
         offsets = _no_offsets(device) if cu is None else cu
         kinds = self._kinds(plan, code, offsets)
         args = plan.lanes.tensors(table.backward, inputs, params)
         cotangents = [_plain(d_outputs[o]) for o in table.backward[2]]
-        begin = [None if initial is None else _plain(initial[c]) for c in table.backward[3]]
         ends = [_plain(d_finals[c]) for c in table.smooth]
         firsts = [None if d_initial is None else d_initial[c] for c in table.smooth]
         whole = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.whole]
         parts = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.parts]
         carry = [ends[c] for c in table.smooth_owners]  # read only where there are segments
         if plan.folds is not None:
-            carry = self._backward_carries(plan, inputs, params, d_outputs, states, initial, ends, kinds, offsets)
-        tensors = [*cotangents, *states.values(), *begin, *ends, *firsts, *whole, *parts]
+            carry = self._backward_carries(plan, inputs, params, d_outputs, saved, ends, kinds, offsets)
+        tensors = [*cotangents, *saved, *ends, *firsts, *whole, *parts]
         plan.launch(*args, *tensors, *carry, kinds, offsets)
         for x, g in zip(table.input_shares, whole, strict=True):
             d_inputs[x] = plan.lanes.reduced(g, inputs[x], table.inputs[x][1], 2)
@@ -1281,7 +1297,7 @@ class PointwiseKernels:
     ) -> Any:  # fmt: skip
         """The plan of a call's shapes. The second shape of a kind of call is the sign that shapes vary: from then on a
         split of time, which long sequences of few lanes need, must not wait for the compiler."""
-        tuned = self.table.tiles, self.processors, self.segment_tiles
+        tuned = self.table.tiles, self.processors, self.segment_tiles, self.table.every
         if tuned != self._tuned:
             self._plans.clear()
             self._families.clear()
@@ -1315,15 +1331,15 @@ class PointwiseKernels:
     ) -> SimpleNamespace:  # fmt: skip
         """What both directions have in common; `launch` is None if there is nothing to run."""
         lanes, device = self._shape(inputs, params), inputs[0].device
-        joined = initial or self.table.counts
+        joined, tokens = initial or self.table.counts, math.prod(inputs[0].shape[:2])
         basis = SimpleNamespace(
             lanes=lanes, rows=rows, length=length, joined=joined, launch=None, folds=None, kinds=None,
-            numbers=None, segments=1, span=None, device=device,
+            numbers=None, segments=1, span=None, device=device, rest=tokens // self.table.every + rows,
         )  # fmt: skip
         if rows and lanes.count:
             span = basis.span = self._span(direction, lanes, rows, length, inputs)
             basis.segments = span.segments
-            basis.numbers = (*span.numbers, int(packed))
+            basis.numbers = (*span.numbers, int(packed), basis.rest)
             if flagged and not self.table.counts:
                 basis.kinds = self.kernels["kind"].launch(rows, (length, int(packed)), (joined, 256), device)
         return basis
@@ -1336,18 +1352,19 @@ class PointwiseKernels:
         plan = self._basis("forward", inputs, params, initial, flagged, rows, length, packed)
         lanes, span = plan.lanes, plan.span
         real = {**_DTYPES, "real": self._real(inputs, params)}
-        names = self.saved_components(real["real"], flagged) if save else ()
+        names = self.saved_components() if save else ()
         tokens = (*inputs[0].shape[:2], *lanes.full)
         plan.outputs = [(tokens, real[kind]) for _, kind in table.outputs]
         plan.finals = [((rows, *lanes.full), _DTYPES[kind]) for _, kind in table.live]
         kinds = dict(table.live)
-        plan.saved = [(tokens, _DTYPES[kinds[name]]) for name in names]
+        kept = (self.saved_rows(math.prod(tokens[:2]), rows), *lanes.full)
+        plan.saved = [(kept, _DTYPES[kinds[name]]) for name in names]
         plan.kept = [names.index(name) if name in names else None for name, _ in table.live]
         plan.nothing = [None] * len(table.live)
         if span is not None:
             maps = lanes.flat_maps(table.forward)
             plan.launch = self.kernels["forward"].launch(
-                span.programs * span.segments, plan.numbers, (*maps, plan.joined, span.even, *span.tile),
+                span.programs * span.segments, plan.numbers, (*maps, lanes.count, plan.joined, table.every, *span.tile),
                 plan.device, num_warps=span.warps,
             )  # fmt: skip
             plan.folds = self._fold_plan(plan) if span.segments > 1 else None
@@ -1355,15 +1372,16 @@ class PointwiseKernels:
 
     def _fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
         table, span, lanes = self.table, plan.span, plan.lanes
-        rows, segments, where = plan.rows, plan.segments, {"device": plan.device, "num_warps": span.warps}
+        rows, segments = plan.rows, plan.segments
         return SimpleNamespace(
             folds=[((rows, segments, lanes.count), _DTYPES[k]) for k in table.element_scalars],
             carry=[((rows, segments + 1, lanes.count), _DTYPES[k]) for k in table.live_scalars],
             kinds=((rows, segments, lanes.count), torch.int8),
             fold=self.kernels["fold"].launch(
-                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), *span.tile), **where
+                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), lanes.count, *span.tile),
+                plan.device, num_warps=span.warps,
             ),
-            join=self.kernels["carry"].launch(span.programs, plan.numbers, (plan.joined, *span.tile), **where),
+            join=self._join("carry", plan, len(table.element_scalars), (plan.joined,)),
         )
 
     def _backward_plan(
@@ -1373,7 +1391,6 @@ class PointwiseKernels:
         table = self.table
         plan = self._basis("backward", inputs, params, initial, flagged, rows, length, packed)
         lanes, span = plan.lanes, plan.span
-        plan.names = self.saved_components(real_dtype([*inputs, *params]), flagged)
         if span is not None:
             tokens = (*inputs[0].shape[:2], *lanes.full)
             plan.whole = []
@@ -1385,7 +1402,7 @@ class PointwiseKernels:
             plan.parts = [(shape, _DTYPES[table.params[p][2]]) for p in table.param_shares]
             maps = lanes.flat_maps(table.backward)
             plan.launch = self.kernels["backward"].launch(
-                span.programs * span.segments, plan.numbers, (*maps, plan.joined, *span.tile), plan.device,
+                span.programs * span.segments, plan.numbers, (*maps, lanes.count, plan.joined, *span.tile), plan.device,
                 num_warps=span.warps,
             )  # fmt: skip
             plan.folds = self._backward_fold_plan(plan) if span.segments > 1 else None
@@ -1393,17 +1410,29 @@ class PointwiseKernels:
 
     def _backward_fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
         table, span, lanes = self.table, plan.span, plan.lanes
-        shape, where = (plan.rows, plan.segments, lanes.count), {"device": plan.device, "num_warps": span.warps}
+        shape = (plan.rows, plan.segments, lanes.count)
         return SimpleNamespace(
             folds=[(shape, torch.float32)] * table.entries,
             carry=[(shape, torch.float32)] * table.smooth_scalars,
             kinds=(shape, torch.int8),
             fold=self.kernels["backward_fold"].launch(
-                span.programs * span.segments, plan.numbers, (*lanes.flat_maps(table.backward_fold), *span.tile),
-                **where,
+                span.programs * span.segments, plan.numbers,
+                (*lanes.flat_maps(table.backward_fold), lanes.count, plan.joined, *span.tile), plan.device,
+                num_warps=span.warps,
             ),
-            join=self.kernels["backward_carry"].launch(span.programs, plan.numbers, span.tile, **where),
+            join=self._join("backward_carry", plan, table.entries, ()),
         )  # fmt: skip
+
+    def _join(self, kernel: str, plan: SimpleNamespace, scalars: int, constants: tuple[Any, ...]) -> Launch:
+        """The scan of the segments' products, so many scalars each, by programs of few lanes."""
+        count = plan.lanes.count
+        rows, chunks, width, warps = (2, 2, 2, 1) if self.interpreted else (8, 128, 4, 8)
+        while chunks > 16 and chunks * scalars > 512:
+            chunks //= 2
+        grid = plan.rows * -(-count // width)
+        return self.kernels[kernel].launch(
+            grid, plan.numbers, (count, *constants, rows, chunks, width), plan.device, num_warps=warps
+        )
 
     def _warm(
         self, make: Callable[..., Any], plan: SimpleNamespace, inputs: Sequence[Tensor], params: Sequence[Tensor],
@@ -1421,9 +1450,7 @@ class PointwiseKernels:
             real = self._real(inputs, params)
             args = plan.lanes.tensors(table.backward_fold, inputs, params)
             args += [{**_DTYPES, "real": real}[table.outputs[o][1]] for o in outputs]
-            kept = {table.live[c][0] for c, _, _ in table.reused} - set(plan.names)
-            args += [real if table.live[c][0] in kept and states[c] == torch.float32 else states[c] for c in used]
-            args += [states[c] if initial else None for c in used]
+            args += [states[c] for c in used]
             begin = [states[c] for c in table.smooth]
         else:
             args = plan.lanes.tensors(table.fold, inputs, params)
@@ -1449,21 +1476,26 @@ class PointwiseKernels:
     ) -> SimpleNamespace:
         """Tile, grid, and the split of time: programs enough to keep every multiprocessor loading."""
         wide = any(x.element_size() >= 4 and lanes.maps[at] == (1, 1) for at, x in enumerate(inputs))
-        each_rows, chunks, width, warps, stages, vector = self.table.tiles[direction][4 if wide else 2]
-        while width > 1 and width >= 2 * lanes.count:
-            width, chunks = width // 2, min(2 * chunks, 64)
-        tokens, vector = each_rows * chunks, math.gcd(vector, lanes.count)
+        each_rows, width, warps, stages = self.table.tiles[direction][4 if wide else 2]
+        every = self.table.every if self.table.saved else 1
+        if direction == "backward" and every > 1:
+            each_rows = every  # the states are run again from one that was kept
+        while width > 64 and width >= 2 * lanes.count:
+            width, warps = width // 2, max(1, warps // 2)
+        tokens = max(each_rows, every)
         programs = rows * -(-lanes.count // width)
         processors = self.processors or _processors(inputs[0].device)
         segments, each = 1, length
-        if programs < 2 * processors:
-            segments = min(-(-4 * processors // programs), length // (self.segment_tiles * tokens))
+        if programs * warps < processors:
+            segments = min(-(-7 * processors // (programs * warps)), length // (self.segment_tiles * tokens))
             if segments > 3:
                 each = -(-length // (segments * tokens)) * tokens
             segments = -(-length // each) if each else 1
+            if segments > 1:
+                warps = max(1, min(warps, width // 64))  # segments are threads enough
         return SimpleNamespace(
-            tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
-            numbers=(length, lanes.count // vector, segments, each), even=lanes.count % width == 0,
+            tile=(each_rows, width, max(1, width // (32 * warps)), stages), warps=warps, programs=programs,
+            segments=segments, numbers=(length, segments, each),
         )  # fmt: skip
 
     # --- launches beside the main one
@@ -1489,15 +1521,13 @@ class PointwiseKernels:
 
     def _backward_carries(
         self, plan: SimpleNamespace, inputs: list[Tensor], params: list[Tensor], d_outputs: list[Tensor],
-        states: dict[int, Tensor], initial: list[Tensor] | None, ends: list[Tensor], kinds: Tensor | None,
-        offsets: Tensor,
-    ) -> list[Tensor]:  # fmt: skip
+        saved: list[Tensor], ends: list[Tensor], kinds: Tensor | None, offsets: Tensor,
+    ) -> list[Tensor]:
         """The cotangents after each segment, [N, S, C] a live scalar."""
         folds, carry, cuts = _buffers(plan.folds, kinds, offsets.device)
         args = plan.lanes.tensors(self.table.backward_fold, inputs, params)
         _, _, outputs, used = self.table.backward_fold
-        begin = [None if initial is None else _plain(initial[c]) for c in used]
-        tensors = [*(_plain(d_outputs[o]) for o in outputs), *(states[c] for c in used), *begin]
+        tensors = [*(_plain(d_outputs[o]) for o in outputs), *(saved if used else ())]
         plan.folds.fold(*args, *tensors, *folds, cuts, kinds, offsets)
         plan.folds.join(*folds, *ends, *carry, cuts, offsets)
         return carry
@@ -1551,9 +1581,10 @@ KERNELS = PointwiseKernels(
         smooth_owners=(0,),
         entries=2,
         smooth_scalars=1,
-        reused=((0, 0, True),),
+        saved=(0,),
+        every=8,
         counts=False,
-        tiles={"forward": {4: (4, 8, 64, 2, 3, 4), 2: (4, 16, 64, 4, 3, 8)}, "backward": {4: (4, 8, 64, 2, 2, 4), 2: (4, 8, 64, 2, 3, 8)}},
+        tiles={"forward": {4: (8, 64, 2, 8), 2: (8, 128, 1, 6)}, "backward": {4: (8, 64, 2, 6), 2: (8, 128, 1, 6)}},
     )
 )
 
@@ -2740,8 +2771,8 @@ class Operator:
         inputs, params, initial, mask, reset, cu_seqlens = given
         count = len(self.spec.outputs)
         found = self.kernels.scan_backward(
-            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            grads[:count], grads[count:], inputs, params, initial or None, results[count + len(self.live) :],
+            token_code(mask, reset), cu_seqlens,
         )  # fmt: skip
         parts = zip(found, (inputs, params, initial), strict=True)
         return [g for part, like in parts for g in (part or [None] * len(like))]
@@ -2767,9 +2798,8 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
-            flagged = given.mask is not None or given.reset is not None
-            saved = self.kernels.saved_components(call.dtype, flagged)
-            results += [empty(call.leading, slots[k]) for k in saved]
+            for name in self.kernels.saved_components():
+                results.append(empty((self.kernels.saved_rows(math.prod(call.leading), rows),), slots[name]))
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -3094,7 +3124,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='mingru',
-    digest='9414f4f5a77cef70',
+    digest='ebbfa6988073fa0e',
     inputs=(Slot('z'), Slot('x'),),
     params=(),
     components=(Slot('a'), Slot('h'),),

@@ -36,20 +36,20 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
   108  kernels: the Blelloch tree of a rule that is not associative
  1080  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
  1195  Calls of the tree kernels: stages of blocks and their buffers; launches up the stages, then down again
- 1453  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1732  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1889  The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token
- 2046  one tree ----------------------------------------------------------------------------------
- 2121  counters -----------------------------------------------------------------------------------
- 2171  Many trees: the tree plan over sequences with masks, restarts and packing
- 2287  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2519  The border, continued: states, flags and packing
- 2658  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2734  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2797  One checked call in PyTorch: lift, the scan of the plan, readout
- 2977  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3248  The public face of a compiled aggregator: a parallel call, a step, states
- 3478  the spec's border
+ 1456  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1735  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1892  The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token
+ 2049  one tree ----------------------------------------------------------------------------------
+ 2124  counters -----------------------------------------------------------------------------------
+ 2174  Many trees: the tree plan over sequences with masks, restarts and packing
+ 2290  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2522  The border, continued: states, flags and packing
+ 2661  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2737  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2800  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2980  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3250  The public face of a compiled aggregator: a parallel call, a step, states
+ 3480  the spec's border
 """
 
 from __future__ import annotations
@@ -1219,8 +1219,11 @@ class TreeKernels:
         self.table = table
         self.interpreted: bool = table.interpreted
 
-    def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
+    def saved_components(self) -> tuple[str, ...]:
         return ()
+
+    def saved_rows(self, tokens: int, rows: int) -> int:
+        return 0
 
     def scan_forward(
         self, inputs: list[Tensor], params: list[Tensor], initial: None, code: None, cu: None, save: bool
@@ -1237,7 +1240,7 @@ class TreeKernels:
 
     def scan_backward(
         self, d_outputs: list[Tensor], d_finals: list[Tensor], inputs: list[Tensor], params: list[Tensor],
-        initial: None, outputs: list[Tensor], saved: list[Tensor], code: None, cu: None,
+        initial: None, saved: list[Tensor], code: None, cu: None,
     ) -> tuple[list[Tensor | None], list[Tensor | None], None]:  # fmt: skip
         """Gradients of inputs and params in their own shapes."""
         table, call = self.table, TreeCall(self.table, inputs, params)
@@ -3100,8 +3103,8 @@ class Operator:
         inputs, params, initial, mask, reset, cu_seqlens = given
         count = len(self.spec.outputs)
         found = self.kernels.scan_backward(
-            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            grads[:count], grads[count:], inputs, params, initial or None, results[count + len(self.live) :],
+            token_code(mask, reset), cu_seqlens,
         )  # fmt: skip
         parts = zip(found, (inputs, params, initial), strict=True)
         return [g for part, like in parts for g in (part or [None] * len(like))]
@@ -3127,9 +3130,8 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
-            flagged = given.mask is not None or given.reset is not None
-            saved = self.kernels.saved_components(call.dtype, flagged)
-            results += [empty(call.leading, slots[k]) for k in saved]
+            for name in self.kernels.saved_components():
+                results.append(empty((self.kernels.saved_rows(math.prod(call.leading), rows),), slots[name]))
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -3479,7 +3481,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='pr_lstm',
-    digest='5cd913a893eb1fc2',
+    digest='222a1095dd5a9265',
     inputs=(Slot('x'),),
     params=(Slot('left', ('G',)), Slot('right', ('G',)), Slot('bias', ('G',)),),
     components=(Slot('c'), Slot('h'),),

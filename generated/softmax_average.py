@@ -33,20 +33,20 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    72  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
   124  kernels: a pointwise scan
- 1223  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
- 1347  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1490  One token at a time by the step kernel: what its shapes fix is worked out once
- 1618  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 2004  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2283  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2440  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2672  The border, continued: states, flags and packing
- 2794  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2870  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2933  One checked call in PyTorch: lift, the scan of the plan, readout
- 3063  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3332  The public face of a compiled aggregator: a parallel call, a step, states
- 3537  the spec's border
+ 1111  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
+ 1235  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 1378  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1506  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1905  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2184  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2341  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2573  The border, continued: states, flags and packing
+ 2695  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2771  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2834  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2964  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3232  The public face of a compiled aggregator: a parallel call, a step, states
+ 3437  the spec's border
 """
 
 from __future__ import annotations
@@ -123,15 +123,13 @@ def identity(n, like):
 
 # --- kernels: a pointwise scan. Tensors lie as [B, T, C], C the lanes (all lane axes and dims, flattened).
 #
-# A program has BC lanes of one sequence (or of one of its S segments of SEG tokens) and walks over tiles of W * R tokens,
-# [W, R, BC]: W chunks of R tokens, each in one thread's registers. Lift the tokens, scan each chunk, scan the chunks'
-# products behind what is carried, bring what is before each chunk into it, read out.
+# A program has BC lanes of one sequence (or of one of its S segments of SEG tokens) and walks over its tokens, a token
+# of a lane in one thread, R tokens of each tensor loaded at a time and NS such loads ahead.
 #   bos, eos    a sequence's first token and the one past its last, as rows of the packed batch
-#   C = CV * V  V lanes are loaded at once, and C is known to be a multiple of V
 #   Q, D        lane c of a tensor that has fewer lanes is its (c // Q) * D + c % D
 #   kind        int8 [B, T]: 0 the token is skipped, 1 it joins what is before, 3 nothing counts before it, 2 the same
 #               and it is skipped; None: all count
-# Least traffic: every input and output once, and for a backward the states once more.
+# Least traffic: every input and output once; for the backward, a state of every K tokens is written and read, too.
 
 
 
@@ -150,8 +148,24 @@ def jit(fn=None, **options):
 
 
 @jit
+def tile_load(p, m):
+    if m is None:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=m, other=0)
+
+
+if triton is not None:  # not in Triton's interpreter, and not on other GPUs
+    NATIVE = tl.constexpr(isinstance(tile_load, triton.JITFunction) and torch.version.hip is None)
+
+@jit
 def lane_exp(x):
-    return tl.exp2(x * 1.4426950408889634)
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x * 1.4426950408889634)
 
 
 @jit
@@ -161,9 +175,17 @@ def lane_larger(a, b):
 
 
 @jit
-def lane_exp_sum_2(a, b):
-    """exp(a + b); 0 where a term is -inf, whatever the others are."""
-    return tl.where((a == float("-inf")) | (b == float("-inf")), 0.0, lane_exp(a + b))
+def lane_left_of(a, b):
+    """exp(a - max(a, b)), and 0 where a is -inf or the larger one infinite: with `lane_right_of`, one exponential."""
+    e = tl.where(a > b, 1.0, lane_exp(-tl.abs(a - b)))
+    return tl.where(tl.abs(lane_larger(a, b)) == float("inf"), 0.0, e)
+
+
+@jit
+def lane_right_of(a, b):
+    """exp(b - max(a, b)), the same way."""
+    e = tl.where(a < b, 1.0, lane_exp(-tl.abs(a - b)))
+    return tl.where(tl.abs(lane_larger(a, b)) == float("inf"), 0.0, e)
 
 
 @jit
@@ -174,10 +196,36 @@ def lane_lift(score, value):
 
 
 @jit
+def lane_step(score, value, prev_m, prev_u, prev_w):
+    m = lane_larger(prev_m, score)
+    exp_prev_m = lane_left_of(prev_m, score)
+    exp_score = lane_right_of(prev_m, score)
+    u = prev_u * exp_prev_m + exp_score
+    w = prev_w * exp_prev_m + value * exp_score
+    return m, u, w
+
+
+@jit
+def lane_readout(s_u, s_w):
+    y = s_w / s_u
+    return y
+
+
+@jit
+def lane_fold(score, value, l_m, l_u, l_w):
+    m = lane_larger(l_m, score)
+    exp_l_m = lane_left_of(l_m, score)
+    exp_score = lane_right_of(l_m, score)
+    u = l_u * exp_l_m + exp_score
+    w = l_w * exp_l_m + value * exp_score
+    return m, u, w
+
+
+@jit
 def lane_combine(l_m, l_u, l_w, r_m, r_u, r_w):
     m = lane_larger(l_m, r_m)
-    exp_l_m = lane_exp_sum_2(l_m, -m)
-    exp_r_m = lane_exp_sum_2(r_m, -m)
+    exp_l_m = lane_left_of(l_m, r_m)
+    exp_r_m = lane_right_of(l_m, r_m)
     u = l_u * exp_l_m + r_u * exp_r_m
     w = l_w * exp_l_m + r_w * exp_r_m
     return m, u, w
@@ -186,71 +234,11 @@ def lane_combine(l_m, l_u, l_w, r_m, r_u, r_w):
 @jit
 def lane_advance(l_m, l_u, l_w, r_m, r_u, r_w):
     m = lane_larger(l_m, r_m)
-    exp_l_m = lane_exp_sum_2(l_m, -m)
-    exp_r_m = lane_exp_sum_2(r_m, -m)
+    exp_l_m = lane_left_of(l_m, r_m)
+    exp_r_m = lane_right_of(l_m, r_m)
     u = l_u * exp_l_m + r_u * exp_r_m
     w = l_w * exp_l_m + r_w * exp_r_m
     return m, u, w
-
-
-@jit
-def lane_combine_m(l_m, r_m):
-    m = lane_larger(l_m, r_m)
-    return m
-
-
-@jit
-def lane_advance_m(l_m, r_m):
-    m = lane_larger(l_m, r_m)
-    return m
-
-
-@jit
-def lane_affine_u(score, prev_m):
-    t1 = lane_larger(prev_m, score)
-    A_u_u = lane_exp_sum_2(prev_m, -t1)
-    u = lane_exp_sum_2(score, -t1)
-    return A_u_u, u
-
-
-@jit
-def lane_combine_u(l_A_u_u, l_u, r_A_u_u, r_u):
-    A_u_u = r_A_u_u * l_A_u_u
-    u = r_A_u_u * l_u + r_u
-    return A_u_u, u
-
-
-@jit
-def lane_advance_u(l_u, r_A_u_u, r_u):
-    u = r_A_u_u * l_u + r_u
-    return u
-
-
-@jit
-def lane_affine_w(score, value, prev_m):
-    t1 = lane_larger(prev_m, score)
-    A_w_w = lane_exp_sum_2(prev_m, -t1)
-    w = value * lane_exp_sum_2(score, -t1)
-    return A_w_w, w
-
-
-@jit
-def lane_combine_w(l_A_w_w, l_w, r_A_w_w, r_w):
-    A_w_w = r_A_w_w * l_A_w_w
-    w = r_A_w_w * l_w + r_w
-    return A_w_w, w
-
-
-@jit
-def lane_advance_w(l_w, r_A_w_w, r_w):
-    w = r_A_w_w * l_w + r_w
-    return w
-
-
-@jit
-def lane_readout(s_u, s_w):
-    y = s_w / s_u
-    return y
 
 
 @jit
@@ -261,17 +249,40 @@ def lane_direct(s_u, s_w, d_y):
 
 
 @jit
-def lane_transition(score, value, prev_m, prev_u, prev_w):
+def lane_back(score, value, prev_m, prev_u, prev_w, grad_m, grad_u, grad_w, first):
+    t1 = lane_larger(prev_m, score)
+    exp_prev_m = lane_left_of(prev_m, score)
+    t2 = (grad_w * prev_w + grad_u * prev_u) * exp_prev_m
+    t3 = prev_m >= score
+    exp_score = lane_right_of(prev_m, score)
+    t4 = (grad_w * value + grad_u) * exp_score
+    t5 = grad_m - t4 - t2
+    adj_m = t2 + tl.where(t3, t5, 0)
+    adj_u = grad_u * exp_prev_m
+    adj_w = grad_w * exp_prev_m
+    g_score = tl.where(first, grad_m, t4 + tl.where(t3, 0, t5))
+    g_value = tl.where(first, grad_w, grad_w * exp_score)
+    return adj_m, adj_u, adj_w, g_score, g_value
+
+
+@jit
+def lane_entry(score, value, s_u, s_w, prev_m, prev_u, prev_w, d_y):
     t1 = prev_m >= score
     J_m_m = tl.where(t1, 1, 0).to(tl.float32)
     t2 = lane_larger(prev_m, score)
-    J_u_u = lane_exp_sum_2(prev_m, -t2)
+    J_u_u = lane_left_of(prev_m, score)
     t3 = prev_u * J_u_u
-    exp_score = lane_exp_sum_2(score, -t2)
+    exp_score = lane_right_of(prev_m, score)
     J_m_u = t3 + tl.where(t1, -exp_score - t3, 0)
     t4 = prev_w * J_u_u
     J_m_w = t4 + tl.where(t1, -(value * exp_score) - t4, 0)
-    return J_m_m, J_m_u, J_m_w, J_u_u, J_u_u
+    t5 = d_y / s_u
+    t6 = t5 * (s_w / s_u)
+    t7 = (t5 * prev_w - t6 * prev_u) * J_u_u
+    adj_m = t7 + tl.where(t1, -((t5 * value - t6) * exp_score) - t7, 0)
+    adj_u = -(t6 * J_u_u)
+    adj_w = t5 * J_u_u
+    return J_m_m, J_m_u, J_m_w, J_u_u, J_u_u, adj_m, adj_u, adj_w
 
 
 @jit
@@ -296,14 +307,34 @@ def lane_pull(l_adj_m, l_adj_u, l_adj_w, r_J_m_m, r_J_m_u, r_J_m_w, r_J_u_u, r_J
 
 
 @jit
-def lane_gradient(score, value, prev_m, prev_u, prev_w, grad_m, grad_u, grad_w, first):
-    t1 = lane_larger(prev_m, score)
-    exp_score = lane_exp_sum_2(score, -t1)
-    t2 = (grad_w * value + grad_u) * exp_score
-    t = (grad_w * prev_w + grad_u * prev_u) * lane_exp_sum_2(prev_m, -t1)
-    g_score = tl.where(first, grad_m, t2 + tl.where(prev_m >= score, 0, grad_m - t2 - t))
-    g_value = tl.where(first, grad_w, grad_w * exp_score)
-    return g_score, g_value
+def token_state(b_score, b_value, h_m, h_u, h_w, kind, alone, BC: tl.constexpr):
+    """v_* before a token and s_* after it. h_* is what stands there, but counts for nothing where kind is 2 or 3, or
+    the token is `alone`: then the state after it is its lifted element."""
+    v_m = h_m
+    if kind is not None:
+        v_m = tl.where(kind >= 2, tl.full([BC], float("-inf"), tl.float32), h_m)
+    v_u = h_u
+    if kind is not None:
+        v_u = tl.where(kind >= 2, tl.full([BC], 0.0, tl.float32), h_u)
+    v_w = h_w
+    if kind is not None:
+        v_w = tl.where(kind >= 2, tl.full([BC], 0.0, tl.float32), h_w)
+    s_m, s_u, s_w = lane_step(b_score, b_value, v_m, v_u, v_w)
+    e_m, e_w = lane_lift(b_score, b_value)
+    e_u = tl.full([BC], 1, tl.float32)
+    if kind is not None:
+        s_m = tl.where(kind == 3, e_m, s_m)
+        s_u = tl.where(kind == 3, e_u, s_u)
+        s_w = tl.where(kind == 3, e_w, s_w)
+    elif alone is not None:
+        s_m = tl.where(alone, e_m, s_m)
+        s_u = tl.where(alone, e_u, s_u)
+        s_w = tl.where(alone, e_w, s_w)
+    if kind is not None:
+        s_m = tl.where((kind & 1) != 0, s_m, v_m)
+        s_u = tl.where((kind & 1) != 0, s_u, v_u)
+        s_w = tl.where((kind & 1) != 0, s_w, v_w)
+    return v_m, v_u, v_w, s_m, s_u, s_w
 
 
 @jit
@@ -315,53 +346,6 @@ def lane_flagged(left_kind, l_m, l_u, l_w, right_kind, r_m, r_u, r_w):
     c_u = tl.where(right_kind == 0, l_u, tl.where(both, c_u, r_u))
     c_w = tl.where(right_kind == 0, l_w, tl.where(both, c_w, r_w))
     return left_kind | right_kind, c_m, c_u, c_w
-
-
-@jit
-def lane_flagged_m(left_kind, l_m, right_kind, r_m):
-    """A combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
-    c_m = lane_combine_m(l_m, r_m)
-    both = (left_kind != 0) & (right_kind == 1)
-    c_m = tl.where(right_kind == 0, l_m, tl.where(both, c_m, r_m))
-    return left_kind | right_kind, c_m
-
-
-@jit
-def lane_flagged_u(left_kind, l_A_u_u, l_u, right_kind, r_A_u_u, r_u):
-    """A combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
-    c_A_u_u, c_u = lane_combine_u(l_A_u_u, l_u, r_A_u_u, r_u)
-    both = (left_kind != 0) & (right_kind == 1)
-    c_A_u_u = tl.where(right_kind == 0, l_A_u_u, tl.where(both, c_A_u_u, r_A_u_u))
-    c_u = tl.where(right_kind == 0, l_u, tl.where(both, c_u, r_u))
-    return left_kind | right_kind, c_A_u_u, c_u
-
-
-@jit
-def lane_flagged_w(left_kind, l_A_w_w, l_w, right_kind, r_A_w_w, r_w):
-    """A combine, with the kind of each side: a skipped one leaves the other, an absolute one (2, 3) drops the left."""
-    c_A_w_w, c_w = lane_combine_w(l_A_w_w, l_w, r_A_w_w, r_w)
-    both = (left_kind != 0) & (right_kind == 1)
-    c_A_w_w = tl.where(right_kind == 0, l_A_w_w, tl.where(both, c_A_w_w, r_A_w_w))
-    c_w = tl.where(right_kind == 0, l_w, tl.where(both, c_w, r_w))
-    return left_kind | right_kind, c_A_w_w, c_w
-
-
-@jit
-def lane_before_m(l_m, lu_m, left_many, r_m, ru_m, right_many):
-    """A combine that also gives the product without the last token, u_*, where there are two or more (`many`)."""
-    c_m = lane_combine_m(l_m, r_m)
-    u_m = lane_combine_m(l_m, ru_m)
-    u_m = tl.where(right_many != 0, u_m, l_m)
-    return c_m, u_m, left_many | 1
-
-
-@jit
-def lane_flagged_before_m(left_kind, l_m, left_above, lu_m, left_many, right_kind, r_m, right_above, ru_m, right_many):
-    kind, c_m = lane_flagged_m(left_kind, l_m, right_kind, r_m)
-    above_kind, u_m = lane_flagged_m(left_kind, l_m, right_above, ru_m)
-    above_kind = tl.where(right_many != 0, above_kind, left_kind)
-    u_m = tl.where(right_many != 0, u_m, l_m)
-    return kind, c_m, above_kind, u_m, left_many | 1
 
 
 @jit
@@ -384,21 +368,8 @@ def tile_pick(x, chosen, axis: tl.constexpr):
 
 
 @jit
-def tile_load(p, m):
-    if m is None:
-        return tl.load(p)
-    else:
-        return tl.load(p, mask=m, other=0)
-
-
-@jit
-def tile_store(p, value, m):
-    tl.store(p, value, mask=m)
-
-
-@jit
 def lane_index(c, Q: tl.constexpr, D: tl.constexpr):
-    """Where lane c lies in a tensor that has fewer lanes; of c = C, how many it has."""
+    """Where lane c lies in a tensor that has fewer lanes."""
     if Q == 1:
         return c
     return c // Q * D + c % D
@@ -439,298 +410,188 @@ def kind_kernel(p_code, p_kind, p_cu, T, PACKED, JOINED: tl.constexpr, BT: tl.co
         before = tl.sum(tl.where(t == BT - 1, count, 0), 0)
 
 
-@jit
-def forward_tile(
-    p_score, p_value, p_out_y, p_saved_m, p_saved_u, p_saved_w,
-    p_kind, row, left, C, i_c, joined, h_m, h_u, h_w,
-    Q_score: tl.constexpr, D_score: tl.constexpr,
-    Q_value: tl.constexpr, D_value: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
-):
-    """One tile from token `row` on, of which `left` are there (all, if WHOLE; and all lanes, if EVEN): prefixes s_* of the
-    lifted tokens e_* behind h_*, which counts if `joined`, and the outputs y_*. Returns h_* for the next tile."""
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
-    m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
-    oc_score = t * C_score + k_score[:, None, :]
-    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
-    oc_value = t * C_value + k_value[:, None, :]
-    inside = t < left
-    m = None
-    if not EVEN:
-        m = m_c[:, None, :]
-    if not WHOLE:
-        m = inside & m_c[:, None, :]
-    b_score = tile_load(p_score + row * C_score + oc_score, m).to(tl.float32)
-    b_value = tile_load(p_value + row * C_value + oc_value, m).to(tl.float32)
-    e_m, e_w = lane_lift(b_score, b_value)
-    e_u = tl.full([W, R, BC], 1, tl.float32)
-    if p_kind is not None:
-        kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
-        e_m = tl.where(kind == 2, float("-inf"), e_m)
-        e_u = tl.where(kind == 2, 0.0, e_u)
-        e_w = tl.where(kind == 2, 0.0, e_w)
-        kind = tl.broadcast_to(kind, [W, R, BC])
-    none = tl.zeros([W, R, BC], tl.int32)
-    x_m = tl.zeros([W, R, BC], tl.float32)
-    if p_kind is not None:
-        inner_kind, g_m, above_kind, x_m, none = tl.associative_scan(
-            (kind, e_m, none, x_m, none), 1, lane_flagged_before_m
-        )
-        outer_kind = tile_pick(inner_kind, r == R - 1, 1)
-    else:
-        g_m, x_m, none = tl.associative_scan(
-            (e_m, x_m, none), 1, lane_before_m
-        )
-    c_m = tile_pick(g_m, r == R - 1, 1)  # [W, BC]
-    f_m = lane_advance_m(h_m, c_m)
-    if p_kind is not None:
-        f_m = tl.where(outer_kind == 0, h_m, tl.where(outer_kind == 1, f_m, c_m))
-        c_m = tl.where(w == 0, f_m, c_m)
-        outer_kind = tl.where(w == 0, 3, outer_kind)
-        outer_kind, c_m = tl.associative_scan((outer_kind, c_m), 0, lane_flagged_m)
-    else:
-        c_m = tl.where((w == 0) & joined, f_m, c_m)
-        (c_m,) = tl.associative_scan((c_m,), 0, lane_combine_m)
-    q_m = tl.where(w == 0, h_m, tl.gather(c_m, above, 0))[:, None, :]  # before each chunk
-    h_m = tile_pick(c_m, w == W - 1, 0)[None, :]
-    s_m = lane_advance_m(q_m, g_m)
-    v_m = lane_advance_m(q_m, x_m)
-    if p_kind is not None:
-        s_m = tl.where(inner_kind == 0, q_m, tl.where(inner_kind == 1, s_m, g_m))
-        v_m = tl.where(above_kind == 0, q_m, tl.where(above_kind == 1, v_m, x_m))
-        v_m = tl.where(kind >= 2, float("-inf"), tl.where(r == 0, q_m, v_m))
-    else:
-        s_m = tl.where((w > 0)[:, :, None] | joined, s_m, g_m)
-        v_m = tl.where((w > 0)[:, :, None] | joined, v_m, x_m)
-        v_m = tl.where(r == 0, q_m, v_m)
-    a_A_u_u, a_u = lane_affine_u(b_score, v_m)
-    alone = (t == 0) & (joined == 0)
-    if p_kind is not None:
-        alone = kind >= 2
-    e_A_u_u = tl.broadcast_to(a_A_u_u, [W, R, BC])
-    e_u = tl.where(alone, e_u, a_u)
-    if p_kind is not None:
-        inner_kind, g_A_u_u, g_u = tl.associative_scan((kind, e_A_u_u, e_u), 1, lane_flagged_u)
-        outer_kind = tile_pick(inner_kind, r == R - 1, 1)
-    else:
-        (g_A_u_u, g_u,) = tl.associative_scan((e_A_u_u, e_u,), 1, lane_combine_u)
-    c_A_u_u = tile_pick(g_A_u_u, r == R - 1, 1)  # [W, BC]
-    c_u = tile_pick(g_u, r == R - 1, 1)  # [W, BC]
-    f_u = lane_advance_u(h_u, c_A_u_u, c_u)
-    if p_kind is not None:
-        f_u = tl.where(outer_kind == 0, h_u, tl.where(outer_kind == 1, f_u, c_u))
-        c_u = tl.where(w == 0, f_u, c_u)
-        outer_kind = tl.where(w == 0, 3, outer_kind)
-        outer_kind, c_A_u_u, c_u = tl.associative_scan((outer_kind, c_A_u_u, c_u), 0, lane_flagged_u)
-    else:
-        c_u = tl.where((w == 0) & joined, f_u, c_u)
-        (c_A_u_u, c_u,) = tl.associative_scan((c_A_u_u, c_u,), 0, lane_combine_u)
-    q_u = tl.where(w == 0, h_u, tl.gather(c_u, above, 0))[:, None, :]  # before each chunk
-    h_u = tile_pick(c_u, w == W - 1, 0)[None, :]
-    s_u = lane_advance_u(q_u, g_A_u_u, g_u)
-    if p_kind is not None:
-        s_u = tl.where(inner_kind == 0, q_u, tl.where(inner_kind == 1, s_u, g_u))
-    else:
-        s_u = tl.where((w > 0)[:, :, None] | joined, s_u, g_u)
-    a_A_w_w, a_w = lane_affine_w(b_score, b_value, v_m)
-    alone = (t == 0) & (joined == 0)
-    if p_kind is not None:
-        alone = kind >= 2
-    e_A_w_w = tl.broadcast_to(a_A_w_w, [W, R, BC])
-    e_w = tl.where(alone, e_w, a_w)
-    if p_kind is not None:
-        inner_kind, g_A_w_w, g_w = tl.associative_scan((kind, e_A_w_w, e_w), 1, lane_flagged_w)
-        outer_kind = tile_pick(inner_kind, r == R - 1, 1)
-    else:
-        (g_A_w_w, g_w,) = tl.associative_scan((e_A_w_w, e_w,), 1, lane_combine_w)
-    c_A_w_w = tile_pick(g_A_w_w, r == R - 1, 1)  # [W, BC]
-    c_w = tile_pick(g_w, r == R - 1, 1)  # [W, BC]
-    f_w = lane_advance_w(h_w, c_A_w_w, c_w)
-    if p_kind is not None:
-        f_w = tl.where(outer_kind == 0, h_w, tl.where(outer_kind == 1, f_w, c_w))
-        c_w = tl.where(w == 0, f_w, c_w)
-        outer_kind = tl.where(w == 0, 3, outer_kind)
-        outer_kind, c_A_w_w, c_w = tl.associative_scan((outer_kind, c_A_w_w, c_w), 0, lane_flagged_w)
-    else:
-        c_w = tl.where((w == 0) & joined, f_w, c_w)
-        (c_A_w_w, c_w,) = tl.associative_scan((c_A_w_w, c_w,), 0, lane_combine_w)
-    q_w = tl.where(w == 0, h_w, tl.gather(c_w, above, 0))[:, None, :]  # before each chunk
-    h_w = tile_pick(c_w, w == W - 1, 0)[None, :]
-    s_w = lane_advance_w(q_w, g_A_w_w, g_w)
-    if p_kind is not None:
-        s_w = tl.where(inner_kind == 0, q_w, tl.where(inner_kind == 1, s_w, g_w))
-    else:
-        s_w = tl.where((w > 0)[:, :, None] | joined, s_w, g_w)
-    y_y = lane_readout(s_u, s_w)
-    if p_kind is not None:
-        y_y = tl.where((kind & 1) != 0, y_y, 0)
-    tile_store(p_out_y + row * C + o, y_y, m)
-    if p_saved_m is not None:
-        tile_store(p_saved_m + row * C + o, s_m, m)
-    if not WHOLE:
-        h_m = tile_pick(tile_pick(s_m, t == left - 1, 1), w >= 0, 0)[None, :]
-    if p_saved_u is not None:
-        tile_store(p_saved_u + row * C + o, s_u, m)
-    if not WHOLE:
-        h_u = tile_pick(tile_pick(s_u, t == left - 1, 1), w >= 0, 0)[None, :]
-    if p_saved_w is not None:
-        tile_store(p_saved_w + row * C + o, s_w, m)
-    if not WHOLE:
-        h_w = tile_pick(tile_pick(s_w, t == left - 1, 1), w >= 0, 0)[None, :]
-    return h_m, h_u, h_w
-
-
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def forward_kernel(
     p_score, p_value, p_out_y, p_saved_m, p_saved_u, p_saved_w, p_initial_m, p_initial_u, p_initial_w,
     p_final_m, p_final_u, p_final_w, p_carry_m, p_carry_u, p_carry_w,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
-    JOINED: tl.constexpr, EVEN: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, JOINED: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
-    """Outputs, the final state, and what the backward wants saved. h_* [1, BC] is the state before a tile."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    """Outputs, the final state, and the states before every K tokens, for the backward. h_* [BC] is the state before a
+    token."""
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    h_m = tl.full([1, BC], float("-inf"), tl.float32)
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_score: tl.constexpr = C if Q_score == 1 else C // Q_score * D_score + C % D_score
+    k_score = lane_index(o_c, Q_score, D_score)
+    oc_score = o if Q_score == 1 else t * C_score + k_score[None, :]
+    C_value: tl.constexpr = C if Q_value == 1 else C // Q_value * D_value + C % D_value
+    k_value = lane_index(o_c, Q_value, D_value)
+    oc_value = o if Q_value == 1 else t * C_value + k_value[None, :]
+    h_m = tl.full([BC], float("-inf"), tl.float32)
     if p_initial_m is not None:
         h_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    if S > 1:
-        h_m = tl.load(p_carry_m + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
-    h_u = tl.full([1, BC], 0.0, tl.float32)
+    h_u = tl.full([BC], 0.0, tl.float32)
     if p_initial_u is not None:
         h_u = tl.load(p_initial_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    if S > 1:
-        h_u = tl.load(p_carry_u + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
-    h_w = tl.full([1, BC], 0.0, tl.float32)
+    h_w = tl.full([BC], 0.0, tl.float32)
     if p_initial_w is not None:
         h_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     if S > 1:
+        h_m = tl.load(p_carry_m + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    if S > 1:
+        h_u = tl.load(p_carry_u + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    if S > 1:
         h_w = tl.load(p_carry_w + (i_n * (S + 1) + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    BT: tl.constexpr = max(R, K)
     whole = tl.maximum(length, 0) // BT * BT
-    for i_t in tl.range(0, whole, BT, num_stages=NS):
-        joined = ((i_t > 0) | (i_s > 0) | JOINED).to(tl.int1)
-        h_m, h_u, h_w = forward_tile(
-            p_score, p_value, p_out_y, p_saved_m, p_saved_u, p_saved_w,
-            p_kind, begin + i_t, BT, C, i_c, joined, h_m, h_u, h_w,
-            Q_score, D_score, Q_value, D_value, R, W, BC, True, EVEN,
-        )
-    if whole < length:
-        joined = ((whole > 0) | (i_s > 0) | JOINED).to(tl.int1)
-        h_m, h_u, h_w = forward_tile(
-            p_score, p_value, p_out_y, p_saved_m, p_saved_u, p_saved_w,
-            p_kind, begin + whole, length - whole, C, i_c, joined, h_m, h_u, h_w,
-            Q_score, D_score, Q_value, D_value, R, W, BC, False, EVEN,
-        )
+    for i_t in tl.range(0, whole, R, num_stages=NS):
+        row = begin + i_t
+        q_out_y = p_out_y + (row * C + o_c)
+        tb_score = tile_load(p_score + row * C_score + oc_score, m_tile).to(tl.float32)  # [R, BC]
+        tb_value = tile_load(p_value + row * C_value + oc_value, m_tile).to(tl.float32)  # [R, BC]
+        for r in tl.static_range(R):
+            if r % K == 0:
+                if p_saved_m is not None:
+                    tl.store(p_saved_m + ((row + r) // K + i_n) * C + o_c, h_m, mask=m_c & ((i_t + r) % K == 0))
+                if p_saved_u is not None:
+                    tl.store(p_saved_u + ((row + r) // K + i_n) * C + o_c, h_u, mask=m_c & ((i_t + r) % K == 0))
+                if p_saved_w is not None:
+                    tl.store(p_saved_w + ((row + r) // K + i_n) * C + o_c, h_w, mask=m_c & ((i_t + r) % K == 0))
+            b_score = tile_pick(tb_score, t == r, 0)
+            b_value = tile_pick(tb_value, t == r, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + r).to(tl.int32)
+            elif r == 0 and not JOINED:
+                alone = (i_t == 0) & (i_s == 0)
+            v_m, v_u, v_w, s_m, s_u, s_w = token_state(b_score, b_value, h_m, h_u, h_w, kind, alone, BC)
+            y_y = lane_readout(s_u, s_w)
+            if p_kind is not None:
+                y_y = tl.where((kind & 1) != 0, y_y, 0)
+            tl.store(q_out_y + r * C, y_y, mask=m)
+            h_m, h_u, h_w = s_m, s_u, s_w
+    for i_t in tl.range(whole, length, 1, num_stages=NS):
+        row = begin + i_t
+        q_out_y = p_out_y + (row * C + o_c)
+        b_score = tile_load(p_score + row * C_score + k_score, m).to(tl.float32)
+        b_value = tile_load(p_value + row * C_value + k_value, m).to(tl.float32)
+        within = i_t % K
+        kept = tl.where(i_t - within + K <= length, row // K + i_n, REST + i_n * K + within)
+        if p_saved_m is not None:
+            tl.store(p_saved_m + kept * C + o_c, h_m, mask=m_c & ((within == 0) | (kept >= REST)))
+        if p_saved_u is not None:
+            tl.store(p_saved_u + kept * C + o_c, h_u, mask=m_c & ((within == 0) | (kept >= REST)))
+        if p_saved_w is not None:
+            tl.store(p_saved_w + kept * C + o_c, h_w, mask=m_c & ((within == 0) | (kept >= REST)))
+        alone, kind = None, None
+        if p_kind is not None:
+            kind = tl.load(p_kind + row).to(tl.int32)
+        elif not JOINED:
+            alone = (i_t == 0) & (i_s == 0)
+        v_m, v_u, v_w, s_m, s_u, s_w = token_state(b_score, b_value, h_m, h_u, h_w, kind, alone, BC)
+        y_y = lane_readout(s_u, s_w)
+        if p_kind is not None:
+            y_y = tl.where((kind & 1) != 0, y_y, 0)
+        tl.store(q_out_y, y_y, mask=m)
+        h_m, h_u, h_w = s_m, s_u, s_w
     m_end = m_c & (begin + SEG >= eos) & ((begin < eos) | (i_s == 0))
     tl.store(p_final_m + i_n * C + o_c, h_m, mask=m_end)
     tl.store(p_final_u + i_n * C + o_c, h_u, mask=m_end)
     tl.store(p_final_w + i_n * C + o_c, h_w, mask=m_end)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def fold_kernel(
     p_score, p_value, p_fold_m, p_fold_u, p_fold_w, p_fold_kind,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """The product of each whole segment's elements, [N, S, C] a component; with kinds, its kind. What a sequence's last
     segment folds to is not read."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
-    oc_score = t * C_score + k_score[:, None, :]
-    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
-    oc_value = t * C_value + k_value[:, None, :]
-    h_m = tl.zeros([1, BC], tl.float32)
-    h_u = tl.zeros([1, BC], tl.float32)
-    h_w = tl.zeros([1, BC], tl.float32)
-    before_kind = tl.zeros([1, BC], tl.int32)
-    for i_t in tl.range(0, length, BT, num_stages=NS):
-        row, inside = begin + i_t, i_t + t < length
-        m = inside & m_c[:, None, :]
-        b_score = tile_load(p_score + row * C_score + oc_score, m).to(tl.float32)
-        b_value = tile_load(p_value + row * C_value + oc_value, m).to(tl.float32)
-        e_m, e_w = lane_lift(b_score, b_value)
-        e_u = tl.full([W, R, BC], 1, tl.float32)
-        if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=inside, other=0).to(tl.int32)  # [W, R, 1]
-            e_m = tl.where(kind == 2, float("-inf"), e_m)
-            e_u = tl.where(kind == 2, 0.0, e_u)
-            e_w = tl.where(kind == 2, 0.0, e_w)
-            kind = tl.broadcast_to(kind, [W, R, BC])
-        if p_kind is not None:
-            inner_kind, g_m, g_u, g_w = tl.associative_scan((kind, e_m, e_u, e_w), 1, lane_flagged)
-            outer_kind = tile_pick(inner_kind, r == R - 1, 1)
-        else:
-            (g_m, g_u, g_w,) = tl.associative_scan((e_m, e_u, e_w,), 1, lane_combine)
-        c_m = tile_pick(g_m, r == R - 1, 1)  # [W, BC]
-        c_u = tile_pick(g_u, r == R - 1, 1)  # [W, BC]
-        c_w = tile_pick(g_w, r == R - 1, 1)  # [W, BC]
-        if p_kind is not None:
-            joined_kind, f_m, f_u, f_w = lane_flagged(before_kind, h_m, h_u, h_w, outer_kind, c_m, c_u, c_w)
-            outer_kind = tl.where(w == 0, joined_kind, outer_kind)
-        else:
-            f_m, f_u, f_w = lane_combine(h_m, h_u, h_w, c_m, c_u, c_w)
-        c_m = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_m, c_m)
-        c_u = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_u, c_u)
-        c_w = tl.where((w == 0) & ((i_t > 0) | (p_kind is not None)), f_w, c_w)
-        if p_kind is not None:
-            outer_kind, c_m, c_u, c_w = tl.associative_scan((outer_kind, c_m, c_u, c_w), 0, lane_flagged)
-            before_kind = tile_pick(outer_kind, w == W - 1, 0)[None, :]
-        else:
-            (c_m, c_u, c_w,) = tl.associative_scan((c_m, c_u, c_w,), 0, lane_combine)
-        h_m = tile_pick(c_m, w == W - 1, 0)[None, :]
-        h_u = tile_pick(c_u, w == W - 1, 0)[None, :]
-        h_w = tile_pick(c_w, w == W - 1, 0)[None, :]
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_score: tl.constexpr = C if Q_score == 1 else C // Q_score * D_score + C % D_score
+    k_score = lane_index(o_c, Q_score, D_score)
+    oc_score = o if Q_score == 1 else t * C_score + k_score[None, :]
+    C_value: tl.constexpr = C if Q_value == 1 else C // Q_value * D_value + C % D_value
+    k_value = lane_index(o_c, Q_value, D_value)
+    oc_value = o if Q_value == 1 else t * C_value + k_value[None, :]
+    h_m = tl.zeros([BC], tl.float32)
+    h_u = tl.zeros([BC], tl.float32)
+    h_w = tl.zeros([BC], tl.float32)
+    before = i_s * 0
+    for i_t in tl.range(0, tl.where(length == SEG, length, 0), R, num_stages=NS):
+        row = begin + i_t
+        tb_score = tile_load(p_score + row * C_score + oc_score, m_tile).to(tl.float32)  # [R, BC]
+        tb_value = tile_load(p_value + row * C_value + oc_value, m_tile).to(tl.float32)  # [R, BC]
+        for r in tl.static_range(R):
+            b_score = tile_pick(tb_score, t == r, 0)
+            b_value = tile_pick(tb_value, t == r, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + r).to(tl.int32)
+            elif r == 0:
+                alone = i_t == 0
+            e_m, e_w = lane_lift(b_score, b_value)
+            e_u = tl.full([BC], 1, tl.float32)
+            f_m, f_u, f_w = lane_fold(b_score, b_value, h_m, h_u, h_w)
+            if kind is not None:
+                a_m = tl.where(kind == 2, float("-inf"), e_m)
+                f_m = tl.where(kind == 0, h_m, tl.where((kind == 1) & (before != 0), f_m, a_m))
+                a_u = tl.where(kind == 2, 0.0, e_u)
+                f_u = tl.where(kind == 0, h_u, tl.where((kind == 1) & (before != 0), f_u, a_u))
+                a_w = tl.where(kind == 2, 0.0, e_w)
+                f_w = tl.where(kind == 0, h_w, tl.where((kind == 1) & (before != 0), f_w, a_w))
+                before = before | kind
+            elif alone is not None:
+                f_m = tl.where(alone, e_m, f_m)
+                f_u = tl.where(alone, e_u, f_u)
+                f_w = tl.where(alone, e_w, f_w)
+            h_m = f_m
+            h_u = f_u
+            h_w = f_w
     tl.store(p_fold_m + (i_n * S + i_s) * C + o_c, h_m, mask=m_c)
     tl.store(p_fold_u + (i_n * S + i_s) * C + o_c, h_u, mask=m_c)
     tl.store(p_fold_w + (i_n * S + i_s) * C + o_c, h_w, mask=m_c)
     if p_kind is not None:
-        tl.store(p_fold_kind + (i_n * S + i_s) * C + o_c, before_kind, mask=m_c)
+        tl.store(p_fold_kind + (i_n * S + i_s) * C + o_c, tl.full([BC], 0, tl.int32) + before, mask=m_c)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def carry_kernel(
     p_fold_m, p_fold_u, p_fold_w, p_initial_m, p_initial_u, p_initial_w, p_carry_m, p_carry_u, p_carry_w,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
-    JOINED: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
+    C: tl.constexpr, JOINED: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr,
 ):
     """What is before each segment, [N, S + 1, C] a live component, from the segments' products."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_n * 0, T, SEG)
     segments = tl.cdiv(eos - bos, SEG).to(tl.int32)
@@ -755,7 +616,7 @@ def carry_kernel(
     if p_initial_w is not None:
         h_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     tl.store(p_carry_w + i_n * (S + 1) * C + o_c, h_w, mask=m_c)
-    for i_t in tl.range(0, segments, BT, num_stages=NS):
+    for i_t in tl.range(0, segments, BT):
         m = (i_t + t < segments) & m_c[:, None, :]
         e_m = tl.load(p_fold_m + (i_n * S + i_t) * C + o, mask=m, other=0)
         e_u = tl.load(p_fold_u + (i_n * S + i_t) * C + o, mask=m, other=0)
@@ -806,311 +667,338 @@ def carry_kernel(
         tl.store(p_carry_w + (i_n * (S + 1) + i_t + 1) * C + o, s_w, mask=m)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def backward_kernel(
-    p_score, p_value, p_d_out_y, p_saved_m, p_saved_u, p_saved_w, p_initial_m, p_initial_u, p_initial_w,
-    p_d_final_m, p_d_final_u, p_d_final_w, p_d_initial_m, p_d_initial_u, p_d_initial_w, p_d_score,
-    p_d_value, p_carry_m, p_carry_u, p_carry_w,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_score, p_value, p_d_out_y, p_saved_m, p_saved_u, p_saved_w, p_d_final_m, p_d_final_u, p_d_final_w,
+    p_d_initial_m, p_d_initial_u, p_d_initial_w, p_d_score, p_d_value, p_carry_m, p_carry_u, p_carry_w,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
-    JOINED: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, JOINED: tl.constexpr,
+    R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
-    """From the last tile to the first: l_*, the whole cotangent of the state after each token, by a scan of a_* (the
-    next token's Jacobian, and what enters at this one); then the gradients. h_* [1, BC] is l_* below the tile."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    """From the last token to the first: l_* [BC], the cotangent of the state from later tokens, takes in what each
+    token's outputs ask of it, and gives the gradients. The states come again, R tokens at a time, from those kept."""
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = BT - 1 - (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
-    oc_score = t * C_score + k_score[:, None, :]
-    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
-    oc_value = t * C_value + k_value[:, None, :]
-    h_adj_m = tl.load(p_d_final_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_score: tl.constexpr = C if Q_score == 1 else C // Q_score * D_score + C % D_score
+    k_score = lane_index(o_c, Q_score, D_score)
+    oc_score = o if Q_score == 1 else t * C_score + k_score[None, :]
+    C_value: tl.constexpr = C if Q_value == 1 else C // Q_value * D_value + C % D_value
+    k_value = lane_index(o_c, Q_value, D_value)
+    oc_value = o if Q_value == 1 else t * C_value + k_value[None, :]
+    l_m = tl.load(p_d_final_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     if S > 1:
-        h_adj_m = tl.load(p_carry_m + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
-    h_adj_u = tl.load(p_d_final_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+        l_m = tl.load(p_carry_m + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    l_u = tl.load(p_d_final_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     if S > 1:
-        h_adj_u = tl.load(p_carry_u + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
-    h_adj_w = tl.load(p_d_final_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+        l_u = tl.load(p_carry_u + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    l_w = tl.load(p_d_final_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     if S > 1:
-        h_adj_w = tl.load(p_carry_w + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
-    z_m = tl.full([1, BC], float("-inf"), tl.float32)
-    if p_initial_m is not None:
-        z_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    z_u = tl.full([1, BC], 0.0, tl.float32)
-    if p_initial_u is not None:
-        z_u = tl.load(p_initial_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    z_w = tl.full([1, BC], 0.0, tl.float32)
-    if p_initial_w is not None:
-        z_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    tiles = tl.cdiv(length, BT)
-    rest, first_row = (eos - begin).to(tl.int32), (bos - begin).to(tl.int32)
-    for j in tl.range(0, tiles, num_stages=NS):
-        i_t = (tiles - 1 - j) * BT
+        l_w = tl.load(p_carry_w + (i_n * S + i_s) * C + o_c, mask=m_c, other=0).to(tl.float32)
+    whole = tl.maximum(length, 0) // R * R
+    for j in tl.range(0, length - whole, 1, num_stages=NS):
+        i_t = length - 1 - j
         row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        m_after = m & (i_t + t + 1 < rest)  # another token follows
-        b_score = tl.load(p_score + row * C_score + oc_score, mask=m, other=0).to(tl.float32)
-        b_value = tl.load(p_value + row * C_value + oc_value, mask=m, other=0).to(tl.float32)
-        b_d_y = tl.load(p_d_out_y + row * C + o, mask=m, other=0).to(tl.float32)
-        nb_score = tl.load(p_score + (row + 1) * C_score + oc_score, mask=m_after, other=0).to(tl.float32)
-        nb_value = tl.load(p_value + (row + 1) * C_value + oc_value, mask=m_after, other=0).to(tl.float32)
-        s_m = tl.load(p_saved_m + row * C + o, mask=m, other=0).to(tl.float32)
-        v_m = tl.load(p_saved_m + (row - 1) * C + o, mask=m & (i_t + t > first_row), other=float("-inf")).to(tl.float32)
-        if p_initial_m is not None:
-            v_m = tl.where(i_t + t > first_row, v_m, z_m[:, None, :])
-        s_u = tl.load(p_saved_u + row * C + o, mask=m, other=0).to(tl.float32)
-        v_u = tl.load(p_saved_u + (row - 1) * C + o, mask=m & (i_t + t > first_row), other=0.0).to(tl.float32)
-        if p_initial_u is not None:
-            v_u = tl.where(i_t + t > first_row, v_u, z_u[:, None, :])
-        s_w = tl.load(p_saved_w + row * C + o, mask=m, other=0).to(tl.float32)
-        v_w = tl.load(p_saved_w + (row - 1) * C + o, mask=m & (i_t + t > first_row), other=0.0).to(tl.float32)
-        if p_initial_w is not None:
-            v_w = tl.where(i_t + t > first_row, v_w, z_w[:, None, :])
-        m_here = m
+        q_d_score = p_d_score + (row * C + o_c)
+        q_d_value = p_d_value + (row * C + o_c)
+        b_score = tile_load(p_score + row * C_score + k_score, m).to(tl.float32)
+        b_value = tile_load(p_value + row * C_value + k_value, m).to(tl.float32)
+        b_d_y = tile_load(p_d_out_y + row * C + o_c, m).to(tl.float32)
+        alone, kind = None, None
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
-            below = tl.load(p_kind + row + 1 + t, mask=(i_t + t < length) & (i_t + t + 1 < rest), other=0).to(tl.int32)
-            cut = tl.broadcast_to((below >= 2).to(tl.int32), [W, R, BC])
-            m_here, m_after = m & ((kind & 1) != 0), m & (below == 1)
-            v_m = tl.where(kind >= 2, float("-inf"), v_m)
-            v_u = tl.where(kind >= 2, 0.0, v_u)
-            v_w = tl.where(kind >= 2, 0.0, v_w)
-        u_adj_u, u_adj_w = lane_direct(s_u, s_w, b_d_y)
-        w_J_m_m, w_J_m_u, w_J_m_w, w_J_u_u, w_J_w_w = lane_transition(nb_score, nb_value, s_m, s_u, s_w)
-        a_J_m_m = tl.where(m_after, w_J_m_m, 1.0)
-        a_J_m_u = tl.where(m_after, w_J_m_u, 0.0)
-        a_J_m_w = tl.where(m_after, w_J_m_w, 0.0)
-        a_J_u_u = tl.where(m_after, w_J_u_u, 1.0)
-        a_J_w_w = tl.where(m_after, w_J_w_w, 1.0)
-        a_adj_m = tl.zeros([W, R, BC], tl.float32)
-        a_adj_u = tl.where(m_here, u_adj_u, 0.0)
-        a_adj_w = tl.where(m_here, u_adj_w, 0.0)
+            kind = tl.load(p_kind + row).to(tl.int32)
+        elif not JOINED:
+            alone = (i_t == 0) & (i_s == 0)
+        h_m = tl.load(p_saved_m + (REST + i_n * R + i_t - whole) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        h_u = tl.load(p_saved_u + (REST + i_n * R + i_t - whole) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        h_w = tl.load(p_saved_w + (REST + i_n * R + i_t - whole) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        v_m, v_u, v_w, s_m, s_u, s_w = token_state(b_score, b_value, h_m, h_u, h_w, kind, alone, BC)
         if p_kind is not None:
-            inner_cut, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w = tl.associative_scan((cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w), 1, lane_cut)
-            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
-        else:
-            (g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w,) = tl.associative_scan((a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w,), 1, lane_compose)
-        c_J_m_m = tile_pick(g_J_m_m, r == R - 1, 1)  # [W, BC]
-        c_J_m_u = tile_pick(g_J_m_u, r == R - 1, 1)  # [W, BC]
-        c_J_m_w = tile_pick(g_J_m_w, r == R - 1, 1)  # [W, BC]
-        c_J_u_u = tile_pick(g_J_u_u, r == R - 1, 1)  # [W, BC]
-        c_J_w_w = tile_pick(g_J_w_w, r == R - 1, 1)  # [W, BC]
-        c_adj_m = tile_pick(g_adj_m, r == R - 1, 1)  # [W, BC]
-        c_adj_u = tile_pick(g_adj_u, r == R - 1, 1)  # [W, BC]
-        c_adj_w = tile_pick(g_adj_w, r == R - 1, 1)  # [W, BC]
-        f_adj_m, f_adj_u, f_adj_w = lane_pull(h_adj_m, h_adj_u, h_adj_w, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
-        if p_kind is not None:
-            c_adj_m = tl.where((w == 0) & (outer_cut == 0), f_adj_m, c_adj_m)
-            c_adj_u = tl.where((w == 0) & (outer_cut == 0), f_adj_u, c_adj_u)
-            c_adj_w = tl.where((w == 0) & (outer_cut == 0), f_adj_w, c_adj_w)
-            outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w = tl.associative_scan((outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w), 0, lane_cut)
-        else:
-            c_adj_m = tl.where(w == 0, f_adj_m, c_adj_m)
-            c_adj_u = tl.where(w == 0, f_adj_u, c_adj_u)
-            c_adj_w = tl.where(w == 0, f_adj_w, c_adj_w)
-            (c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,) = tl.associative_scan((c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,), 0, lane_compose)
-        q_adj_m = tl.where(w == 0, h_adj_m, tl.gather(c_adj_m, above, 0))[:, None, :]  # below each chunk
-        h_adj_m = tile_pick(c_adj_m, w == W - 1, 0)[None, :]
-        q_adj_u = tl.where(w == 0, h_adj_u, tl.gather(c_adj_u, above, 0))[:, None, :]  # below each chunk
-        h_adj_u = tile_pick(c_adj_u, w == W - 1, 0)[None, :]
-        q_adj_w = tl.where(w == 0, h_adj_w, tl.gather(c_adj_w, above, 0))[:, None, :]  # below each chunk
-        h_adj_w = tile_pick(c_adj_w, w == W - 1, 0)[None, :]
-        l_adj_m, l_adj_u, l_adj_w = lane_pull(q_adj_m, q_adj_u, q_adj_w, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w)
-        if p_kind is not None:
-            l_adj_m = tl.where(inner_cut == 0, l_adj_m, g_adj_m)
-            l_adj_u = tl.where(inner_cut == 0, l_adj_u, g_adj_u)
-            l_adj_w = tl.where(inner_cut == 0, l_adj_w, g_adj_w)
-        first = i_t + t == first_row
-        if JOINED:
-            first = i_t + t < 0
+            b_d_y = tl.where((kind & 1) != 0, b_d_y, 0.0)
+        d_adj_u, d_adj_w = lane_direct(s_u, s_w, b_d_y)
+        c_m = l_m
+        c_u = l_u + d_adj_u
+        c_w = l_w + d_adj_w
+        first = False
         if p_kind is not None:
             first = kind >= 2
-        g_score, g_value = lane_gradient(b_score, b_value, v_m, v_u, v_w, l_adj_m, l_adj_u, l_adj_w, first)
+        elif not JOINED:
+            first = (i_t == 0) & (i_s == 0)
+        adj_m, adj_u, adj_w, g_score, g_value = lane_back(b_score, b_value, v_m, v_u, v_w, c_m, c_u, c_w, first)
         if p_kind is not None:
-            g_score = tl.where(m_here, g_score, 0.0)
-        tl.store(p_d_score + row * C + o, g_score, mask=m)
+            adj_m = tl.where(kind == 1, adj_m, tl.where(kind == 0, l_m, 0.0))
+        l_m = adj_m
         if p_kind is not None:
-            g_value = tl.where(m_here, g_value, 0.0)
-        tl.store(p_d_value + row * C + o, g_value, mask=m)
+            adj_u = tl.where(kind == 1, adj_u, tl.where(kind == 0, l_u, 0.0))
+        l_u = adj_u
+        if p_kind is not None:
+            adj_w = tl.where(kind == 1, adj_w, tl.where(kind == 0, l_w, 0.0))
+        l_w = adj_w
+        if p_kind is not None:
+            g_score = tl.where((kind & 1) != 0, g_score, 0.0)
+        if p_kind is not None:
+            g_value = tl.where((kind & 1) != 0, g_value, 0.0)
+        tl.store(q_d_score, g_score, mask=m)
+        tl.store(q_d_value, g_value, mask=m)
+    for j in tl.range(0, whole, R, num_stages=NS):
+        i_t = whole - R - j
+        row = begin + i_t
+        q_d_score = p_d_score + (row * C + o_c)
+        q_d_value = p_d_value + (row * C + o_c)
+        tb_score = tile_load(p_score + row * C_score + oc_score, m_tile).to(tl.float32)  # [R, BC]
+        tb_value = tile_load(p_value + row * C_value + oc_value, m_tile).to(tl.float32)  # [R, BC]
+        tb_d_y = tile_load(p_d_out_y + row * C + o, m_tile).to(tl.float32)  # [R, BC]
+        h_m = tl.load(p_saved_m + (row // R + i_n) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        tv_m, ts_m = (), ()
+        h_u = tl.load(p_saved_u + (row // R + i_n) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        tv_u, ts_u = (), ()
+        h_w = tl.load(p_saved_w + (row // R + i_n) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        tv_w, ts_w = (), ()
+        for r in tl.static_range(R):
+            b_score = tile_pick(tb_score, t == r, 0)
+            b_value = tile_pick(tb_value, t == r, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + r).to(tl.int32)
+            elif r == 0 and not JOINED:
+                alone = (i_t == 0) & (i_s == 0)
+            v_m, v_u, v_w, s_m, s_u, s_w = token_state(b_score, b_value, h_m, h_u, h_w, kind, alone, BC)
+            h_m, h_u, h_w = s_m, s_u, s_w
+            tv_m = tv_m + (v_m,)
+            ts_m = ts_m + (s_m,)
+            tv_u = tv_u + (v_u,)
+            ts_u = ts_u + (s_u,)
+            tv_w = tv_w + (v_w,)
+            ts_w = ts_w + (s_w,)
+        for q in tl.static_range(R):
+            b_score = tile_pick(tb_score, t == R - 1 - q, 0)
+            b_value = tile_pick(tb_value, t == R - 1 - q, 0)
+            b_d_y = tile_pick(tb_d_y, t == R - 1 - q, 0)
+            v_m, s_m = tv_m[R - 1 - q], ts_m[R - 1 - q]
+            v_u, s_u = tv_u[R - 1 - q], ts_u[R - 1 - q]
+            v_w, s_w = tv_w[R - 1 - q], ts_w[R - 1 - q]
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + (R - 1 - q)).to(tl.int32)
+            elif False:
+                alone = (i_t == 0) & (i_s == 0)
+            if p_kind is not None:
+                b_d_y = tl.where((kind & 1) != 0, b_d_y, 0.0)
+            d_adj_u, d_adj_w = lane_direct(s_u, s_w, b_d_y)
+            c_m = l_m
+            c_u = l_u + d_adj_u
+            c_w = l_w + d_adj_w
+            first = False
+            if p_kind is not None:
+                first = kind >= 2
+            elif q == R - 1 and not JOINED:
+                first = (i_t == 0) & (i_s == 0)
+            adj_m, adj_u, adj_w, g_score, g_value = lane_back(b_score, b_value, v_m, v_u, v_w, c_m, c_u, c_w, first)
+            if p_kind is not None:
+                adj_m = tl.where(kind == 1, adj_m, tl.where(kind == 0, l_m, 0.0))
+            l_m = adj_m
+            if p_kind is not None:
+                adj_u = tl.where(kind == 1, adj_u, tl.where(kind == 0, l_u, 0.0))
+            l_u = adj_u
+            if p_kind is not None:
+                adj_w = tl.where(kind == 1, adj_w, tl.where(kind == 0, l_w, 0.0))
+            l_w = adj_w
+            if p_kind is not None:
+                g_score = tl.where((kind & 1) != 0, g_score, 0.0)
+            if p_kind is not None:
+                g_value = tl.where((kind & 1) != 0, g_value, 0.0)
+            tl.store(q_d_score + (R - 1 - q) * C, g_score, mask=m)
+            tl.store(q_d_value + (R - 1 - q) * C, g_value, mask=m)
     if p_d_initial_m is not None:
-        m_after = m_c & (length > 0) & (i_s == 0)
-        nb_score = tl.load(p_score + begin * C_score + k_score, mask=m_after, other=0).to(tl.float32)
-        nb_value = tl.load(p_value + begin * C_value + k_value, mask=m_after, other=0).to(tl.float32)
-        s_m = z_m
-        s_u = z_u
-        s_w = z_w
-        if p_kind is not None:
-            below = tl.load(p_kind + begin, mask=length > 0, other=0).to(tl.int32)
-            m_after = m_after & (below == 1)
-        w_J_m_m, w_J_m_u, w_J_m_w, w_J_u_u, w_J_w_w = lane_transition(nb_score, nb_value, s_m, s_u, s_w)
-        c_J_m_m = tl.where(m_after, w_J_m_m, 1.0)
-        c_J_m_u = tl.where(m_after, w_J_m_u, 0.0)
-        c_J_m_w = tl.where(m_after, w_J_m_w, 0.0)
-        c_J_u_u = tl.where(m_after, w_J_u_u, 1.0)
-        c_J_w_w = tl.where(m_after, w_J_w_w, 1.0)
-        c_adj_m = tl.zeros([1, BC], tl.float32)
-        c_adj_u = tl.zeros([1, BC], tl.float32)
-        c_adj_w = tl.zeros([1, BC], tl.float32)
-        f_adj_m, f_adj_u, f_adj_w = lane_pull(h_adj_m, h_adj_u, h_adj_w, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
-        if p_kind is not None:
-            f_adj_m = tl.where(below >= 2, 0.0, f_adj_m)
-        tl.store(p_d_initial_m + i_n * C + o_c, f_adj_m, mask=m_c & (i_s == 0))
-        if p_kind is not None:
-            f_adj_u = tl.where(below >= 2, 0.0, f_adj_u)
-        tl.store(p_d_initial_u + i_n * C + o_c, f_adj_u, mask=m_c & (i_s == 0))
-        if p_kind is not None:
-            f_adj_w = tl.where(below >= 2, 0.0, f_adj_w)
-        tl.store(p_d_initial_w + i_n * C + o_c, f_adj_w, mask=m_c & (i_s == 0))
+        tl.store(p_d_initial_m + i_n * C + o_c, l_m, mask=m_c & (i_s == 0))
+        tl.store(p_d_initial_u + i_n * C + o_c, l_u, mask=m_c & (i_s == 0))
+        tl.store(p_d_initial_w + i_n * C + o_c, l_w, mask=m_c & (i_s == 0))
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def backward_fold_kernel(
-    p_score, p_value, p_d_out_y, p_saved_m, p_saved_u, p_saved_w, p_initial_m, p_initial_u, p_initial_w,
-    p_fold_J_m_m, p_fold_J_m_u, p_fold_J_m_w, p_fold_J_u_u, p_fold_J_w_w, p_fold_adj_m, p_fold_adj_u,
-    p_fold_adj_w, p_fold_cut,
-    p_kind, p_cu, T, CV, S, SEG, PACKED,
+    p_score, p_value, p_d_out_y, p_saved_m, p_saved_u, p_saved_w, p_fold_J_m_m, p_fold_J_m_u, p_fold_J_m_w,
+    p_fold_J_u_u, p_fold_J_w_w, p_fold_adj_m, p_fold_adj_u, p_fold_adj_w, p_fold_cut,
+    p_kind, p_cu, T, S, SEG, PACKED, REST,
     Q_score: tl.constexpr, D_score: tl.constexpr,
     Q_value: tl.constexpr, D_value: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, JOINED: tl.constexpr,
+    R: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
 ):
     """How the cotangents before each segment come from those after it, [N, S, C] an entry."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n, i_s = tl.program_id(0) % NC, tl.program_id(0) // NC // S, tl.program_id(0) // NC % S
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_s, T, SEG)
     i_n = i_n.to(tl.int64)
-    BT: tl.constexpr = W * R
-    o_c = i_c * BC + tl.arange(0, BC)[None, :]  # [1, BC]
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    w = tl.arange(0, W)[:, None]  # [W, 1]
-    r = tl.arange(0, R)[None, :, None]
-    t = BT - 1 - (w[:, :, None] * R + r)  # [W, R, 1]
-    o = t * C + o_c[:, None, :]  # [W, R, BC]
-    above = tl.broadcast_to(tl.maximum(w - 1, 0), [W, BC])
-    C_score, k_score = lane_index(C, Q_score, D_score), lane_index(o_c, Q_score, D_score)
-    oc_score = t * C_score + k_score[:, None, :]
-    C_value, k_value = lane_index(C, Q_value, D_value), lane_index(o_c, Q_value, D_value)
-    oc_value = t * C_value + k_value[:, None, :]
-    z_m = tl.full([1, BC], float("-inf"), tl.float32)
-    if p_initial_m is not None:
-        z_m = tl.load(p_initial_m + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    z_u = tl.full([1, BC], 0.0, tl.float32)
-    if p_initial_u is not None:
-        z_u = tl.load(p_initial_u + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    z_w = tl.full([1, BC], 0.0, tl.float32)
-    if p_initial_w is not None:
-        z_w = tl.load(p_initial_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
-    h_J_m_m = tl.full([1, BC], 1.0, tl.float32)
-    h_J_m_u = tl.full([1, BC], 0.0, tl.float32)
-    h_J_m_w = tl.full([1, BC], 0.0, tl.float32)
-    h_J_u_u = tl.full([1, BC], 1.0, tl.float32)
-    h_J_w_w = tl.full([1, BC], 1.0, tl.float32)
-    h_adj_m = tl.full([1, BC], 0.0, tl.float32)
-    h_adj_u = tl.full([1, BC], 0.0, tl.float32)
-    h_adj_w = tl.full([1, BC], 0.0, tl.float32)
-    before_cut = tl.zeros([1, BC], tl.int32)
-    tiles = tl.cdiv(length, BT)
-    rest, first_row = (eos - begin).to(tl.int32), (bos - begin).to(tl.int32)
-    for j in tl.range(0, tiles, num_stages=NS):
-        i_t = (tiles - 1 - j) * BT
+    m, m_tile = None, None
+    if C % BC != 0:
+        m, m_tile = m_c, m_c[None, :]
+    t = tl.arange(0, R)[:, None]
+    o = tl.max_contiguous(t * C + o_c[None, :], (1, V))  # [R, BC]; a thread loads V lanes at once
+    if V == 1:  # one that may start anywhere, as far as it shows: its tokens would be other threads' if it loaded more
+        o = t * C + o_c[None, :] + (S < 0)
+    C_score: tl.constexpr = C if Q_score == 1 else C // Q_score * D_score + C % D_score
+    k_score = lane_index(o_c, Q_score, D_score)
+    oc_score = o if Q_score == 1 else t * C_score + k_score[None, :]
+    C_value: tl.constexpr = C if Q_value == 1 else C // Q_value * D_value + C % D_value
+    k_value = lane_index(o_c, Q_value, D_value)
+    oc_value = o if Q_value == 1 else t * C_value + k_value[None, :]
+    z_J_m_m = tl.full([BC], 1.0, tl.float32)
+    z_J_m_u = tl.full([BC], 0.0, tl.float32)
+    z_J_m_w = tl.full([BC], 0.0, tl.float32)
+    z_J_u_u = tl.full([BC], 1.0, tl.float32)
+    z_J_w_w = tl.full([BC], 1.0, tl.float32)
+    z_adj_m = tl.full([BC], 0.0, tl.float32)
+    z_adj_u = tl.full([BC], 0.0, tl.float32)
+    z_adj_w = tl.full([BC], 0.0, tl.float32)
+    cut = i_s * 0
+    whole = tl.maximum(length, 0) // R * R
+    for j in tl.range(0, length - whole, 1, num_stages=NS):
+        i_t = length - 1 - j
         row = begin + i_t
-        m = (i_t + t < length) & m_c[:, None, :]
-        m_after = m & (i_t + t + 1 < rest)  # another token follows
-        b_d_y = tl.load(p_d_out_y + row * C + o, mask=m, other=0).to(tl.float32)
-        nb_score = tl.load(p_score + (row + 1) * C_score + oc_score, mask=m_after, other=0).to(tl.float32)
-        nb_value = tl.load(p_value + (row + 1) * C_value + oc_value, mask=m_after, other=0).to(tl.float32)
-        s_m = tl.load(p_saved_m + row * C + o, mask=m, other=0).to(tl.float32)
-        s_u = tl.load(p_saved_u + row * C + o, mask=m, other=0).to(tl.float32)
-        s_w = tl.load(p_saved_w + row * C + o, mask=m, other=0).to(tl.float32)
-        m_here = m
+        b_score = tile_load(p_score + row * C_score + k_score, m).to(tl.float32)
+        b_value = tile_load(p_value + row * C_value + k_value, m).to(tl.float32)
+        b_d_y = tile_load(p_d_out_y + row * C + o_c, m).to(tl.float32)
+        alone, kind = None, None
         if p_kind is not None:
-            kind = tl.load(p_kind + row + t, mask=i_t + t < length, other=0).to(tl.int32)  # [W, R, 1]
-            below = tl.load(p_kind + row + 1 + t, mask=(i_t + t < length) & (i_t + t + 1 < rest), other=0).to(tl.int32)
-            cut = tl.broadcast_to((below >= 2).to(tl.int32), [W, R, BC])
-            m_here, m_after = m & ((kind & 1) != 0), m & (below == 1)
-        u_adj_u, u_adj_w = lane_direct(s_u, s_w, b_d_y)
-        w_J_m_m, w_J_m_u, w_J_m_w, w_J_u_u, w_J_w_w = lane_transition(nb_score, nb_value, s_m, s_u, s_w)
-        a_J_m_m = tl.where(m_after, w_J_m_m, 1.0)
-        a_J_m_u = tl.where(m_after, w_J_m_u, 0.0)
-        a_J_m_w = tl.where(m_after, w_J_m_w, 0.0)
-        a_J_u_u = tl.where(m_after, w_J_u_u, 1.0)
-        a_J_w_w = tl.where(m_after, w_J_w_w, 1.0)
-        a_adj_m = tl.zeros([W, R, BC], tl.float32)
-        a_adj_u = tl.where(m_here, u_adj_u, 0.0)
-        a_adj_w = tl.where(m_here, u_adj_w, 0.0)
+            kind = tl.load(p_kind + row).to(tl.int32)
+        elif not JOINED:
+            alone = (i_t == 0) & (i_s == 0)
+        h_m = tl.load(p_saved_m + (REST + i_n * R + i_t - whole) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        h_u = tl.load(p_saved_u + (REST + i_n * R + i_t - whole) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        h_w = tl.load(p_saved_w + (REST + i_n * R + i_t - whole) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        v_m, v_u, v_w, s_m, s_u, s_w = token_state(b_score, b_value, h_m, h_u, h_w, kind, alone, BC)
+        a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w = lane_entry(b_score, b_value, s_u, s_w, v_m, v_u, v_w, b_d_y)
+        f_J_m_m, f_J_m_u, f_J_m_w, f_J_u_u, f_J_w_w, f_adj_m, f_adj_u, f_adj_w = lane_compose(z_J_m_m, z_J_m_u, z_J_m_w, z_J_u_u, z_J_w_w, z_adj_m, z_adj_u, z_adj_w, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w)
         if p_kind is not None:
-            inner_cut, g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w = tl.associative_scan((cut, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w), 1, lane_cut)
-            outer_cut = tile_pick(inner_cut, r == R - 1, 1)
-        else:
-            (g_J_m_m, g_J_m_u, g_J_m_w, g_J_u_u, g_J_w_w, g_adj_m, g_adj_u, g_adj_w,) = tl.associative_scan((a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w,), 1, lane_compose)
-        c_J_m_m = tile_pick(g_J_m_m, r == R - 1, 1)  # [W, BC]
-        c_J_m_u = tile_pick(g_J_m_u, r == R - 1, 1)  # [W, BC]
-        c_J_m_w = tile_pick(g_J_m_w, r == R - 1, 1)  # [W, BC]
-        c_J_u_u = tile_pick(g_J_u_u, r == R - 1, 1)  # [W, BC]
-        c_J_w_w = tile_pick(g_J_w_w, r == R - 1, 1)  # [W, BC]
-        c_adj_m = tile_pick(g_adj_m, r == R - 1, 1)  # [W, BC]
-        c_adj_u = tile_pick(g_adj_u, r == R - 1, 1)  # [W, BC]
-        c_adj_w = tile_pick(g_adj_w, r == R - 1, 1)  # [W, BC]
+            f_J_m_m = tl.where(kind == 1, f_J_m_m, tl.where(kind == 0, z_J_m_m, 1.0))
+        z_J_m_m = f_J_m_m
         if p_kind is not None:
-            joined_cut, f_J_m_m, f_J_m_u, f_J_m_w, f_J_u_u, f_J_w_w, f_adj_m, f_adj_u, f_adj_w = lane_cut(before_cut, h_J_m_m, h_J_m_u, h_J_m_w, h_J_u_u, h_J_w_w, h_adj_m, h_adj_u, h_adj_w, outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
-            outer_cut = tl.where(w == 0, joined_cut, outer_cut)
-        else:
-            f_J_m_m, f_J_m_u, f_J_m_w, f_J_u_u, f_J_w_w, f_adj_m, f_adj_u, f_adj_w = lane_compose(h_J_m_m, h_J_m_u, h_J_m_w, h_J_u_u, h_J_w_w, h_adj_m, h_adj_u, h_adj_w, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w)
-        c_J_m_m = tl.where(w == 0, f_J_m_m, c_J_m_m)
-        c_J_m_u = tl.where(w == 0, f_J_m_u, c_J_m_u)
-        c_J_m_w = tl.where(w == 0, f_J_m_w, c_J_m_w)
-        c_J_u_u = tl.where(w == 0, f_J_u_u, c_J_u_u)
-        c_J_w_w = tl.where(w == 0, f_J_w_w, c_J_w_w)
-        c_adj_m = tl.where(w == 0, f_adj_m, c_adj_m)
-        c_adj_u = tl.where(w == 0, f_adj_u, c_adj_u)
-        c_adj_w = tl.where(w == 0, f_adj_w, c_adj_w)
+            f_J_m_u = tl.where(kind == 1, f_J_m_u, tl.where(kind == 0, z_J_m_u, 0.0))
+        z_J_m_u = f_J_m_u
         if p_kind is not None:
-            outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w = tl.associative_scan((outer_cut, c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w), 0, lane_cut)
-            before_cut = tile_pick(outer_cut, w == W - 1, 0)[None, :]
-        else:
-            (c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,) = tl.associative_scan((c_J_m_m, c_J_m_u, c_J_m_w, c_J_u_u, c_J_w_w, c_adj_m, c_adj_u, c_adj_w,), 0, lane_compose)
-        h_J_m_m = tile_pick(c_J_m_m, w == W - 1, 0)[None, :]
-        h_J_m_u = tile_pick(c_J_m_u, w == W - 1, 0)[None, :]
-        h_J_m_w = tile_pick(c_J_m_w, w == W - 1, 0)[None, :]
-        h_J_u_u = tile_pick(c_J_u_u, w == W - 1, 0)[None, :]
-        h_J_w_w = tile_pick(c_J_w_w, w == W - 1, 0)[None, :]
-        h_adj_m = tile_pick(c_adj_m, w == W - 1, 0)[None, :]
-        h_adj_u = tile_pick(c_adj_u, w == W - 1, 0)[None, :]
-        h_adj_w = tile_pick(c_adj_w, w == W - 1, 0)[None, :]
-    tl.store(p_fold_J_m_m + (i_n * S + i_s) * C + o_c, h_J_m_m, mask=m_c)
-    tl.store(p_fold_J_m_u + (i_n * S + i_s) * C + o_c, h_J_m_u, mask=m_c)
-    tl.store(p_fold_J_m_w + (i_n * S + i_s) * C + o_c, h_J_m_w, mask=m_c)
-    tl.store(p_fold_J_u_u + (i_n * S + i_s) * C + o_c, h_J_u_u, mask=m_c)
-    tl.store(p_fold_J_w_w + (i_n * S + i_s) * C + o_c, h_J_w_w, mask=m_c)
-    tl.store(p_fold_adj_m + (i_n * S + i_s) * C + o_c, h_adj_m, mask=m_c)
-    tl.store(p_fold_adj_u + (i_n * S + i_s) * C + o_c, h_adj_u, mask=m_c)
-    tl.store(p_fold_adj_w + (i_n * S + i_s) * C + o_c, h_adj_w, mask=m_c)
+            f_J_m_w = tl.where(kind == 1, f_J_m_w, tl.where(kind == 0, z_J_m_w, 0.0))
+        z_J_m_w = f_J_m_w
+        if p_kind is not None:
+            f_J_u_u = tl.where(kind == 1, f_J_u_u, tl.where(kind == 0, z_J_u_u, 1.0))
+        z_J_u_u = f_J_u_u
+        if p_kind is not None:
+            f_J_w_w = tl.where(kind == 1, f_J_w_w, tl.where(kind == 0, z_J_w_w, 1.0))
+        z_J_w_w = f_J_w_w
+        if p_kind is not None:
+            f_adj_m = tl.where(kind == 1, f_adj_m, tl.where(kind == 0, z_adj_m, 0.0))
+        z_adj_m = f_adj_m
+        if p_kind is not None:
+            f_adj_u = tl.where(kind == 1, f_adj_u, tl.where(kind == 0, z_adj_u, 0.0))
+        z_adj_u = f_adj_u
+        if p_kind is not None:
+            f_adj_w = tl.where(kind == 1, f_adj_w, tl.where(kind == 0, z_adj_w, 0.0))
+        z_adj_w = f_adj_w
+        if p_kind is not None:
+            cut = cut | (kind >> 1)
+    for j in tl.range(0, whole, R, num_stages=NS):
+        i_t = whole - R - j
+        row = begin + i_t
+        tb_score = tile_load(p_score + row * C_score + oc_score, m_tile).to(tl.float32)  # [R, BC]
+        tb_value = tile_load(p_value + row * C_value + oc_value, m_tile).to(tl.float32)  # [R, BC]
+        tb_d_y = tile_load(p_d_out_y + row * C + o, m_tile).to(tl.float32)  # [R, BC]
+        h_m = tl.load(p_saved_m + (row // R + i_n) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        tv_m, ts_m = (), ()
+        h_u = tl.load(p_saved_u + (row // R + i_n) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        tv_u, ts_u = (), ()
+        h_w = tl.load(p_saved_w + (row // R + i_n) * C + o_c, mask=m_c, other=0).to(tl.float32)
+        tv_w, ts_w = (), ()
+        for r in tl.static_range(R):
+            b_score = tile_pick(tb_score, t == r, 0)
+            b_value = tile_pick(tb_value, t == r, 0)
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + r).to(tl.int32)
+            elif r == 0 and not JOINED:
+                alone = (i_t == 0) & (i_s == 0)
+            v_m, v_u, v_w, s_m, s_u, s_w = token_state(b_score, b_value, h_m, h_u, h_w, kind, alone, BC)
+            h_m, h_u, h_w = s_m, s_u, s_w
+            tv_m = tv_m + (v_m,)
+            ts_m = ts_m + (s_m,)
+            tv_u = tv_u + (v_u,)
+            ts_u = ts_u + (s_u,)
+            tv_w = tv_w + (v_w,)
+            ts_w = ts_w + (s_w,)
+        for q in tl.static_range(R):
+            b_score = tile_pick(tb_score, t == R - 1 - q, 0)
+            b_value = tile_pick(tb_value, t == R - 1 - q, 0)
+            b_d_y = tile_pick(tb_d_y, t == R - 1 - q, 0)
+            v_m, s_m = tv_m[R - 1 - q], ts_m[R - 1 - q]
+            v_u, s_u = tv_u[R - 1 - q], ts_u[R - 1 - q]
+            v_w, s_w = tv_w[R - 1 - q], ts_w[R - 1 - q]
+            alone, kind = None, None
+            if p_kind is not None:
+                kind = tl.load(p_kind + row + (R - 1 - q)).to(tl.int32)
+            elif False:
+                alone = (i_t == 0) & (i_s == 0)
+            a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w = lane_entry(b_score, b_value, s_u, s_w, v_m, v_u, v_w, b_d_y)
+            f_J_m_m, f_J_m_u, f_J_m_w, f_J_u_u, f_J_w_w, f_adj_m, f_adj_u, f_adj_w = lane_compose(z_J_m_m, z_J_m_u, z_J_m_w, z_J_u_u, z_J_w_w, z_adj_m, z_adj_u, z_adj_w, a_J_m_m, a_J_m_u, a_J_m_w, a_J_u_u, a_J_w_w, a_adj_m, a_adj_u, a_adj_w)
+            if p_kind is not None:
+                f_J_m_m = tl.where(kind == 1, f_J_m_m, tl.where(kind == 0, z_J_m_m, 1.0))
+            z_J_m_m = f_J_m_m
+            if p_kind is not None:
+                f_J_m_u = tl.where(kind == 1, f_J_m_u, tl.where(kind == 0, z_J_m_u, 0.0))
+            z_J_m_u = f_J_m_u
+            if p_kind is not None:
+                f_J_m_w = tl.where(kind == 1, f_J_m_w, tl.where(kind == 0, z_J_m_w, 0.0))
+            z_J_m_w = f_J_m_w
+            if p_kind is not None:
+                f_J_u_u = tl.where(kind == 1, f_J_u_u, tl.where(kind == 0, z_J_u_u, 1.0))
+            z_J_u_u = f_J_u_u
+            if p_kind is not None:
+                f_J_w_w = tl.where(kind == 1, f_J_w_w, tl.where(kind == 0, z_J_w_w, 1.0))
+            z_J_w_w = f_J_w_w
+            if p_kind is not None:
+                f_adj_m = tl.where(kind == 1, f_adj_m, tl.where(kind == 0, z_adj_m, 0.0))
+            z_adj_m = f_adj_m
+            if p_kind is not None:
+                f_adj_u = tl.where(kind == 1, f_adj_u, tl.where(kind == 0, z_adj_u, 0.0))
+            z_adj_u = f_adj_u
+            if p_kind is not None:
+                f_adj_w = tl.where(kind == 1, f_adj_w, tl.where(kind == 0, z_adj_w, 0.0))
+            z_adj_w = f_adj_w
+            if p_kind is not None:
+                cut = cut | (kind >> 1)
+    tl.store(p_fold_J_m_m + (i_n * S + i_s) * C + o_c, z_J_m_m, mask=m_c)
+    tl.store(p_fold_J_m_u + (i_n * S + i_s) * C + o_c, z_J_m_u, mask=m_c)
+    tl.store(p_fold_J_m_w + (i_n * S + i_s) * C + o_c, z_J_m_w, mask=m_c)
+    tl.store(p_fold_J_u_u + (i_n * S + i_s) * C + o_c, z_J_u_u, mask=m_c)
+    tl.store(p_fold_J_w_w + (i_n * S + i_s) * C + o_c, z_J_w_w, mask=m_c)
+    tl.store(p_fold_adj_m + (i_n * S + i_s) * C + o_c, z_adj_m, mask=m_c)
+    tl.store(p_fold_adj_u + (i_n * S + i_s) * C + o_c, z_adj_u, mask=m_c)
+    tl.store(p_fold_adj_w + (i_n * S + i_s) * C + o_c, z_adj_w, mask=m_c)
     if p_kind is not None:
-        tl.store(p_fold_cut + (i_n * S + i_s) * C + o_c, before_cut, mask=m_c)
+        tl.store(p_fold_cut + (i_n * S + i_s) * C + o_c, tl.full([BC], 0, tl.int32) + cut, mask=m_c)
 
 
-@jit(do_not_specialize=["T", "CV", "S", "SEG", "PACKED"])
+@jit(do_not_specialize=["T", "S", "SEG", "PACKED", "REST"])
 def backward_carry_kernel(
     p_fold_J_m_m, p_fold_J_m_u, p_fold_J_m_w, p_fold_J_u_u, p_fold_J_w_w, p_fold_adj_m, p_fold_adj_u,
     p_fold_adj_w, p_d_final_m, p_d_final_u, p_d_final_w, p_carry_m, p_carry_u, p_carry_w,
-    p_cut, p_cu, T, CV, S, SEG, PACKED,
-    R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, NS: tl.constexpr,
+    p_cut, p_cu, T, S, SEG, PACKED, REST,
+    C: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr,
 ):
     """The cotangents after each segment, [N, S, C] a live component."""
-    C = CV * V
-    NC = tl.cdiv(C, BC)
+    NC: tl.constexpr = (C + BC - 1) // BC
     i_c, i_n = tl.program_id(0) % NC, tl.program_id(0) // NC
     bos, eos, begin, length = tile_span(p_cu, PACKED, i_n, i_n * 0, T, SEG)
     segments = tl.cdiv(eos - bos, SEG).to(tl.int32)
@@ -1130,7 +1018,7 @@ def backward_carry_kernel(
     h_adj_w = tl.load(p_d_final_w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     tl.store(p_carry_w + (i_n * S + tl.maximum(segments - 1, 0)) * C + o_c, h_adj_w, mask=m_c)
     tiles = tl.cdiv(segments, BT)
-    for j in tl.range(0, tiles, num_stages=NS):
+    for j in tl.range(0, tiles):
         i_t = (tiles - 1 - j) * BT
         m = (i_t + t < segments) & m_c[:, None, :]
         a_J_m_m = tl.load(p_fold_J_m_m + (i_n * S + i_t) * C + o, mask=m, other=1.0)
@@ -1634,25 +1522,28 @@ class PointwiseKernels:
         self.table, self.exact = table, exact
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
-        self.segment_tiles = 16  # a segment has at least as many
+        self.segment_tiles = 8  # a segment has at least as many
         self.kernels = {k.removesuffix("_kernel"): Kernel(v) for k, v in vars(table).items() if k.endswith("_kernel")}
         self._plans: dict[Any, Any] = {}
         self._families: dict[Any, Any] = {}
         self._lanes: dict[Any, LaneShape] = {}
         self._tuned: Any = None
 
-    def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
-        """The live components that `scan_forward` saves beside outputs of that dtype; `flagged`: with a mask or resets
-        (then an output is 0 at masked tokens, and does not stand for the state)."""
-        whole = self.exact or dtype == torch.float32
-        reused = [] if flagged else [c for c, _, always in self.table.reused if always or whole]
-        return tuple(self.table.live[c][0] for c in self.table.backward[3] if c not in reused)
+    def saved_components(self) -> tuple[str, ...]:
+        """The live components whose values `scan_forward` saves."""
+        return tuple(self.table.live[c][0] for c in self.table.saved)
+
+    def saved_rows(self, tokens: int, rows: int) -> int:
+        """How many states are kept of so many tokens in `rows` sequences: one before every `every` tokens (of token t,
+        in sequence n, at row t // every + n), and those before what is left over, `every` to a sequence, at the end."""
+        every: int = self.table.every
+        return tokens // every + rows * (1 + every)
 
     def scan_forward(
         self, inputs: list[Tensor], params: list[Tensor], initial: list[Tensor] | None, code: Tensor | None,
         cu: Tensor | None, save: bool,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-        """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [B, T, ...]."""
+        """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [saved_rows, ...]."""
         plan = self._planned(self._forward_plan, inputs, params, initial, code is not None, cu, save)
         device = inputs[0].device
         outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.outputs]
@@ -1673,8 +1564,7 @@ class PointwiseKernels:
 
     def scan_backward(
         self, d_outputs: list[Tensor], d_finals: list[Tensor], inputs: list[Tensor], params: list[Tensor],
-        initial: list[Tensor] | None, outputs: list[Tensor], saved: list[Tensor], code: Tensor | None,
-        cu: Tensor | None,
+        initial: list[Tensor] | None, saved: list[Tensor], code: Tensor | None, cu: Tensor | None,
     ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None] | None]:  # fmt: skip
         """Gradients of inputs and params in their own shapes, and of the initial state; None where there is none."""
         table = self.table
@@ -1690,22 +1580,18 @@ class PointwiseKernels:
             zeros = [torch.zeros_like(x) for x in inputs], [torch.zeros_like(x) for x in params]
             return [*zeros[0]], [*zeros[1]], d_initial
 
-        kept = dict(zip(plan.names, saved, strict=True))
-        states = {c: outputs[o] for c, o, _ in table.reused}
-        states = {c: kept[name] if (name := table.live[c][0]) in kept else states[c] for c in table.backward[3]}
         offsets = _no_offsets(device) if cu is None else cu
         kinds = self._kinds(plan, code, offsets)
         args = plan.lanes.tensors(table.backward, inputs, params)
         cotangents = [_plain(d_outputs[o]) for o in table.backward[2]]
-        begin = [None if initial is None else _plain(initial[c]) for c in table.backward[3]]
         ends = [_plain(d_finals[c]) for c in table.smooth]
         firsts = [None if d_initial is None else d_initial[c] for c in table.smooth]
         whole = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.whole]
         parts = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.parts]
         carry = [ends[c] for c in table.smooth_owners]  # read only where there are segments
         if plan.folds is not None:
-            carry = self._backward_carries(plan, inputs, params, d_outputs, states, initial, ends, kinds, offsets)
-        tensors = [*cotangents, *states.values(), *begin, *ends, *firsts, *whole, *parts]
+            carry = self._backward_carries(plan, inputs, params, d_outputs, saved, ends, kinds, offsets)
+        tensors = [*cotangents, *saved, *ends, *firsts, *whole, *parts]
         plan.launch(*args, *tensors, *carry, kinds, offsets)
         for x, g in zip(table.input_shares, whole, strict=True):
             d_inputs[x] = plan.lanes.reduced(g, inputs[x], table.inputs[x][1], 2)
@@ -1725,7 +1611,7 @@ class PointwiseKernels:
     ) -> Any:  # fmt: skip
         """The plan of a call's shapes. The second shape of a kind of call is the sign that shapes vary: from then on a
         split of time, which long sequences of few lanes need, must not wait for the compiler."""
-        tuned = self.table.tiles, self.processors, self.segment_tiles
+        tuned = self.table.tiles, self.processors, self.segment_tiles, self.table.every
         if tuned != self._tuned:
             self._plans.clear()
             self._families.clear()
@@ -1759,15 +1645,15 @@ class PointwiseKernels:
     ) -> SimpleNamespace:  # fmt: skip
         """What both directions have in common; `launch` is None if there is nothing to run."""
         lanes, device = self._shape(inputs, params), inputs[0].device
-        joined = initial or self.table.counts
+        joined, tokens = initial or self.table.counts, math.prod(inputs[0].shape[:2])
         basis = SimpleNamespace(
             lanes=lanes, rows=rows, length=length, joined=joined, launch=None, folds=None, kinds=None,
-            numbers=None, segments=1, span=None, device=device,
+            numbers=None, segments=1, span=None, device=device, rest=tokens // self.table.every + rows,
         )  # fmt: skip
         if rows and lanes.count:
             span = basis.span = self._span(direction, lanes, rows, length, inputs)
             basis.segments = span.segments
-            basis.numbers = (*span.numbers, int(packed))
+            basis.numbers = (*span.numbers, int(packed), basis.rest)
             if flagged and not self.table.counts:
                 basis.kinds = self.kernels["kind"].launch(rows, (length, int(packed)), (joined, 256), device)
         return basis
@@ -1780,18 +1666,19 @@ class PointwiseKernels:
         plan = self._basis("forward", inputs, params, initial, flagged, rows, length, packed)
         lanes, span = plan.lanes, plan.span
         real = {**_DTYPES, "real": self._real(inputs, params)}
-        names = self.saved_components(real["real"], flagged) if save else ()
+        names = self.saved_components() if save else ()
         tokens = (*inputs[0].shape[:2], *lanes.full)
         plan.outputs = [(tokens, real[kind]) for _, kind in table.outputs]
         plan.finals = [((rows, *lanes.full), _DTYPES[kind]) for _, kind in table.live]
         kinds = dict(table.live)
-        plan.saved = [(tokens, _DTYPES[kinds[name]]) for name in names]
+        kept = (self.saved_rows(math.prod(tokens[:2]), rows), *lanes.full)
+        plan.saved = [(kept, _DTYPES[kinds[name]]) for name in names]
         plan.kept = [names.index(name) if name in names else None for name, _ in table.live]
         plan.nothing = [None] * len(table.live)
         if span is not None:
             maps = lanes.flat_maps(table.forward)
             plan.launch = self.kernels["forward"].launch(
-                span.programs * span.segments, plan.numbers, (*maps, plan.joined, span.even, *span.tile),
+                span.programs * span.segments, plan.numbers, (*maps, lanes.count, plan.joined, table.every, *span.tile),
                 plan.device, num_warps=span.warps,
             )  # fmt: skip
             plan.folds = self._fold_plan(plan) if span.segments > 1 else None
@@ -1799,15 +1686,16 @@ class PointwiseKernels:
 
     def _fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
         table, span, lanes = self.table, plan.span, plan.lanes
-        rows, segments, where = plan.rows, plan.segments, {"device": plan.device, "num_warps": span.warps}
+        rows, segments = plan.rows, plan.segments
         return SimpleNamespace(
             folds=[((rows, segments, lanes.count), _DTYPES[k]) for k in table.element_scalars],
             carry=[((rows, segments + 1, lanes.count), _DTYPES[k]) for k in table.live_scalars],
             kinds=((rows, segments, lanes.count), torch.int8),
             fold=self.kernels["fold"].launch(
-                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), *span.tile), **where
+                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), lanes.count, *span.tile),
+                plan.device, num_warps=span.warps,
             ),
-            join=self.kernels["carry"].launch(span.programs, plan.numbers, (plan.joined, *span.tile), **where),
+            join=self._join("carry", plan, len(table.element_scalars), (plan.joined,)),
         )
 
     def _backward_plan(
@@ -1817,7 +1705,6 @@ class PointwiseKernels:
         table = self.table
         plan = self._basis("backward", inputs, params, initial, flagged, rows, length, packed)
         lanes, span = plan.lanes, plan.span
-        plan.names = self.saved_components(real_dtype([*inputs, *params]), flagged)
         if span is not None:
             tokens = (*inputs[0].shape[:2], *lanes.full)
             plan.whole = []
@@ -1829,7 +1716,7 @@ class PointwiseKernels:
             plan.parts = [(shape, _DTYPES[table.params[p][2]]) for p in table.param_shares]
             maps = lanes.flat_maps(table.backward)
             plan.launch = self.kernels["backward"].launch(
-                span.programs * span.segments, plan.numbers, (*maps, plan.joined, *span.tile), plan.device,
+                span.programs * span.segments, plan.numbers, (*maps, lanes.count, plan.joined, *span.tile), plan.device,
                 num_warps=span.warps,
             )  # fmt: skip
             plan.folds = self._backward_fold_plan(plan) if span.segments > 1 else None
@@ -1837,17 +1724,29 @@ class PointwiseKernels:
 
     def _backward_fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
         table, span, lanes = self.table, plan.span, plan.lanes
-        shape, where = (plan.rows, plan.segments, lanes.count), {"device": plan.device, "num_warps": span.warps}
+        shape = (plan.rows, plan.segments, lanes.count)
         return SimpleNamespace(
             folds=[(shape, torch.float32)] * table.entries,
             carry=[(shape, torch.float32)] * table.smooth_scalars,
             kinds=(shape, torch.int8),
             fold=self.kernels["backward_fold"].launch(
-                span.programs * span.segments, plan.numbers, (*lanes.flat_maps(table.backward_fold), *span.tile),
-                **where,
+                span.programs * span.segments, plan.numbers,
+                (*lanes.flat_maps(table.backward_fold), lanes.count, plan.joined, *span.tile), plan.device,
+                num_warps=span.warps,
             ),
-            join=self.kernels["backward_carry"].launch(span.programs, plan.numbers, span.tile, **where),
+            join=self._join("backward_carry", plan, table.entries, ()),
         )  # fmt: skip
+
+    def _join(self, kernel: str, plan: SimpleNamespace, scalars: int, constants: tuple[Any, ...]) -> Launch:
+        """The scan of the segments' products, so many scalars each, by programs of few lanes."""
+        count = plan.lanes.count
+        rows, chunks, width, warps = (2, 2, 2, 1) if self.interpreted else (8, 128, 4, 8)
+        while chunks > 16 and chunks * scalars > 512:
+            chunks //= 2
+        grid = plan.rows * -(-count // width)
+        return self.kernels[kernel].launch(
+            grid, plan.numbers, (count, *constants, rows, chunks, width), plan.device, num_warps=warps
+        )
 
     def _warm(
         self, make: Callable[..., Any], plan: SimpleNamespace, inputs: Sequence[Tensor], params: Sequence[Tensor],
@@ -1865,9 +1764,7 @@ class PointwiseKernels:
             real = self._real(inputs, params)
             args = plan.lanes.tensors(table.backward_fold, inputs, params)
             args += [{**_DTYPES, "real": real}[table.outputs[o][1]] for o in outputs]
-            kept = {table.live[c][0] for c, _, _ in table.reused} - set(plan.names)
-            args += [real if table.live[c][0] in kept and states[c] == torch.float32 else states[c] for c in used]
-            args += [states[c] if initial else None for c in used]
+            args += [states[c] for c in used]
             begin = [states[c] for c in table.smooth]
         else:
             args = plan.lanes.tensors(table.fold, inputs, params)
@@ -1893,21 +1790,26 @@ class PointwiseKernels:
     ) -> SimpleNamespace:
         """Tile, grid, and the split of time: programs enough to keep every multiprocessor loading."""
         wide = any(x.element_size() >= 4 and lanes.maps[at] == (1, 1) for at, x in enumerate(inputs))
-        each_rows, chunks, width, warps, stages, vector = self.table.tiles[direction][4 if wide else 2]
-        while width > 1 and width >= 2 * lanes.count:
-            width, chunks = width // 2, min(2 * chunks, 64)
-        tokens, vector = each_rows * chunks, math.gcd(vector, lanes.count)
+        each_rows, width, warps, stages = self.table.tiles[direction][4 if wide else 2]
+        every = self.table.every if self.table.saved else 1
+        if direction == "backward" and every > 1:
+            each_rows = every  # the states are run again from one that was kept
+        while width > 64 and width >= 2 * lanes.count:
+            width, warps = width // 2, max(1, warps // 2)
+        tokens = max(each_rows, every)
         programs = rows * -(-lanes.count // width)
         processors = self.processors or _processors(inputs[0].device)
         segments, each = 1, length
-        if programs < 2 * processors:
-            segments = min(-(-4 * processors // programs), length // (self.segment_tiles * tokens))
+        if programs * warps < processors:
+            segments = min(-(-7 * processors // (programs * warps)), length // (self.segment_tiles * tokens))
             if segments > 3:
                 each = -(-length // (segments * tokens)) * tokens
             segments = -(-length // each) if each else 1
+            if segments > 1:
+                warps = max(1, min(warps, width // 64))  # segments are threads enough
         return SimpleNamespace(
-            tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
-            numbers=(length, lanes.count // vector, segments, each), even=lanes.count % width == 0,
+            tile=(each_rows, width, max(1, width // (32 * warps)), stages), warps=warps, programs=programs,
+            segments=segments, numbers=(length, segments, each),
         )  # fmt: skip
 
     # --- launches beside the main one
@@ -1933,15 +1835,13 @@ class PointwiseKernels:
 
     def _backward_carries(
         self, plan: SimpleNamespace, inputs: list[Tensor], params: list[Tensor], d_outputs: list[Tensor],
-        states: dict[int, Tensor], initial: list[Tensor] | None, ends: list[Tensor], kinds: Tensor | None,
-        offsets: Tensor,
-    ) -> list[Tensor]:  # fmt: skip
+        saved: list[Tensor], ends: list[Tensor], kinds: Tensor | None, offsets: Tensor,
+    ) -> list[Tensor]:
         """The cotangents after each segment, [N, S, C] a live scalar."""
         folds, carry, cuts = _buffers(plan.folds, kinds, offsets.device)
         args = plan.lanes.tensors(self.table.backward_fold, inputs, params)
         _, _, outputs, used = self.table.backward_fold
-        begin = [None if initial is None else _plain(initial[c]) for c in used]
-        tensors = [*(_plain(d_outputs[o]) for o in outputs), *(states[c] for c in used), *begin]
+        tensors = [*(_plain(d_outputs[o]) for o in outputs), *(saved if used else ())]
         plan.folds.fold(*args, *tensors, *folds, cuts, kinds, offsets)
         plan.folds.join(*folds, *ends, *carry, cuts, offsets)
         return carry
@@ -1995,9 +1895,10 @@ KERNELS = PointwiseKernels(
         smooth_owners=(0, 1, 2),
         entries=8,
         smooth_scalars=3,
-        reused=(),
+        saved=(0, 1, 2),
+        every=8,
         counts=False,
-        tiles={"forward": {4: (4, 8, 64, 4, 3, 4), 2: (2, 16, 64, 4, 3, 8)}, "backward": {4: (2, 4, 64, 2, 3, 4), 2: (2, 4, 64, 2, 3, 4)}},
+        tiles={"forward": {4: (8, 64, 2, 8), 2: (8, 128, 1, 6)}, "backward": {4: (8, 64, 2, 6), 2: (8, 128, 1, 6)}},
     )
 )
 
@@ -3184,8 +3085,8 @@ class Operator:
         inputs, params, initial, mask, reset, cu_seqlens = given
         count = len(self.spec.outputs)
         found = self.kernels.scan_backward(
-            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            grads[:count], grads[count:], inputs, params, initial or None, results[count + len(self.live) :],
+            token_code(mask, reset), cu_seqlens,
         )  # fmt: skip
         parts = zip(found, (inputs, params, initial), strict=True)
         return [g for part, like in parts for g in (part or [None] * len(like))]
@@ -3211,9 +3112,8 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
-            flagged = given.mask is not None or given.reset is not None
-            saved = self.kernels.saved_components(call.dtype, flagged)
-            results += [empty(call.leading, slots[k]) for k in saved]
+            for name in self.kernels.saved_components():
+                results.append(empty((self.kernels.saved_rows(math.prod(call.leading), rows),), slots[name]))
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -3538,7 +3438,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='softmax_average',
-    digest='51b7ece2edd22c0d',
+    digest='372cf7bb55b96a5f',
     inputs=(Slot('score'), Slot('value'),),
     params=(),
     components=(Slot('m'), Slot('u'), Slot('w'),),

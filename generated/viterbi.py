@@ -37,8 +37,8 @@ The runtime holds what this spec needs of it. Needs torch; nothing else.
   959  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
  1022  One checked call in PyTorch: lift, the scan of the plan, readout
  1152  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 1421  The public face of a compiled aggregator: a parallel call, a step, states
- 1626  the spec's border
+ 1420  The public face of a compiled aggregator: a parallel call, a step, states
+ 1625  the spec's border
 """
 
 from __future__ import annotations
@@ -1273,8 +1273,8 @@ class Operator:
         inputs, params, initial, mask, reset, cu_seqlens = given
         count = len(self.spec.outputs)
         found = self.kernels.scan_backward(
-            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            grads[:count], grads[count:], inputs, params, initial or None, results[count + len(self.live) :],
+            token_code(mask, reset), cu_seqlens,
         )  # fmt: skip
         parts = zip(found, (inputs, params, initial), strict=True)
         return [g for part, like in parts for g in (part or [None] * len(like))]
@@ -1300,9 +1300,8 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
-            flagged = given.mask is not None or given.reset is not None
-            saved = self.kernels.saved_components(call.dtype, flagged)
-            results += [empty(call.leading, slots[k]) for k in saved]
+            for name in self.kernels.saved_components():
+                results.append(empty((self.kernels.saved_rows(math.prod(call.leading), rows),), slots[name]))
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -1627,7 +1626,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='viterbi',
-    digest='6d80a2f8907670e4',
+    digest='790584a869d50267',
     inputs=(Slot('emission', ('N',)),),
     params=(Slot('transition', ('N', 'N')),),
     components=(Slot('M', ('N', 'N')),),

@@ -181,11 +181,11 @@ class Case:
     def run(self, split: bool = False):
         """The same from the kernels; call after `oracle`. `split`: small tiles, and time in segments."""
         found = kernels(self.agg)
-        before = found.processors, found.table.tiles, found.segment_tiles
+        before = found.processors, found.table.tiles, found.segment_tiles, found.table.every
         if split:
             found.processors, found.segment_tiles = 8, 1
         if found.interpreted:  # it goes through a tile element by element
-            tile = (2, 2, 2, 1, 2, 2) if split else (4, 4, 4, 1, 2, 2)
+            found.table.every, tile = 4, (4, 4, 1, 2)
             found.table.tiles = {way: dict.fromkeys((2, 4), tile) for way in ("forward", "backward")}
         inputs = [self._cast(self.inputs[t.name]) for t in self.agg.leaf_inputs]
         for name, longest in taps(self.agg).items():
@@ -214,9 +214,9 @@ class Case:
         names = [a.name for a in self.agg.output.results]
         cts = [self._cast(self.ct_outputs[n]) for n in names]
         d_inputs, d_params, d_initial = found.scan_backward(
-            cts, ends, inputs, params, initial, outputs, saved, code, cu
+            cts, ends, inputs, params, initial, saved, code, cu
         )
-        found.processors, found.table.tiles, found.segment_tiles = before
+        found.processors, found.table.tiles, found.segment_tiles, found.table.every = before
         grads = {("input", t.name): g for t, g in zip(self.agg.leaf_inputs, d_inputs, strict=False)}
         extra = d_inputs[len(self.agg.leaf_inputs) :]
         for name, longest in taps(self.agg).items():

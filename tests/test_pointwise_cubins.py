@@ -29,9 +29,12 @@ PLAIN = ("p_kind", "p_cut", "p_fold_kind", "p_fold_cut", "initial", "p_slots")
 def compiled(kernel, tile: tuple[int, ...], dtype: str, everything: bool, ints: tuple[str, ...] = ()):
     """`everything`: with masks, packed sequences, segments and an initial state; else the plain case. `ints`: names of
     whole-number components and outputs."""
-    rows, chunks, lanes, warps, stages, vector = tile
-    constants = {"R": rows, "W": chunks, "BT": 256, "BC": lanes, "NS": stages, "V": vector}
-    constants |= {"JOINED": everything, "EVEN": not everything}
+    rows, lanes, warps, stages = tile
+    constants = {"R": rows, "W": 32, "BT": 256, "BC": lanes, "NS": stages, "V": lanes // (32 * warps), "K": 16}
+    constants |= {"JOINED": everything, "C": 2050 if everything else 2048}
+    if "W" in kernel.arg_names:  # as `PointwiseKernels._join` calls it
+        constants |= {"R": 8, "W": 64, "BC": 4}
+        warps = 8
     signature, fixed, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants or name[:2] in ("Q_", "D_"):

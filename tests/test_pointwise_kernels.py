@@ -145,6 +145,37 @@ else:
         for got, name in zip(state, case.structure.live, strict=True):
             torch.testing.assert_close(got[slots].to(final[name].dtype), final[name].detach(), rtol=1e-5, atol=1e-5)
 
+    def test_two_exponentials_below_their_larger_exponent_are_one(tmp_path) -> None:
+        """exp(a - max(a, b)) and exp(b - max(a, b)), whatever a and b are called and made of, at all kinds of numbers."""
+        p, q, r = (Ref("input", n, ()) for n in "pqr")
+        a, b = Op("add", (p, q)), Op("mul", (r, r))
+        top = Op("max", (a, b))
+        rows = [Op("exp", (Op("sub", (x, top)),)) for x in (a, b)] + [Op("exp", (Op("sub", (r, top)),))]
+        block = Block(results=tuple(Assign(n, (), e) for n, e in zip("xyz", rows, strict=True)))
+        function = print_function("lane", block, [("input", n, 0) for n in "pqr"])
+        assert function.text.count("lane_left_of(") == function.text.count("lane_right_of(") == 1
+        assert function.text.count("lane_exp_sum_2(") == 1  # neither operand
+        inf = float("inf")
+        grid = [-inf, -3.0, -1e-3, 0.0, 1.0, 1.5, 60.0, inf, float("nan")]
+        points = torch.tensor(list(itertools.product(grid, repeat=3)), dtype=torch.float64)
+        size = 1 << (len(points) - 1).bit_length()
+        points = torch.cat([points, points[:1].expand(size - len(points), -1)]).float()
+        text = "".join(f"@triton.jit\n{t}\n" for t in (*helper_texts([function]), function.text))
+        text += "@triton.jit\ndef run(i, o, N: tl.constexpr):\n    n = tl.arange(0, N)\n"
+        text += "    x, y, z = lane(tl.load(i + n), tl.load(i + N + n), tl.load(i + 2 * N + n))\n"
+        text += "".join(f"    tl.store(o + {k} * N + n, {v})\n" for k, v in enumerate("xyz"))
+        (tmp_path / "pair.py").write_text(f"import triton\nimport triton.language as tl\n\n{text}")
+        found = importlib.util.spec_from_file_location("pair", tmp_path / "pair.py")
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        out = torch.empty(3, size)
+        module.run[(1,)](points.T.contiguous(), out, size)
+        env = Env({("input", n, 0): points[:, k].double() for k, n in enumerate("pqr")}, {})
+        lost = torch.isnan(evaluate(top, env, ()))  # then a NaN is carried on anyway
+        for got, row in zip(out, rows, strict=True):
+            want = torch.where(lost & torch.isnan(got), float("nan"), evaluate(row, env, ()))
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-37, equal_nan=True)
+
     SAMPLES = [-30.0, -2.5, -1.0, -0.3, -1e-4, 0.0, 1e-4, 0.3, 1.0, 2.5, 30.0]
     POSITIVE = {"log", "sqrt", "rsqrt"}
 

@@ -34,7 +34,7 @@ FILES = sorted(BAD.glob("*.json"))
 # plan -> an example, a row of its table, another tile for it
 SAMPLES = {
     "chunked": ("gla", "forward/2/128", (64, 128, 128, 8, 2)),
-    "pointwise": ("mingru", "backward/4", (4, 4, 64, 2, 2, 4)),
+    "pointwise": ("mingru", "backward/4", (8, 64, 2, 3)),
     "tree": ("pr_lstm", "forward/4", (64,)),
     "attention": ("attention_combine", "query/bf16/64", (64, 32, 8, 2)),
 }

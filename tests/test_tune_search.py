@@ -70,17 +70,17 @@ else:
 
     def test_scalars(tmp_path: Path) -> None:
         """One that is right, one that writes nothing, one that kills its process, one that does so where it is timed."""
-        own, back = (2, 4, 2, 1, 2, 2), (2, 4, 2, 1, 2, 2)
-        right, lazy, dead, late = (4, 2, 2, 1, 2, 2), (2, 4, 2, 2, 2, 2), (2, 4, 2, 8, 2, 2), (2, 2, 2, 1, 2, 2)
+        own, back = (4, 4, 1, 2), (4, 4, 1, 2)
+        right, lazy, dead, late = (8, 4, 1, 2), (4, 4, 2, 2), (4, 4, 8, 2), (4, 2, 1, 2)
         given = [Candidate("forward", (Row("forward", 4, 0, t),)) for t in (own, right, lazy, dead, late)]
-        unpack = "        each_rows, chunks, width, warps, stages, vector = self.table.tiles[direction][4 if wide else 2]\n"
+        unpack = "        each_rows, width, warps, stages = self.table.tiles[direction][4 if wide else 2]\n"
         result, found = search(
             tmp_path, SCALAR, {"forward": {4: own, 2: own}, "backward": {4: back, 2: back}},
             {
-                unpack: unpack + "        if warps == 8 or (chunks == 2 and each_rows == 2 and length > 40):\n"
+                unpack: unpack + "        if warps == 8 or (width == 2 and length > 40):\n"
                 "            os.abort()\n",
                 "            plan.launch(*args, *outputs, *kept":
-                    "            if self.table.tiles['forward'][4][3] == 2:\n                return outputs, finals, saved\n"
+                    "            if self.table.tiles['forward'][4][2] == 2:\n                return outputs, finals, saved\n"
                     "            plan.launch(*args, *outputs, *kept",
             },
             "B1 T44 C2", given,
@@ -126,7 +126,7 @@ else:
         assert tuned.text() == file.read_text() and tuned.device == "interpreter"
         assert not any(word in file.read_text() for word in (str(tmp_path), "202"))
         # another tile by hand, so that it shows which one ran
-        changed = file.read_text().replace('"forward/4": {"chunks": 8', '"forward/4": {"chunks": 2')
+        changed = file.read_text().replace('"forward/4": {"lanes": 128', '"forward/4": {"lanes": 2')
         assert changed != file.read_text()
         file.write_text(changed)
         assert app.run(["compile", "leak.psm", "--tuned", "leak.tuned.json"]) == 0
@@ -140,6 +140,6 @@ else:
             assert baked.source == Path("leak.py").read_text()
             assert torch.allclose(baked(x, w), shipped(x, w))
         assert baked.module.KERNELS.table.tiles["forward"][4][1] == 2
-        assert shipped.module.KERNELS.table.tiles["forward"][4][1] == 8
+        assert shipped.module.KERNELS.table.tiles["forward"][4][1] == 128
         again = psmc.load("leak.psm")
         assert again.module is baked.module

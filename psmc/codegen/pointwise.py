@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from psmc.codegen.paste import POINTWISE_KIT, paste
 from psmc.codegen.pointwise_fields import Field, Pointers, lane_fields
 from psmc.codegen.pointwise_lane import Backward, Lane, lane
-from psmc.codegen.pointwise_scan import component, flagged, listed, previous, renamed, stage_context, with_above
+from psmc.codegen.pointwise_scan import component, flagged, listed, renamed, sides
 from psmc.codegen.pointwise_table import Arg, Tensors, table
 from psmc.codegen.render import render
 from psmc.codegen.tiles_code import tiles_class
@@ -69,18 +69,17 @@ def _tidy(text: str) -> str:
 def _lane_text(one: Lane, alone: bool) -> str:
     back = one.back
     assert back is not None
-    scans = list({s.label: s for s in (one.whole, *one.stages)}.values())
-    functions = [one.lift, *(f for s in scans for f in (s.affine, s.combine, s.advance)), one.readout]
-    functions += [back.direct, back.transition, back.compose, back.pull, back.gradient]
-    used = [f for f in functions if f is not None and f.results]
+    functions = [one.lift, one.step, one.readout, one.fold, one.rule.combine, one.rule.advance]
+    functions += [back.direct, back.back, back.entry, back.compose, back.pull]
+    used = [f for f in functions if f.results]
+    adjoint = [n for n in back.element if n in back.names.values()]
     return render(
         "pointwise_lane.py.j2",
         alone=alone,
-        functions=[*helper_texts(used), *(f.text for f in used)],
-        flagged=[flagged(s.label, "kind", s.names, s.names) for s in scans],
-        before=[with_above(s.label, s.names) for s in one.stages if previous(one, s)],
-        adjoint=flagged("", "cut", back.element, [n for n in back.element if n not in back.slopes]),
-        floor=", and for a backward the states once more" if back.states else "",
+        functions=[*helper_texts(used, native=True), *(f.text for f in used)],
+        state=_state(one, [_component(one, s) for s in one.live]),
+        flagged=flagged("kind", one.element, one.element),
+        adjoint=flagged("cut", back.element, adjoint),
     )
 
 
@@ -88,28 +87,43 @@ def _environment(one: Lane) -> dict[Key, str]:
     """What the functions read -> its name in a kernel: this token (b_), its state (s_), what was before (v_)."""
     back = one.back
     assert back is not None
-    functions = [one.lift, one.readout, back.direct, back.transition, back.gradient]
-    functions += [s.affine for s in one.stages if s.affine is not None]
     env: dict[Key, str] = {}
-    for space, name, lag in (key for f in functions for key in f.arguments):
-        prefix = {"state": "s_", "prev": "v_"}.get(space, "b_")
-        env[space, name, lag] = prefix + name + (f"_lag{lag}" if lag else "")
+    for f in (one.lift, one.step, one.readout, back.direct, back.back, back.entry):
+        for space, name, lag in f.arguments:
+            prefix = {"state": "s_", "prev": "v_"}.get(space, "b_")
+            env[space, name, lag] = prefix + name + (f"_lag{lag}" if lag else "")
     return env
+
+
+def _state(one: Lane, live: list[SimpleNamespace]) -> SimpleNamespace:
+    """What moves the state on, and what it reads."""
+    env = _environment(one)
+    read = [k for k in env if k in {*one.step.arguments, *one.lift.arguments} and k[0] in ("input", "param")]
+    return SimpleNamespace(
+        live=live,
+        step=one.step,
+        lift=one.lift,
+        counts=one.counts,
+        env=env,
+        arguments=", ".join(env[k] for k in read),
+        carried=listed("h_", one.live),
+        states=listed("s_", one.live),
+        after=f"{listed('v_', one.live)}, {listed('s_', one.live)}",
+    )
 
 
 def _lane_context(one: Lane, live: list[SimpleNamespace], folds: dict[str, str]) -> SimpleNamespace:
     """The whole scan, and what a token is made of."""
-    env = _environment(one)
-    context = stage_context(one, one.whole, env, False)
-    context.live = live
-    for c in context.element:
-        c.fold = folds.get(c.name)
-    context.lift, context.readout, context.counts = one.lift, one.readout, one.counts
-    context.narrow = [n for n in one.lift.results if n in one.lift.narrow]
-    sides: dict[Key, str] = {(side, n, 0): n for side in ("left", "right") for n in one.element}
-    context.env_start = renamed(sides, {"left": "z_", "right": "e_"})
-    context.env_step = renamed(sides, {"left": "v_", "right": "e_"})
-    return context
+    found, names = _state(one, live), one.element
+    starts = {c.name: c.start for c in live}
+    found.names = names
+    found.element = [component(n, one.kind(n), starts.get(n), fold=folds.get(n)) for n in names]
+    found.fold, found.advance, found.readout = one.fold, one.rule.advance, one.readout
+    found.elements, found.inner, found.outer = listed("e_", names), listed("g_", names), listed("c_", names)
+    found.env_fold = renamed({k: found.env.get(k, k[1]) for k in one.fold.arguments}, {"left": "h_"})
+    found.env_start, found.env_step = sides(names, "z_", "e_"), sides(names, "v_", "e_")
+    found.env_join, found.env_inner = sides(names, "h_", "c_"), sides(names, "q_", "g_")
+    return found
 
 
 def _component(one: Lane, name: str, **more: object) -> SimpleNamespace:
@@ -120,29 +134,19 @@ def _forward(one: Lane, tensors: Tensors) -> dict[str, object]:
     pointers = Pointers()
     tokens, params, labels = tensors.tokens(pointers, tensors.forward_inputs, tensors.forward_params)
     outputs = [f for o in tensors.outputs for f in lane_fields(pointers.add(f"out_{o.name}"), o.scalars, o.kind, "y_")]
-    inner = list(pointers.names)
-    saved = tensors.rows(pointers, "saved", tensors.live)
-    inner += dict.fromkeys(f.pointer for f in saved.values())
-    initial, final = (tensors.rows(pointers, role, tensors.live) for role in ("initial", "final"))
+    saved, initial, final = (tensors.rows(pointers, role, tensors.live) for role in ("saved", "initial", "final"))
     live = [
         _component(one, s, saved=saved[s], initial=initial[s], final=final[s], carry=pointers.add(f"carry_{s}"))
         for s in one.live
     ]
-    env = _environment(one)
     return {
         "pointers": pointers.text(),
-        "tile_pointers": ", ".join(p for p in inner if p not in {f.pointer for f in params}),
-        "carried": listed("h_", one.live),
-        "param_values": "".join(f" {f.value}," for f in params),
         "maps": _maps(labels),
-        "map_names": "".join(f"Q_{x}, D_{x}, " for x in labels),
-        "labels": tensors.labels(tensors.forward_inputs),
-        "param_labels": tensors.labels(tensors.forward_params),
+        "labels": labels,
         "params": params,
         "tokens": tokens,
         "outputs": outputs,
         "lane": _lane_context(one, live, {}),
-        "stages": [stage_context(one, s, env, bool(previous(one, s))) for s in one.stages],
     }
 
 
@@ -194,33 +198,33 @@ def _backward(one: Lane, tensors: Tensors) -> dict[str, object]:
     back = one.back
     assert back is not None
     main, fold, carry = Pointers(), Pointers(["p_fold_cut"]), Pointers()
-    now, params, labels = tensors.tokens(main, tensors.backward_inputs, tensors.backward_params)
-    now += [f for o in tensors.cotangents for f in _cotangent(main, o, back)]
-    reads = {f: set(getattr(back, f).arguments) for f in ("direct", "transition", "gradient")}
-    saved, initial = tensors.rows(main, "saved", tensors.states), tensors.rows(main, "initial", tensors.states)
+    tokens, params, labels = tensors.tokens(main, tensors.backward_inputs, tensors.backward_params)
+    cotangents = [f for o in tensors.cotangents for f in _cotangent(main, o, back)]
+    saved = tensors.rows(main, "saved", tensors.states)
     d_final, d_initial = (tensors.rows(main, role, tensors.smooth) for role in ("d_final", "d_initial"))
     outs = {t.label: main.add(f"d_{t.label}") for t in (*tensors.input_shares, *tensors.param_shares)}
     smooth_names = [s for t in tensors.smooth for s in t.scalars]
     carries = {s: main.add(f"carry_{s}") for s in smooth_names}
 
-    fold_now, fold_params, fold_labels = tensors.tokens(fold, tensors.back_fold_inputs, tensors.back_fold_params)
-    fold_now += [f for o in tensors.fold_cotangents for f in _cotangent(fold, o, back)]
+    fold_tokens, fold_params, fold_labels = tensors.tokens(fold, tensors.back_fold_inputs, tensors.back_fold_params)
+    fold_tokens += [f for o in tensors.fold_cotangents for f in _cotangent(fold, o, back)]
     fold_saved = tensors.rows(fold, "saved", tensors.fold_states)
-    fold_initial = tensors.rows(fold, "initial", tensors.fold_states)
     folds = {a: fold.add(f"fold_{a}") for a in back.element}
     fold.names.append("p_fold_cut")
     carry.names += [*folds.values(), *dict.fromkeys(f.pointer for f in d_final.values()), *carries.values()]
 
-    here = reads["direct"] | reads["gradient"]
-    names = {"saved": saved, "initial": initial}
-    fold_names = {"saved": fold_saved, "initial": fold_initial}
-    entry = {s: back.names[s] for s in smooth_names}
+    direct = set(back.direct.results)
     smooth = [
-        _component(one, s, entry=entry[s], d_final=d_final[s], d_initial=d_initial[s], carry=carries[s])
+        _component(
+            one, s, entry=back.names[s], direct=back.names[s] in direct, d_final=d_final[s], d_initial=d_initial[s],
+            carry=carries[s],
+        )
         for s in smooth_names
-    ]
-    shares = [_share(t, back, outs[t.label]) for t in tensors.input_shares]
-    param_shares = [_share(t, back, outs[t.label]) for t in tensors.param_shares]
+    ]  # fmt: skip
+    input_shares = [g for t in tensors.input_shares for g in _share(t, back, outs[t.label])]
+    param_shares = [g for t in tensors.param_shares for g in _share(t, back, outs[t.label])]
+    lane, others = _again(one, [*tokens, *cotangents], saved)
+    fold_lane, fold_others = _again(one, fold_tokens, fold_saved)
     return {
         "pointers": main.text(),
         "fold_pointers": fold.text(),
@@ -231,36 +235,31 @@ def _backward(one: Lane, tensors: Tensors) -> dict[str, object]:
         "fold_labels": fold_labels,
         "params": params,
         "fold_params": fold_params,
-        "now": [f for f in now if f.key in here],
-        "fold_now": [f for f in fold_now if f.key in reads["direct"]],
-        "next": [f for f in now if f.key in reads["transition"]],
-        "states": [_state(one, s, names, reads) for t in tensors.states for s in t.scalars],
-        "fold_states": [_state(one, s, fold_names, reads) for t in tensors.fold_states for s in t.scalars],
+        "lane": lane,
+        "others": others,
+        "fold_lane": fold_lane,
+        "fold_others": fold_others,
+        "cotangents": cotangents,
         "smooth": smooth,
-        "input_shares": [g for group in shares for g in group],
-        "param_shares": [g for group in param_shares for g in group],
+        "input_shares": input_shares,
+        "param_shares": param_shares,
+        "gradients": [g.out for g in input_shares],
         "back": _back_context(one, back, folds),
     }
+
+
+def _again(one: Lane, fields: list[Field], saved: dict[str, Field]) -> tuple[SimpleNamespace, list[Field]]:
+    """What it takes to run the states again (nothing, if none are read), and the other fields."""
+    lane = _state(one, [_component(one, s, saved=saved[s]) for s in one.live if saved])
+    read = {*one.step.arguments, *one.lift.arguments} if saved else set()
+    lane.tokens = [f for f in fields if f.key in read]
+    return lane, [f for f in fields if f.key not in read]
 
 
 def _cotangent(pointers: Pointers, output: Arg, back: Backward) -> list[Field]:
     fields = lane_fields(pointers.add(f"d_out_{output.name}"), output.scalars, "real", "b_")
     named = [(f, back.cotangents[f.name]) for f in fields]
     return [replace(f, key=key, value="b_" + key[1]) for f, key in named]
-
-
-def _state(one: Lane, name: str, rows: dict[str, dict[str, Field]], reads: dict[str, set[Key]]) -> SimpleNamespace:
-    here = reads["direct"] | reads["gradient"]
-    return _component(
-        one,
-        name,
-        saved=rows["saved"][name],
-        initial=rows["initial"][name],
-        now=("state", name, 0) in here or ("prev", name, 0) in reads["transition"],
-        after=("state", name, 0) in reads["transition"],
-        before=("prev", name, 0) in here,
-        direct=("prev", name, 0) in reads["direct"],
-    )
 
 
 def _share(tensor: Arg, back: Backward, pointer: str) -> list[SimpleNamespace]:
@@ -271,43 +270,29 @@ def _share(tensor: Arg, back: Backward, pointer: str) -> list[SimpleNamespace]:
 
 
 def _back_context(one: Lane, back: Backward, folds: dict[str, str]) -> SimpleNamespace:
-    env = _environment(one)
-    names = back.element
-    shift = {k: ("n" + v if k[0] == "input" else v) for k, v in env.items()}
-    shift |= {k: "ns_" + k[1] for k in env if k[0] == "state"} | {k: "s_" + k[1] for k in env if k[0] == "prev"}
-    direct, transition = back.direct.results, back.transition.results
-    entries = [SimpleNamespace(name=n, identity=back.identity[n], fold=folds[n]) for n in names]
-    cotangents, slopes = [], []
-    for n in names:
-        if n in back.slopes:
-            slopes.append(SimpleNamespace(name=n, identity=back.identity[n]))
-            continue
-        here, after = f"tl.where(m_here, u_{n}, 0.0)", f"tl.where(m_after, w_{n}, 0.0)"
-        terms = [here] * (n in direct) + [after] * (n in transition)
-        after = after if n in transition else "tl.zeros([1, BC], tl.float32)"
-        total = " + ".join(terms) or "tl.zeros([W, R, BC], tl.float32)"
-        cotangents.append(SimpleNamespace(name=n, sum=total, sum_next=after))
-    env |= {back.moved[c]: f"l_{back.names[c]}" for c in back.moved}
+    env, names = _environment(one), back.element
+    adjoint = [n for n in names if n in back.names.values()]
+    env |= {back.moved[c]: f"c_{c}" for c in back.moved}
     if back.first:
         env[back.first] = back.first[1]
-    sides: dict[Key, str] = {(side, n, 0): n for side in ("left", "right") for n in names}
+    entries = [
+        SimpleNamespace(name=n, identity=back.identity[n], fold=folds[n], slope=n not in adjoint) for n in names
+    ]
     return SimpleNamespace(
         direct=back.direct,
-        transition=back.transition,
+        back=back.back,
+        entry=back.entry,
         pull=back.pull,
-        gradient=back.gradient,
         env=env,
-        env_next=shift,
-        env_join=renamed(sides, {"left": "h_", "right": "c_"}),
-        env_inner=renamed(sides, {"left": "q_", "right": "g_"}),
-        params=[env[k] for k in back.transition.arguments if k[0] == "param"],
-        slopes=slopes,
-        cotangents=cotangents,
+        first=back.first[1] if back.first else None,
         entries=entries,
+        cotangents=adjoint,
+        element=names,
         elements=listed("a_", names),
+        folded=listed("z_", names),
+        joined=listed("f_", names),
         inner=listed("g_", names),
         outer=listed("c_", names),
-        carried=listed("h_", names),
-        joined=listed("f_", names),
-        first=back.first[1] if back.first else None,
+        env_join=sides(names, "h_", "c_"),
+        env_inner=sides(names, "q_", "g_"),
     )

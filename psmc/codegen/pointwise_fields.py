@@ -14,8 +14,8 @@ from psmc.ir import Kind
 class Field:
     """One scalar of a tensor [rows, lanes] in memory; complex tensors hold two, side by side.
 
-    `value` is its name in the kernel, `dtype` its type there. A row has `width` lanes; `offsets` are those of a tile
-    [W, R, BC] from its first row, `flat` those of one row, [1, BC].
+    `value` is its name in the kernel, `dtype` its type there. A row has `width` lanes; a program's are `flat`,
+    [BC], and those of R rows `offsets`, [R, BC].
     """
 
     key: Key
@@ -28,7 +28,24 @@ class Field:
     offsets: str
     flat: str
 
+    @property
+    def near(self) -> str:
+        """The name of a pointer to the lanes at a tile's first row."""
+        return "q" + self.pointer[1:]
+
+    def begin(self, row: str) -> str:
+        """What `near` is at that row."""
+        place = f"({row} * {self.width} + {self.flat})"
+        return f"{self.pointer} + " + (f"2 * {place}" if self.pair else place)
+
+    def after(self, rows: str) -> str:
+        """So many rows (a constant) behind `near`."""
+        lanes = f"{rows} * {self.width}" if rows != "0" else ""
+        terms = (self.near, f"2 * {lanes}" if lanes and self.pair else lanes, str(self.at) if self.at else "")
+        return " + ".join(t for t in terms if t)
+
     def tile(self, row: str) -> str:
+        """The lanes of R rows from that one on."""
         return self._address(f"{row} * {self.width} + {self.offsets}")
 
     def line(self, row: str) -> str:

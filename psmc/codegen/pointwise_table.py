@@ -9,7 +9,7 @@ from psmc.codegen.pointwise_fields import Field, Pointers, lane_fields, token_fi
 from psmc.codegen.pointwise_lane import Lane
 from psmc.codegen.tiles_code import tiles_text
 from psmc.codegen.triton_expr import Key, LaneFunction
-from psmc.ir import Aggregator, Kind, Ref
+from psmc.ir import Aggregator, Kind
 from psmc.ir.query import taps
 from psmc.plan.pointwise import PointwisePlan
 from psmc.plan.tiles import Row
@@ -57,17 +57,18 @@ class Tensors:
 
         back = one.back
         assert back is not None
-        lift, readout = reading(one.lift), reading(one.readout)
-        each = reading(back.direct) | reading(back.transition)
-        whole = each | reading(back.gradient)
+        lift, readout = reading(one.lift) | reading(one.step), reading(one.readout)
         self.forward_inputs, self.forward_params = self._read(lift | readout)
-        self.fold_inputs, self.fold_params = self._read(lift)
+        self.fold_inputs, self.fold_params = self._read(reading(one.lift) | reading(one.fold))
+        whole = reading(back.direct) | reading(back.back) | (lift if back.states else set())
         self.backward_inputs, self.backward_params = self._read(whole)
-        self.back_fold_inputs, self.back_fold_params = self._read(each)
-        self.cotangents, self.fold_cotangents = self._cotangents(whole), self._cotangents(each)
-        self.states, self.fold_states = self._states(whole), self._states(each)
+        entry = reading(back.entry) | (lift if back.fold_states else set())
+        self.back_fold_inputs, self.back_fold_params = self._read(entry)
+        self.cotangents, self.fold_cotangents = self._cotangents(whole), self._cotangents(entry)
+        self.states = self.live if back.states else []
+        self.fold_states = self.live if back.fold_states else []
         self.smooth = [t for t in self.live if t.kind != "int"]
-        stored = {back.shares[name] for name in back.gradient.results}
+        stored = {back.shares[name] for name in back.back.results if name in back.shares}
         self.input_shares = [t for t in self.inputs if t.keys() & stored]
         self.param_shares = [t for t in self.params if t.keys() & stored]
 
@@ -78,9 +79,6 @@ class Tensors:
         back = self.one.back
         assert back is not None
         return [t for t in self.outputs if {back.cotangents[s] for s in t.scalars if s in back.cotangents} & keys]
-
-    def _states(self, keys: set[Key]) -> list[Arg]:
-        return [t for t in self.live if (t.keys("state") | t.keys("prev")) & keys]
 
     def labels(self, args: Iterable[Arg]) -> list[str]:
         return [t.label for t in args]
@@ -101,29 +99,6 @@ class Tensors:
         for t in args:
             found |= {f.name: f for f in lane_fields(pointers.add(f"{role}_{t.name}"), t.scalars, t.kind, "")}
         return found
-
-    def streams(self) -> tuple[int, int]:
-        """How many tiles the forward and the backward load at a time."""
-        back = self.one.back
-        assert back is not None
-        here, after = reading(back.direct) | reading(back.gradient), reading(back.transition)
-        states = {("state", k[1]) for k in here if k[0] == "state"} | {("state", k[1]) for k in after if k[0] == "prev"}
-        states |= {k[:2] for k in here if k[0] == "prev"} | {("after", k[1]) for k in after if k[0] == "state"}
-        given = {*back.moved.values(), back.first}
-        inputs = [k for keys in (here, after) for k in keys if k[0] == "input" and k not in given]
-        forward = {k for k in reading(self.one.lift) | reading(self.one.readout) if k[0] == "input"}
-        return len(forward), len(inputs) + len(states)
-
-    def reused(self) -> list[tuple[int, int, bool]]:
-        """(live component, output, whatever its dtype): outputs that are a component, so that it need not be saved."""
-        back = self.one.back
-        assert back is not None
-        found: dict[int, tuple[int, int, bool]] = {}
-        for at, a in enumerate(self.agg.output.results):
-            for c in self.live:
-                if isinstance(a.value, Ref) and a.value.space == "state" and a.value.name == c.name:
-                    found.setdefault(c.place, (c.place, at, back.linear and c.kind != "int"))
-        return list(found.values())
 
 
 def reading(function: LaneFunction) -> set[Key]:
@@ -162,9 +137,10 @@ def table(plan: PointwisePlan, tensors: Tensors, tuned: Tuned | None = None) -> 
         ("smooth_owners", repr(tuple(at for at, t in enumerate(tensors.smooth) for _ in t.scalars))),
         ("entries", repr(len(back.element))),
         ("smooth_scalars", repr(len(smooth))),
-        ("reused", repr(tuple(r for r in tensors.reused() if r[0] in {t.place for t in tensors.states}))),
+        ("saved", repr(tuple(t.place for t in tensors.states))),
+        ("every", repr(plan.every)),
         ("counts", repr(one.counts)),
-        ("tiles", tiles_text(tuple(_tiles(plan, tensors)), tuned)),
+        ("tiles", tiles_text(tuple(_tiles(plan)), tuned)),
     ]
     body = "".join(f"    {key}={value},\n" for key, value in rows)
     return f"SimpleNamespace(\n{body})"
@@ -174,8 +150,7 @@ def _rows(values: Iterable[object]) -> str:
     return "(" + "".join(f"{v!r}, " for v in values).rstrip() + ")"
 
 
-def _tiles(plan: PointwisePlan, tensors: Tensors) -> Iterator[Row]:
-    ways = zip(("forward", "backward"), (plan.forward, plan.backward), tensors.streams(), strict=True)
-    for way, tiles, streams in ways:
+def _tiles(plan: PointwisePlan) -> Iterator[Row]:
+    for way, tiles in (("forward", plan.forward), ("backward", plan.backward)):
         for size, tile in tiles:
-            yield Row(way, size, 0, astuple(tile.with_streams(size, streams)))
+            yield Row(way, size, 0, astuple(tile))

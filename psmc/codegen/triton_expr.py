@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import keyword
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from psmc.codegen.linearise import Step, fresh, linearise
 from psmc.codegen.torch_ops import ATOM, PRODUCT, UNARY, Row
-from psmc.codegen.triton_ops import HELPERS, NUMBER_OPS, SCALAR_OPS, exp_sum, whole_power
+from psmc.codegen.triton_ops import HELPERS, NATIVE, NUMBER_OPS, SCALAR_OPS, exp_sum, whole_power
 from psmc.ir import Block, Const, Expr, Infinity, Kind, Op, Ref
-from psmc.ir.query import nearest_float, needs_safe_exp, signed_terms
+from psmc.ir.query import Terms, nearest_float, needs_safe_exp, signed_terms
 from psmc.ir.rewrite import children, inline, transform, walk
 
 Key = tuple[str, str, int]  # (space, name, lag): one scalar that a block reads
@@ -126,15 +127,18 @@ def number(expr: Expr) -> str:
     return literal(float(shown.number)).text
 
 
-def helper_texts(functions: Iterable[LaneFunction]) -> list[str]:
-    """The small functions that these call, each before its callers."""
+def helper_texts(functions: Iterable[LaneFunction], native: bool = False) -> list[str]:
+    """The small functions that these call, each before its callers. `native`: in the module, NATIVE says whether they
+    may be written in PTX."""
     used = {name for f in functions for name in f.helpers}
-    basic = ("lane_exp", "lane_larger", "lane_smaller", "lane_sigmoid", "lane_turn", "lane_expm1", "lane_log1p")
+    basic = ("lane_exp", "lane_log", "lane_larger", "lane_smaller", "lane_sigmoid", "lane_turn", "lane_expm1",
+             "lane_log1p")  # fmt: skip
     ordered = dict.fromkeys([*basic, *HELPERS])
     sized = sorted(n for n in used if n not in HELPERS)
     makers = {"lane_exp_sum": exp_sum, "lane_power": whole_power}
     made = [makers[kind](int(size)) for kind, size in (n.rsplit("_", 1) for n in sized)]
-    return [HELPERS[n] for n in ordered if n in used] + made
+    known = {**HELPERS, **NATIVE} if native else HELPERS
+    return [known[n] for n in ordered if n in used] + made
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,8 @@ class _Printer:
         if node.op == "where" and args[0].number is not None:
             return args[1] if args[0].number else args[2]
         if node.op == "exp" and needs_safe_exp(terms := signed_terms(node.args[0], self.definition)):
+            if (pair := self.of_larger(terms)) is not None:
+                return pair
             name = f"lane_exp_sum_{len(terms)}"
             self.helpers |= {name, "lane_exp"}
             shown = [self.show(t) for _, t in terms]
@@ -201,6 +207,20 @@ class _Printer:
             args = [a if a.number is None else _Text(_spread(a, like.text), ATOM) for a in args]
         self.helpers |= set((row.helper or "").split())
         return _Text(row.text.format(*(a.within(p) for a, p in zip(args, row.needs, strict=False))), row.precedence)
+
+    def of_larger(self, terms: Terms) -> _Text | None:
+        """exp(a - max(a, b)) and exp(b - max(a, b)): one of them is 1, and the other exp(-|a - b|)."""
+        taken = [t for sign, t in terms if sign < 0]
+        bare = self.definition(taken[0]) if isinstance(taken[0], Ref) and taken[0].space == "let" else taken[0]
+        if len(taken) > 1 or not isinstance(bare, Op) or bare.op != "max":
+            return None
+        rest = Counter(t for t in terms if t[0] > 0)
+        for side, operand in zip(("left", "right"), bare.args, strict=True):
+            if rest == Counter(signed_terms(operand, self.definition)):
+                name = f"lane_{side}_of"
+                self.helpers |= {name, "lane_exp", "lane_larger"}
+                return _Text(f"{name}({', '.join(self.show(a).text for a in bare.args)})", ATOM)
+        return None
 
     def power(self, exponent: Expr) -> Row | None:
         """A whole power as products, a half as a root."""

@@ -49,7 +49,7 @@ SCALAR_OPS: dict[str, Row] = {
     "clamp": Row("lane_smaller(lane_larger({0}, {1}), {2})", helper="lane_smaller lane_larger"),
     "exp": _helper("lane_exp"),
     "expm1": _helper("lane_expm1", needs="lane_exp"),
-    "log": _call("log"),
+    "log": _helper("lane_log"),
     "log1p": _helper("lane_log1p"),
     "sqrt": _call("sqrt"),
     "rsqrt": _call("rsqrt"),
@@ -75,6 +75,10 @@ HELPERS: dict[str, str] = {
 def lane_exp(x):
     return tl.exp2(x * 1.4426950408889634)
 ''',
+    "lane_log": '''\
+def lane_log(x):
+    return tl.log(x)
+''',
     "lane_larger": '''\
 def lane_larger(a, b):
     """max(a, b), NaN if either is."""
@@ -84,6 +88,18 @@ def lane_larger(a, b):
 def lane_smaller(a, b):
     """min(a, b), NaN if either is."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+''',
+    "lane_left_of": '''\
+def lane_left_of(a, b):
+    """exp(a - max(a, b)), and 0 where a is -inf or the larger one infinite: with `lane_right_of`, one exponential."""
+    e = tl.where(a > b, 1.0, lane_exp(-tl.abs(a - b)))
+    return tl.where(tl.abs(lane_larger(a, b)) == float("inf"), 0.0, e)
+''',
+    "lane_right_of": '''\
+def lane_right_of(a, b):
+    """exp(b - max(a, b)), the same way."""
+    e = tl.where(a < b, 1.0, lane_exp(-tl.abs(a - b)))
+    return tl.where(tl.abs(lane_larger(a, b)) == float("inf"), 0.0, e)
 ''',
     "lane_sigmoid": '''\
 def lane_sigmoid(x):
@@ -160,6 +176,31 @@ def lane_power(x, y):
     odd = y - 2 * tl.floor(y / 2)
     signed = tl.where(odd == 0, size, tl.where(odd == 1, -size, float("nan")))
     return tl.where(x < 0, signed, size)
+''',
+}
+
+
+# The same where PTX is at hand (NATIVE, a constant of the module): what the hardware computes, to 2 units in the last
+# place. What exp gives below the normal numbers is 0; next to 1, where a logarithm's digits cancel, log is its series.
+NATIVE: dict[str, str] = {
+    "lane_exp": '''\
+def lane_exp(x):
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x * 1.4426950408889634)
+''',
+    "lane_log": '''\
+def lane_log(x):
+    if NATIVE:
+        far = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        d = x - 1
+        near = d * (1 + d * (-0.5 + d * (1 / 3 + d * (-0.25 + d * (0.2 + d * (-1 / 6 + d * (1 / 7)))))))
+        return tl.where(tl.abs(d) < 0.125, near, far * 0.6931471805599453)
+    else:
+        return tl.log(x)
 ''',
 }
 
@@ -246,4 +287,4 @@ NUMBER_OPS: dict[str, Callable[..., float]] = {
     "conj": lambda a: a,
 }
 
-__all__ = ["ATOM", "HELPERS", "NUMBER_OPS", "SCALAR_OPS", "exp_sum", "whole_power"]
+__all__ = ["ATOM", "HELPERS", "NATIVE", "NUMBER_OPS", "SCALAR_OPS", "exp_sum", "whole_power"]

@@ -1,49 +1,50 @@
 """The pointwise plan: one program a block of lanes, one pass over time, everything fused.
 
-Anchors, measured on an H200 for h = a h + b at B8 T8192 C2048 as a share of the speed of a copy, over least bytes (rows
-a chunk x chunks x lanes, warps, lanes a load): fp32 forward and backward 4 x 8 x 64, 2, 4: 0.98 and 0.93; bf16 forward
-4 x 16 x 64, 4, 8: 0.80; backward 4 x 8 x 64, 2, 8: 0.88. A chunk lies in one thread. Tiles that spill cost up to ten
-times as much. `benchmarks/pointwise_tiles.py` measures them again.
+A thread walks over the tokens of its own lanes, so that a token costs one step of the rule and nothing is exchanged.
+What hides the memory's latency is how many tokens are loaded ahead, and what fills the GPU where lanes are few is a
+split of time into segments, whose products are folded first (the inputs are then read twice).
+
+Anchors, measured on an H200 at B8 T8192 C2048 as a share of the speed of a copy, over least bytes: h = a h + b, fp32
+forward 0.98 and backward 0.85; bf16 forward 0.89 and backward 0.86; log-sum-exp, fp32 forward 0.75 and backward 0.68.
+`benchmarks/pointwise_tiles.py` measures them again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from psmc.ir import Aggregator, Block, DimValue, Extern, Index, IndexValue, Ref
+from psmc.ir import Aggregator, Block, DimValue, Extern, Index, IndexValue, Op, Ref
 from psmc.ir.rewrite import inline, refs, walk
 from psmc.plan.base import Plan
 from psmc.structure.live import relevant
 from psmc.structure.report import Structure
 
-_REGISTERS = (320, 180)  # values of a thread, fp32 forward, and backward or 2-byte; more make it spill
-_SHARED = 52 * 1024  # bytes of loads in flight of a program, so that four fit a multiprocessor
+_REGISTERS = 160  # values of a thread, backward: what it holds of `every` tokens; more make it spill
+_SHARED = 80 * 1024  # bytes of loads in flight of a program
+# What a rule may do and still cost no more than moving its operands.
+_LIGHT = {"add", "sub", "mul", "neg", "max", "min", "abs", "stop", "real", "conj", "where",
+          "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"}  # fmt: skip
 _MAX_SCAN = 12  # scalars that one scan carries
 
 
 @dataclass(frozen=True)
 class Tile:
-    """`chunks` of `rows` tokens x `lanes` in `warps` warps, `stages` tiles in flight, loads of `vector` lanes."""
+    """`rows` tokens x `lanes` in `warps` warps, `stages` - 1 tiles ahead."""
 
     rows: int
-    chunks: int
     lanes: int
     warps: int
     stages: int
-    vector: int
-
-    def with_streams(self, size: int, streams: int) -> Tile:
-        """The tile of a kernel that loads `streams` tensors of `size` bytes an entry; if many, two are in flight."""
-        whole = self.rows * self.chunks * self.lanes * size * streams
-        return replace(self, stages=3 if 2 * whole <= _SHARED else 2)
 
 
 @dataclass(frozen=True)
 class PointwisePlan(Plan):
-    """`forward`, `backward`: bytes of a real -> tile."""
+    """`forward`, `backward`: bytes of a real -> tile. `every`: tokens from one state kept for the backward to the
+    next, and so the rows of its tiles."""
 
     forward: tuple[tuple[int, Tile], ...] = ()
     backward: tuple[tuple[int, Tile], ...] = ()
+    every: int = 1
 
 
 def licensed(agg: Aggregator, structure: Structure) -> str | None:
@@ -112,16 +113,16 @@ def _size(agg: Aggregator, structure: Structure) -> str | None:
 
 
 def plan(agg: Aggregator, structure: Structure) -> PointwisePlan:
-    """Tiles for fp32 and for 2-byte reals, from how many values a program holds at once."""
-    wide = [t for t in (*agg.leaf_inputs, *agg.params) if t.kind == "complex"]
-    inputs = len(agg.leaf_inputs) + len(agg.params) + len(wide)
+    """Tiles for fp32 and for 2-byte reals, from how many values a thread holds at once."""
     width = {"complex": 2, "int": 2}
+    inputs = sum(width.get(t.kind, 1) for t in agg.leaf_inputs)
     element = sum(width.get(agg.component(c).kind, 1) for c in structure.element)
     live = sum(width.get(agg.component(c).kind, 1) for c in structure.live)
     outputs = sum(width.get(a.value.kind, 1) for a in agg.output.results)
-    saved = 0 if all(x.ring == "add mul" for x in structure.layers) else live
-    forward = inputs + element + outputs + saved + 2 * (len(structure.layers) - 1)
-    backward = inputs + outputs + live * live + live
+    costly = _costly(agg)
+    every = 8 if costly else 16
+    while every > 4 and every * 2 * (inputs + live) > _REGISTERS:
+        every //= 2
     why = (
         f"pointwise: {element} scalars an element, {live} carried; lanes are independent, one pass over time",
         "few lanes and a long sequence are split into segments",
@@ -130,31 +131,37 @@ def plan(agg: Aggregator, structure: Structure) -> PointwisePlan:
         "pointwise",
         "scan",
         why,
-        forward=tuple((size, _tile(forward, size, False)) for size in (4, 2)),
-        backward=tuple((size, _tile(backward, size, True)) for size in (4, 2)),
+        forward=tuple((size, _tile(inputs, size, False, costly, every)) for size in (4, 2)),
+        backward=tuple((size, _tile(inputs + outputs, size, True, costly, every)) for size in (4, 2)),
+        every=every,
     )
 
 
-def _tile(values: int, size: int, backward: bool) -> Tile:
-    """The measured tile, with as many rows a chunk as a thread's registers hold."""
-    rows, chunks, lanes, warps, vector = (_LIGHT if values <= _FEW else _HEAVY)[size, backward]
-    limit = _REGISTERS[backward or size == 2]
-    while rows * vector * values > limit and rows > 2:
-        rows //= 2
-    return Tile(rows, chunks, lanes, warps, 3, vector)
+def _tile(streams: int, size: int, backward: bool, costly: bool, every: int) -> Tile:
+    """The measured tile; of a kernel that loads many tensors, with fewer loads ahead."""
+    rows, lanes, warps, stages = (_COSTLY if costly else _CHEAP)[size, backward]
+    rows = every if backward else rows
+    while stages > 2 and (stages - 1) * rows * lanes * size * streams > _SHARED:
+        stages -= 1
+    return Tile(rows, lanes, warps, stages)
 
 
-# (bytes of a real, backward) -> rows a chunk, chunks, lanes, warps, lanes a load
-_FEW = 5  # values a token, up to which a thread may hold two chunks
-_LIGHT = {
-    (4, False): (4, 8, 64, 2, 4),
-    (4, True): (4, 8, 64, 2, 4),
-    (2, False): (4, 16, 64, 4, 8),
-    (2, True): (4, 8, 64, 2, 8),
+# (bytes of a real, backward) -> rows, lanes, warps, stages. Lanes that lie beside each other are read best 256 bytes
+# and more at a time. Where a token is much work, each lane has a thread of its own, if it has the 4 bytes of a copy.
+_CHEAP = {
+    (4, False): (16, 128, 2, 4),
+    (4, True): (16, 128, 2, 4),
+    (2, False): (32, 128, 2, 4),
+    (2, True): (16, 128, 2, 4),
 }
-_HEAVY = {
-    (4, False): (4, 8, 64, 4, 4),
-    (4, True): (8, 4, 64, 2, 4),
-    (2, False): (4, 16, 64, 4, 8),
-    (2, True): (8, 4, 64, 2, 4),
+_COSTLY = {
+    (4, False): (8, 64, 2, 8),
+    (4, True): (8, 64, 2, 6),
+    (2, False): (8, 128, 1, 6),
+    (2, True): (8, 128, 1, 6),
 }
+
+
+def _costly(agg: Aggregator) -> bool:
+    values = [a.value for b in (agg.combine, agg.leaf, agg.output) if isinstance(b, Block) for a in inline(b).results]
+    return any(isinstance(n, Op) and n.op not in _LIGHT for n in walk(*values))

@@ -15,8 +15,7 @@ from typing import Any
 # plan -> its numbers in order, each with the least and the largest value; all but `stages` are powers of two
 FIELDS: Mapping[str, Mapping[str, tuple[int, int]]] = {
     "chunked": {"tokens": (16, 256), "values": (16, 256), "keys": (16, 256), "warps": (1, 16), "stages": (1, 5)},
-    "pointwise": {"rows": (1, 64), "chunks": (1, 64), "lanes": (1, 512), "warps": (1, 16), "stages": (1, 5),
-                  "vector": (1, 16)},
+    "pointwise": {"rows": (1, 64), "lanes": (1, 512), "warps": (1, 16), "stages": (1, 16)},
     "tree": {"lanes": (32, 512)},
     "attention": {"queries": (16, 256), "keys": (16, 256), "warps": (1, 16), "stages": (1, 5)},
 }  # fmt: skip
@@ -34,8 +33,8 @@ _CHANGES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "": ("warps/2", "warps*2", "stages=1", "stages=2", "values/2", "keys/2"),
     },
     "pointwise": {
-        "": ("rows*2", "chunks/2", "lanes/2 warps/2", "lanes/2", "chunks*2 warps*2", "rows*2 chunks/2", "stages=2",
-             "lanes/2 vector/2", "rows/2 chunks*2"),
+        "": ("stages*2", "rows/2 stages*2", "lanes*2", "lanes*2 warps*2", "rows*2", "stages/2", "rows*2 stages/2",
+             "lanes*2 rows/2"),
     },
     "tree": {"": ("lanes/2", "lanes/4", "lanes*2")},
     "attention": {

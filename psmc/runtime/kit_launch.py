@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psmc.runtime.kit_calls import Kernel
+from psmc.runtime.kit_calls import Kernel, Launch
 from psmc.runtime.kit_lanes import LaneShape, _plain, _processors, real_dtype
 from psmc.runtime.kit_step import Steps
 
@@ -31,25 +31,28 @@ class PointwiseKernels:
         self.table, self.exact = table, exact
         self.interpreted: bool = table.interpreted
         self.processors: int | None = 1 if self.interpreted else None
-        self.segment_tiles = 16  # a segment has at least as many
+        self.segment_tiles = 8  # a segment has at least as many
         self.kernels = {k.removesuffix("_kernel"): Kernel(v) for k, v in vars(table).items() if k.endswith("_kernel")}
         self._plans: dict[Any, Any] = {}
         self._families: dict[Any, Any] = {}
         self._lanes: dict[Any, LaneShape] = {}
         self._tuned: Any = None
 
-    def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
-        """The live components that `scan_forward` saves beside outputs of that dtype; `flagged`: with a mask or resets
-        (then an output is 0 at masked tokens, and does not stand for the state)."""
-        whole = self.exact or dtype == torch.float32
-        reused = [] if flagged else [c for c, _, always in self.table.reused if always or whole]
-        return tuple(self.table.live[c][0] for c in self.table.backward[3] if c not in reused)
+    def saved_components(self) -> tuple[str, ...]:
+        """The live components whose values `scan_forward` saves."""
+        return tuple(self.table.live[c][0] for c in self.table.saved)
+
+    def saved_rows(self, tokens: int, rows: int) -> int:
+        """How many states are kept of so many tokens in `rows` sequences: one before every `every` tokens (of token t,
+        in sequence n, at row t // every + n), and those before what is left over, `every` to a sequence, at the end."""
+        every: int = self.table.every
+        return tokens // every + rows * (1 + every)
 
     def scan_forward(
         self, inputs: list[Tensor], params: list[Tensor], initial: list[Tensor] | None, code: Tensor | None,
         cu: Tensor | None, save: bool,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-        """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [B, T, ...]."""
+        """Outputs [B, T, ...], the state after the last token [N, ...], and saved components [saved_rows, ...]."""
         plan = self._planned(self._forward_plan, inputs, params, initial, code is not None, cu, save)
         device = inputs[0].device
         outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.outputs]
@@ -70,8 +73,7 @@ class PointwiseKernels:
 
     def scan_backward(
         self, d_outputs: list[Tensor], d_finals: list[Tensor], inputs: list[Tensor], params: list[Tensor],
-        initial: list[Tensor] | None, outputs: list[Tensor], saved: list[Tensor], code: Tensor | None,
-        cu: Tensor | None,
+        initial: list[Tensor] | None, saved: list[Tensor], code: Tensor | None, cu: Tensor | None,
     ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None] | None]:  # fmt: skip
         """Gradients of inputs and params in their own shapes, and of the initial state; None where there is none."""
         table = self.table
@@ -87,22 +89,18 @@ class PointwiseKernels:
             zeros = [torch.zeros_like(x) for x in inputs], [torch.zeros_like(x) for x in params]
             return [*zeros[0]], [*zeros[1]], d_initial
 
-        kept = dict(zip(plan.names, saved, strict=True))
-        states = {c: outputs[o] for c, o, _ in table.reused}
-        states = {c: kept[name] if (name := table.live[c][0]) in kept else states[c] for c in table.backward[3]}
         offsets = _no_offsets(device) if cu is None else cu
         kinds = self._kinds(plan, code, offsets)
         args = plan.lanes.tensors(table.backward, inputs, params)
         cotangents = [_plain(d_outputs[o]) for o in table.backward[2]]
-        begin = [None if initial is None else _plain(initial[c]) for c in table.backward[3]]
         ends = [_plain(d_finals[c]) for c in table.smooth]
         firsts = [None if d_initial is None else d_initial[c] for c in table.smooth]
         whole = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.whole]
         parts = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.parts]
         carry = [ends[c] for c in table.smooth_owners]  # read only where there are segments
         if plan.folds is not None:
-            carry = self._backward_carries(plan, inputs, params, d_outputs, states, initial, ends, kinds, offsets)
-        tensors = [*cotangents, *states.values(), *begin, *ends, *firsts, *whole, *parts]
+            carry = self._backward_carries(plan, inputs, params, d_outputs, saved, ends, kinds, offsets)
+        tensors = [*cotangents, *saved, *ends, *firsts, *whole, *parts]
         plan.launch(*args, *tensors, *carry, kinds, offsets)
         for x, g in zip(table.input_shares, whole, strict=True):
             d_inputs[x] = plan.lanes.reduced(g, inputs[x], table.inputs[x][1], 2)
@@ -122,7 +120,7 @@ class PointwiseKernels:
     ) -> Any:  # fmt: skip
         """The plan of a call's shapes. The second shape of a kind of call is the sign that shapes vary: from then on a
         split of time, which long sequences of few lanes need, must not wait for the compiler."""
-        tuned = self.table.tiles, self.processors, self.segment_tiles
+        tuned = self.table.tiles, self.processors, self.segment_tiles, self.table.every
         if tuned != self._tuned:
             self._plans.clear()
             self._families.clear()
@@ -156,15 +154,15 @@ class PointwiseKernels:
     ) -> SimpleNamespace:  # fmt: skip
         """What both directions have in common; `launch` is None if there is nothing to run."""
         lanes, device = self._shape(inputs, params), inputs[0].device
-        joined = initial or self.table.counts
+        joined, tokens = initial or self.table.counts, math.prod(inputs[0].shape[:2])
         basis = SimpleNamespace(
             lanes=lanes, rows=rows, length=length, joined=joined, launch=None, folds=None, kinds=None,
-            numbers=None, segments=1, span=None, device=device,
+            numbers=None, segments=1, span=None, device=device, rest=tokens // self.table.every + rows,
         )  # fmt: skip
         if rows and lanes.count:
             span = basis.span = self._span(direction, lanes, rows, length, inputs)
             basis.segments = span.segments
-            basis.numbers = (*span.numbers, int(packed))
+            basis.numbers = (*span.numbers, int(packed), basis.rest)
             if flagged and not self.table.counts:
                 basis.kinds = self.kernels["kind"].launch(rows, (length, int(packed)), (joined, 256), device)
         return basis
@@ -177,18 +175,19 @@ class PointwiseKernels:
         plan = self._basis("forward", inputs, params, initial, flagged, rows, length, packed)
         lanes, span = plan.lanes, plan.span
         real = {**_DTYPES, "real": self._real(inputs, params)}
-        names = self.saved_components(real["real"], flagged) if save else ()
+        names = self.saved_components() if save else ()
         tokens = (*inputs[0].shape[:2], *lanes.full)
         plan.outputs = [(tokens, real[kind]) for _, kind in table.outputs]
         plan.finals = [((rows, *lanes.full), _DTYPES[kind]) for _, kind in table.live]
         kinds = dict(table.live)
-        plan.saved = [(tokens, _DTYPES[kinds[name]]) for name in names]
+        kept = (self.saved_rows(math.prod(tokens[:2]), rows), *lanes.full)
+        plan.saved = [(kept, _DTYPES[kinds[name]]) for name in names]
         plan.kept = [names.index(name) if name in names else None for name, _ in table.live]
         plan.nothing = [None] * len(table.live)
         if span is not None:
             maps = lanes.flat_maps(table.forward)
             plan.launch = self.kernels["forward"].launch(
-                span.programs * span.segments, plan.numbers, (*maps, plan.joined, span.even, *span.tile),
+                span.programs * span.segments, plan.numbers, (*maps, lanes.count, plan.joined, table.every, *span.tile),
                 plan.device, num_warps=span.warps,
             )  # fmt: skip
             plan.folds = self._fold_plan(plan) if span.segments > 1 else None
@@ -196,15 +195,16 @@ class PointwiseKernels:
 
     def _fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
         table, span, lanes = self.table, plan.span, plan.lanes
-        rows, segments, where = plan.rows, plan.segments, {"device": plan.device, "num_warps": span.warps}
+        rows, segments = plan.rows, plan.segments
         return SimpleNamespace(
             folds=[((rows, segments, lanes.count), _DTYPES[k]) for k in table.element_scalars],
             carry=[((rows, segments + 1, lanes.count), _DTYPES[k]) for k in table.live_scalars],
             kinds=((rows, segments, lanes.count), torch.int8),
             fold=self.kernels["fold"].launch(
-                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), *span.tile), **where
+                span.programs * segments, plan.numbers, (*lanes.flat_maps(table.fold), lanes.count, *span.tile),
+                plan.device, num_warps=span.warps,
             ),
-            join=self.kernels["carry"].launch(span.programs, plan.numbers, (plan.joined, *span.tile), **where),
+            join=self._join("carry", plan, len(table.element_scalars), (plan.joined,)),
         )
 
     def _backward_plan(
@@ -214,7 +214,6 @@ class PointwiseKernels:
         table = self.table
         plan = self._basis("backward", inputs, params, initial, flagged, rows, length, packed)
         lanes, span = plan.lanes, plan.span
-        plan.names = self.saved_components(real_dtype([*inputs, *params]), flagged)
         if span is not None:
             tokens = (*inputs[0].shape[:2], *lanes.full)
             plan.whole = []
@@ -226,7 +225,7 @@ class PointwiseKernels:
             plan.parts = [(shape, _DTYPES[table.params[p][2]]) for p in table.param_shares]
             maps = lanes.flat_maps(table.backward)
             plan.launch = self.kernels["backward"].launch(
-                span.programs * span.segments, plan.numbers, (*maps, plan.joined, *span.tile), plan.device,
+                span.programs * span.segments, plan.numbers, (*maps, lanes.count, plan.joined, *span.tile), plan.device,
                 num_warps=span.warps,
             )  # fmt: skip
             plan.folds = self._backward_fold_plan(plan) if span.segments > 1 else None
@@ -234,17 +233,29 @@ class PointwiseKernels:
 
     def _backward_fold_plan(self, plan: SimpleNamespace) -> SimpleNamespace:
         table, span, lanes = self.table, plan.span, plan.lanes
-        shape, where = (plan.rows, plan.segments, lanes.count), {"device": plan.device, "num_warps": span.warps}
+        shape = (plan.rows, plan.segments, lanes.count)
         return SimpleNamespace(
             folds=[(shape, torch.float32)] * table.entries,
             carry=[(shape, torch.float32)] * table.smooth_scalars,
             kinds=(shape, torch.int8),
             fold=self.kernels["backward_fold"].launch(
-                span.programs * span.segments, plan.numbers, (*lanes.flat_maps(table.backward_fold), *span.tile),
-                **where,
+                span.programs * span.segments, plan.numbers,
+                (*lanes.flat_maps(table.backward_fold), lanes.count, plan.joined, *span.tile), plan.device,
+                num_warps=span.warps,
             ),
-            join=self.kernels["backward_carry"].launch(span.programs, plan.numbers, span.tile, **where),
+            join=self._join("backward_carry", plan, table.entries, ()),
         )  # fmt: skip
+
+    def _join(self, kernel: str, plan: SimpleNamespace, scalars: int, constants: tuple[Any, ...]) -> Launch:
+        """The scan of the segments' products, so many scalars each, by programs of few lanes."""
+        count = plan.lanes.count
+        rows, chunks, width, warps = (2, 2, 2, 1) if self.interpreted else (8, 128, 4, 8)
+        while chunks > 16 and chunks * scalars > 512:
+            chunks //= 2
+        grid = plan.rows * -(-count // width)
+        return self.kernels[kernel].launch(
+            grid, plan.numbers, (count, *constants, rows, chunks, width), plan.device, num_warps=warps
+        )
 
     def _warm(
         self, make: Callable[..., Any], plan: SimpleNamespace, inputs: Sequence[Tensor], params: Sequence[Tensor],
@@ -262,9 +273,7 @@ class PointwiseKernels:
             real = self._real(inputs, params)
             args = plan.lanes.tensors(table.backward_fold, inputs, params)
             args += [{**_DTYPES, "real": real}[table.outputs[o][1]] for o in outputs]
-            kept = {table.live[c][0] for c, _, _ in table.reused} - set(plan.names)
-            args += [real if table.live[c][0] in kept and states[c] == torch.float32 else states[c] for c in used]
-            args += [states[c] if initial else None for c in used]
+            args += [states[c] for c in used]
             begin = [states[c] for c in table.smooth]
         else:
             args = plan.lanes.tensors(table.fold, inputs, params)
@@ -290,21 +299,26 @@ class PointwiseKernels:
     ) -> SimpleNamespace:
         """Tile, grid, and the split of time: programs enough to keep every multiprocessor loading."""
         wide = any(x.element_size() >= 4 and lanes.maps[at] == (1, 1) for at, x in enumerate(inputs))
-        each_rows, chunks, width, warps, stages, vector = self.table.tiles[direction][4 if wide else 2]
-        while width > 1 and width >= 2 * lanes.count:
-            width, chunks = width // 2, min(2 * chunks, 64)
-        tokens, vector = each_rows * chunks, math.gcd(vector, lanes.count)
+        each_rows, width, warps, stages = self.table.tiles[direction][4 if wide else 2]
+        every = self.table.every if self.table.saved else 1
+        if direction == "backward" and every > 1:
+            each_rows = every  # the states are run again from one that was kept
+        while width > 64 and width >= 2 * lanes.count:
+            width, warps = width // 2, max(1, warps // 2)
+        tokens = max(each_rows, every)
         programs = rows * -(-lanes.count // width)
         processors = self.processors or _processors(inputs[0].device)
         segments, each = 1, length
-        if programs < 2 * processors:
-            segments = min(-(-4 * processors // programs), length // (self.segment_tiles * tokens))
+        if programs * warps < processors:
+            segments = min(-(-7 * processors // (programs * warps)), length // (self.segment_tiles * tokens))
             if segments > 3:
                 each = -(-length // (segments * tokens)) * tokens
             segments = -(-length // each) if each else 1
+            if segments > 1:
+                warps = max(1, min(warps, width // 64))  # segments are threads enough
         return SimpleNamespace(
-            tile=(each_rows, chunks, width, vector, stages), warps=warps, programs=programs, segments=segments,
-            numbers=(length, lanes.count // vector, segments, each), even=lanes.count % width == 0,
+            tile=(each_rows, width, max(1, width // (32 * warps)), stages), warps=warps, programs=programs,
+            segments=segments, numbers=(length, segments, each),
         )  # fmt: skip
 
     # --- launches beside the main one
@@ -330,15 +344,13 @@ class PointwiseKernels:
 
     def _backward_carries(
         self, plan: SimpleNamespace, inputs: list[Tensor], params: list[Tensor], d_outputs: list[Tensor],
-        states: dict[int, Tensor], initial: list[Tensor] | None, ends: list[Tensor], kinds: Tensor | None,
-        offsets: Tensor,
-    ) -> list[Tensor]:  # fmt: skip
+        saved: list[Tensor], ends: list[Tensor], kinds: Tensor | None, offsets: Tensor,
+    ) -> list[Tensor]:
         """The cotangents after each segment, [N, S, C] a live scalar."""
         folds, carry, cuts = _buffers(plan.folds, kinds, offsets.device)
         args = plan.lanes.tensors(self.table.backward_fold, inputs, params)
         _, _, outputs, used = self.table.backward_fold
-        begin = [None if initial is None else _plain(initial[c]) for c in used]
-        tensors = [*(_plain(d_outputs[o]) for o in outputs), *(states[c] for c in used), *begin]
+        tensors = [*(_plain(d_outputs[o]) for o in outputs), *(saved if used else ())]
         plan.folds.fold(*args, *tensors, *folds, cuts, kinds, offsets)
         plan.folds.join(*folds, *ends, *carry, cuts, offsets)
         return carry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -137,8 +138,8 @@ class Operator:
         inputs, params, initial, mask, reset, cu_seqlens = given
         count = len(self.spec.outputs)
         found = self.kernels.scan_backward(
-            grads[:count], grads[count:], inputs, params, initial or None, results[:count],
-            results[count + len(self.live) :], token_code(mask, reset), cu_seqlens,
+            grads[:count], grads[count:], inputs, params, initial or None, results[count + len(self.live) :],
+            token_code(mask, reset), cu_seqlens,
         )  # fmt: skip
         parts = zip(found, (inputs, params, initial), strict=True)
         return [g for part, like in parts for g in (part or [None] * len(like))]
@@ -164,9 +165,8 @@ class Operator:
         results += [empty((rows,), s) for s in self.live]
         if save and self._kernels(call, given):
             slots = {s.name: s for s in self.live}
-            flagged = given.mask is not None or given.reset is not None
-            saved = self.kernels.saved_components(call.dtype, flagged)
-            results += [empty(call.leading, slots[k]) for k in saved]
+            for name in self.kernels.saved_components():
+                results.append(empty((self.kernels.saved_rows(math.prod(call.leading), rows),), slots[name]))
         return results
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -37,8 +37,11 @@ class TreeKernels:
         self.table = table
         self.interpreted: bool = table.interpreted
 
-    def saved_components(self, dtype: torch.dtype, flagged: bool = False) -> tuple[str, ...]:
+    def saved_components(self) -> tuple[str, ...]:
         return ()
+
+    def saved_rows(self, tokens: int, rows: int) -> int:
+        return 0
 
     def scan_forward(
         self, inputs: list[Tensor], params: list[Tensor], initial: None, code: None, cu: None, save: bool
@@ -55,7 +58,7 @@ class TreeKernels:
 
     def scan_backward(
         self, d_outputs: list[Tensor], d_finals: list[Tensor], inputs: list[Tensor], params: list[Tensor],
-        initial: None, outputs: list[Tensor], saved: list[Tensor], code: None, cu: None,
+        initial: None, saved: list[Tensor], code: None, cu: None,
     ) -> tuple[list[Tensor | None], list[Tensor | None], None]:  # fmt: skip
         """Gradients of inputs and params in their own shapes."""
         table, call = self.table, TreeCall(self.table, inputs, params)
