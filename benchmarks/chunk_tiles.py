@@ -2,8 +2,8 @@
 
     python benchmarks/chunk_tiles.py --out benchmarks/results/chunk_tiles.json [--decays 0,1,2] [--seconds 350]
 
-For 'gradients' the time is that of the costates and the gradients. decay 0, 1, 2: none, a number a token, a vector over
-the key. A check is a process of its own, a dozen at once: a fault ends no other.
+For 'gradients', 'key' and 'values' the time is that of the costates and all gradients. decay 0, 1, 2: none, a number a
+token, a vector over the key. A check is a process of its own, a dozen at once: a fault ends no other.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def call_of(made: Any, kernel: str, args: tuple[Any, ...], bt: int) -> Callable[
     do = torch.randn_like(c)
     kept = made.forward(a, True)[3]
     made._prepared = lambda *_: ready
-    if kernel == "gradients":
+    if kernel in ("gradients", "key", "values"):
         return lambda: made.backward(a, kept, do, None, None, (True,) * len(a.tensors))
     return lambda: made.forward(a)
 
@@ -108,7 +108,7 @@ def row_of(cell: Cell) -> Row:
 
 def groups(decays: list[int], shape: tuple[int, ...], few: int | None, checks: bool) -> Iterator[Group]:
     for decay in decays:
-        for kernel in (*(("prepare",) if decay == 2 else ()), "forward", "gradients", "states"):
+        for kernel in (*(("prepare", "key") if decay == 2 else ("gradients",)), "forward", "states"):
             found = list(dict.fromkeys(grid_of(kernel, shape[3], decay == 2)))[:few]
             cells = [{"decay": decay, "kernel": kernel, "tile": t.numbers, "shape": shape, "check": checks}
                      for t in found]  # fmt: skip

@@ -28,31 +28,32 @@ Plan: chunked. S: chunks of tokens as batched matrix products.
 Written by psmc; regenerate with: psmc compile gla.psm
 The runtime holds what this spec needs of it. Needs torch, and triton for tensors on a GPU; nothing else.
 
-   79  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
-  121  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
- 1090  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1369  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1526  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1758  The border, continued: states, flags and packing
- 1880  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 1956  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2019  One checked call in PyTorch: lift, the scan of the plan, readout
- 2185  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2248  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2453  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2633  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 2821  Matrix states a chunk of tokens at a time, as batched matrix products
- 2973  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 3116  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 3265  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3480  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
- 3628  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 3992  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4260  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
- 4360  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 4639  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
- 4790  The public face of a compiled aggregator: a parallel call, a step, states
- 5020  the spec's border
+   80  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  122  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
+ 1228  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1507  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1664  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1896  The border, continued: states, flags and packing
+ 2018  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2094  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2157  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2323  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2386  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2591  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2771  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 2959  Matrix states a chunk of tokens at a time, as batched matrix products
+ 3111  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 3254  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 3430  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3645  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
+ 3793  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
+ 3840  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 4200  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4468  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 4568  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 4847  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
+ 4998  The public face of a compiled aggregator: a parallel call, a step, states
+ 5228  the spec's border
 """
 
 from __future__ import annotations
@@ -131,13 +132,16 @@ def readout(s, prev, x, p, n):
 #   A [BT, BT]    q_t . b_s R(t - SHIFT, s) for s <= t - SHIFT, else 0
 #   y = 2**to q S + A c;    S at the end = 2**total S + (2**after b)' c;   the costate G runs backwards alike, from (q, dy)
 #   z, w          the same with c = 1: a state [K] and what q reads of it, a number a token (NORM)
+#   p_up [B, T, G, K]  a decay over the key: sums of logs, base 2, from the start of its half of a chunk up to each token;
+#             p_down: from behind it to that half's end, for precise operands
 #   p_total   what was summed ahead: DECAY 2: the logs of whole chunks [chunks, G, K]; DECAY 1: those up to each token
+#   p_p [B, T, G, BT]  P of each token and those of its chunk
 #   p_sums [B, T, G, E]  numbers a token that kernels hand on: w first, then sums over the key
 #   PREC      operands of all products: "bf16"; "tf32" (for fp16 inputs, which have its digits); "tf32x3" (for fp32)
 # States, sums of logs and accumulators are fp32; stored states of chunks are operands (bf16 or fp32).
 # Least traffic forward: what is named above and the output once, (2K + 2V) e bytes a token and lane at e bytes a number
 # for q, b, c, y; least work 4 K V FLOPs; backward 11/4 and 5/2 of that. A chunk adds 4 BT (K + V) FLOPs a token, its
-# state 2 K V e / BT bytes; DECAY 2 writes and reads q and b once more, scaled, and A.
+# state 2 K V e / BT bytes; DECAY 2 writes and reads q and b once more, scaled, A, and 4 K bytes of sums of logs.
 
 
 try:
@@ -202,22 +206,23 @@ def inside(m, o_w, W: tl.constexpr):
 @jit
 def rows(p_x, row, x_t, length, o_w, W: tl.constexpr, BT: tl.constexpr):
     """Tile [BT, BW] of tokens from `row` on; `length` of them exist. The pointer is at the lane."""
-    t = tl.arange(0, BT)
+    return rows_at(p_x, row, x_t, length, tl.arange(0, BT), o_w, W)
+
+
+@jit
+def rows_at(p_x, row, x_t, length, t, o_w, W: tl.constexpr):
+    """The same of the tokens t [BT] from `row` on."""
     m = inside((t < length)[:, None], o_w, W)
     return tl.load(p_x + row * x_t + (t * x_t)[:, None] + o_w[None, :], mask=m, other=0)
 
 
 @jit
-def rows_across(p_x, row, x_t, length, o_w, W: tl.constexpr, BT: tl.constexpr):
-    """The same as [BW, BT]."""
-    t = tl.arange(0, BT)
-    m = (t < length)[None, :] & (o_w < W)[:, None]
-    return tl.load(p_x + row * x_t + (t * x_t)[None, :] + o_w[:, None], mask=m, other=0)
+def store_rows(p_x, b_x, row, x_t, length, o_w, W: tl.constexpr, BT: tl.constexpr):
+    store_rows_at(p_x, b_x, row, x_t, length, tl.arange(0, BT), o_w, W)
 
 
 @jit
-def store_rows(p_x, b_x, row, x_t, length, o_w, W: tl.constexpr, BT: tl.constexpr):
-    t = tl.arange(0, BT)
+def store_rows_at(p_x, b_x, row, x_t, length, t, o_w, W: tl.constexpr):
     m = inside((t < length)[:, None], o_w, W)
     tl.store(p_x + row * x_t + (t * x_t)[:, None] + o_w[None, :], b_x, mask=m)
 
@@ -225,7 +230,11 @@ def store_rows(p_x, b_x, row, x_t, length, o_w, W: tl.constexpr, BT: tl.constexp
 @jit
 def numbers(p_x, row, x_t, length, BT: tl.constexpr):
     """[BT], a number a token."""
-    t = tl.arange(0, BT)
+    return numbers_at(p_x, row, x_t, length, tl.arange(0, BT))
+
+
+@jit
+def numbers_at(p_x, row, x_t, length, t):
     return tl.load(p_x + row * x_t + t * x_t, mask=t < length, other=0).to(tl.float32)
 
 
@@ -245,7 +254,11 @@ def store_matrix(p_s, at, b_s, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
 @jit
 def code_of(p_code, row, length, BT: tl.constexpr):
     """[BT], 0 where there is no token."""
-    t = tl.arange(0, BT)
+    return code_at(p_code, row, length, tl.arange(0, BT))
+
+
+@jit
+def code_at(p_code, row, length, t):
     if p_code is None:
         code = (t < length).to(tl.int32)
     else:
@@ -256,18 +269,15 @@ def code_of(p_code, row, length, BT: tl.constexpr):
 @jit
 def kept(b_x, p_code, row, length, o_w, FRESH: tl.constexpr, ALL: tl.constexpr, W: tl.constexpr, BT: tl.constexpr):
     """b_x [BT, BW], 0 where no token counts (FRESH: nor where the state is new). ALL: it is not 0 outside, either."""
-    if ALL or p_code is not None:
-        code = code_of(p_code, row, length, BT)
-        m = (code == 1) if FRESH else (code % 2 == 1)
-        b_x = tl.where(m[:, None] & (o_w < W)[None, :], b_x, 0)
-    return b_x
+    return kept_at(b_x, p_code, row, length, tl.arange(0, BT), o_w, FRESH, ALL, W)
 
 
 @jit
-def kept_across(b_x, p_code, row, length, o_w, ALL: tl.constexpr, W: tl.constexpr, BT: tl.constexpr):
+def kept_at(b_x, p_code, row, length, t, o_w, FRESH: tl.constexpr, ALL: tl.constexpr, W: tl.constexpr):
     if ALL or p_code is not None:
-        m = code_of(p_code, row, length, BT) % 2 == 1
-        b_x = tl.where(m[None, :] & (o_w < W)[:, None], b_x, 0)
+        code = code_at(p_code, row, length, t)
+        m = (code == 1) if FRESH else (code % 2 == 1)
+        b_x = tl.where(m[:, None] & (o_w < W)[None, :], b_x, 0)
     return b_x
 
 
@@ -275,16 +285,6 @@ def kept_across(b_x, p_code, row, length, o_w, ALL: tl.constexpr, W: tl.constexp
 def decays(b_x, code):
     """Logs as they are added up: next to -inf where the state is new, but finite."""
     return tl.where(code >= 2, -710.0, tl.maximum(b_x.to(tl.float32), -710.0))
-
-
-@jit
-def kept_logs(b_x, p_code, row, length, BT: tl.constexpr):
-    return decays(b_x, code_of(p_code, row, length, BT)[:, None])
-
-
-@jit
-def kept_logs_across(b_x, p_code, row, length, BT: tl.constexpr):
-    return decays(b_x, code_of(p_code, row, length, BT)[None, :])
 
 
 @jit
@@ -297,62 +297,74 @@ def lane_factors(s_db, s_dlog, s_dq):
 @jit
 def load_q(raw, row, i_g, length, o_k, FRESH: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
     """What reads the state, [BT, BK]."""
+    return load_q_at(raw, row, i_g, length, tl.arange(0, BT), o_k, FRESH, K)
+
+
+@jit
+def load_q_at(raw, row, i_g, length, t, o_k, FRESH: tl.constexpr, K: tl.constexpr):
+    """The same of the tokens t [BT]."""
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
-    b_k0 = rows(p_k0 + i_g // k0_r * k0_g, row, k0_t, length, o_k, K, BT)
-    b_x = kept(b_k0, p_code, row, length, o_k, FRESH, False, K, BT)
+    b_k0 = rows_at(p_k0 + i_g // k0_r * k0_g, row, k0_t, length, t, o_k, K)
+    b_x = kept_at(b_k0, p_code, row, length, t, o_k, FRESH, False, K)
     return b_x
 
 
 @jit
 def load_b(raw, row, i_g, length, o_k, K: tl.constexpr, BT: tl.constexpr):
     """What enters the state over the key, [BT, BK]."""
-    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
-    b_k1 = rows(p_k1 + i_g // k1_r * k1_g, row, k1_t, length, o_k, K, BT)
-    b_x = kept(b_k1, p_code, row, length, o_k, 0, False, K, BT)
-    return b_x
+    return load_b_at(raw, row, i_g, length, tl.arange(0, BT), o_k, K)
 
 
 @jit
-def load_b_across(raw, row, i_g, length, o_k, K: tl.constexpr, BT: tl.constexpr):
-    """The same as [BK, BT]."""
+def load_b_at(raw, row, i_g, length, t, o_k, K: tl.constexpr):
+    """The same of the tokens t [BT]."""
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
-    b_k1 = rows_across(p_k1 + i_g // k1_r * k1_g, row, k1_t, length, o_k, K, BT)
-    b_x = kept_across(b_k1, p_code, row, length, o_k, False, K, BT)
+    b_k1 = rows_at(p_k1 + i_g // k1_r * k1_g, row, k1_t, length, t, o_k, K)
+    b_x = kept_at(b_k1, p_code, row, length, t, o_k, 0, False, K)
     return b_x
 
 
 @jit
 def load_log(raw, row, i_g, length, o_k, K: tl.constexpr, BT: tl.constexpr):
     """Log of the decay over the key, finite, [BT, BK]."""
-    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
-    b_k2 = rows(p_k2 + i_g // k2_r * k2_g, row, k2_t, length, o_k, K, BT)
-    b_x = kept(b_k2, p_code, row, length, o_k, 0, False, K, BT)
-    return kept_logs(b_x, p_code, row, length, BT).to(b_x.dtype)
+    return load_log_at(raw, row, i_g, length, tl.arange(0, BT), o_k, K)
 
 
 @jit
-def load_log_across(raw, row, i_g, length, o_k, K: tl.constexpr, BT: tl.constexpr):
-    """The same as [BK, BT]."""
+def load_log_at(raw, row, i_g, length, t, o_k, K: tl.constexpr):
+    """The same of the tokens t [BT]."""
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
-    b_k2 = rows_across(p_k2 + i_g // k2_r * k2_g, row, k2_t, length, o_k, K, BT)
-    b_x = kept_across(b_k2, p_code, row, length, o_k, False, K, BT)
-    return kept_logs_across(b_x, p_code, row, length, BT).to(b_x.dtype)
+    b_k2 = rows_at(p_k2 + i_g // k2_r * k2_g, row, k2_t, length, t, o_k, K)
+    b_x = kept_at(b_k2, p_code, row, length, t, o_k, 0, False, K)
+    return decays(b_x, code_at(p_code, row, length, t)[:, None]).to(b_x.dtype)
 
 
 @jit
 def load_c(raw, row, i_g, length, o_v, V: tl.constexpr, BT: tl.constexpr):
     """What enters the state over the value, [BT, BV]."""
+    return load_c_at(raw, row, i_g, length, tl.arange(0, BT), o_v, V)
+
+
+@jit
+def load_c_at(raw, row, i_g, length, t, o_v, V: tl.constexpr):
+    """The same of the tokens t [BT]."""
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
-    b_c = rows(p_c + i_g // c_r * c_g, row, c_t, length, o_v, V, BT)
-    b_x = kept(b_c, p_code, row, length, o_v, 0, False, V, BT)
+    b_c = rows_at(p_c + i_g // c_r * c_g, row, c_t, length, t, o_v, V)
+    b_x = kept_at(b_c, p_code, row, length, t, o_v, 0, False, V)
     return b_x
 
 
 @jit
 def back_out(raw, p_do, p_seen, p_sums, row, i_g, length, o_v, G, V: tl.constexpr, BT: tl.constexpr):
     """From the output's cotangent that of y, [BT, BV] each."""
+    return back_out_at(raw, p_do, p_seen, p_sums, row, i_g, length, tl.arange(0, BT), o_v, G, V)
+
+
+@jit
+def back_out_at(raw, p_do, p_seen, p_sums, row, i_g, length, t, o_v, G, V: tl.constexpr):
+    """The same of the tokens t [BT]."""
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
-    b_do = rows(p_do + i_g * V, row, G * V, length, o_v, V, BT)
+    b_do = rows_at(p_do + i_g * V, row, G * V, length, t, o_v, V)
     return b_do
 
 
@@ -471,51 +483,10 @@ def chosen(m, b_x, PREC: tl.constexpr):
 
 
 @jit
-def exponents(m, b_x, PREC: tl.constexpr):
-    return chosen(m, b_x, PREC) * 1.4426950408889634
-
-
-@jit
-def exponents_across(m, b_x, PREC: tl.constexpr):
-    """The same as [BK, BT], of x [BK, BT] and m transposed: no product's transpose enters a product."""
-    if b_x.dtype == tl.bfloat16:
-        found = tl.dot(b_x, m.to(tl.bfloat16))
-    elif PREC == "bf16":
-        high = b_x.to(tl.bfloat16)
-        found = tl.dot(high, m.to(tl.bfloat16))
-        found = tl.dot((b_x - high.to(tl.float32)).to(tl.bfloat16), m.to(tl.bfloat16), found)
-    else:
-        found = tl.dot(b_x.to(tl.float32), m.to(tl.float32), input_precision="tf32x3")
-    return found * 1.4426950408889634
-
-
-@jit
-def halves(e, SHIFT: tl.constexpr, FLIP: tl.constexpr, BT: tl.constexpr):
-    """In blocks of 2^(e+1) tokens: which logs lie between a token of the later half and that half's start (up to t -
-    SHIFT), or behind one of the earlier half up to its end, [t, s]; FLIP: [s, t]."""
-    t, s = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    if FLIP:
-        t, s = tl.arange(0, BT)[None, :], tl.arange(0, BT)[:, None]
-    late = (t >> e) % 2 == 1
-    return (t >> e == s >> e) & ((late & (s <= t - SHIFT)) | ((late == 0) & (s > t)))
-
-
-@jit
-def across(e, FLIP: tl.constexpr, BT: tl.constexpr):
-    """t in the later half and s in the earlier half of the same block of 2^(e+1) tokens, [t, s]; FLIP: [s, t]."""
-    t, s = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    if FLIP:
-        t, s = tl.arange(0, BT)[None, :], tl.arange(0, BT)[:, None]
-    return (t >> e == (s >> e) + 1) & (t >> (e + 1) == s >> (e + 1))
-
-
-@jit
-def near(SHIFT: tl.constexpr, FLIP: tl.constexpr, LB: tl.constexpr, BT: tl.constexpr):
-    """s <= t - SHIFT in the same block of 2^LB tokens, [t, s]; FLIP: [s, t]."""
-    t, s = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    if FLIP:
-        t, s = tl.arange(0, BT)[None, :], tl.arange(0, BT)[:, None]
-    return (t >> LB == s >> LB) & (s <= t - SHIFT)
+def pairs_across(p_pairs, row, i_g, length, G, BT: tl.constexpr):
+    """A or P [B, T, G, BT] of a chunk as [s, t]: not a transpose, which Triton 3.4-3.7 gets wrong in a product."""
+    t = tl.arange(0, BT)
+    return tl.load(p_pairs + ((row + t) * G + i_g)[None, :] * BT + t[:, None], mask=(t < length)[None, :], other=0)
 
 
 @jit
@@ -557,25 +528,124 @@ def chunk_sums_kernel(
             tl.store(p + BT, tl.cumsum(b_x - w, 0), mask=(o_g < G)[None, :])
 
 
+@jit(do_not_specialize=["T"])
+def chunk_logs_kernel(
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
+    p_up, p_down, p_cu, p_chunks, p_owner, T, G, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):
+    """For a decay over the key, of one chunk, lane and block of K: sums of its logs within each half of the chunk, up to each
+    token, [B, T, G, K]; with p_down also those behind it, which no difference gives to the digits of fp32. A thread adds
+    up columns of its own. Floor: logs once, sums once."""
+    raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
+    NK: tl.constexpr = (K + BK - 1) // BK
+    H: tl.constexpr = BT // 2
+    pid = tl.program_id(0)
+    i_k, i_g, i_c = pid % NK, pid // NK % G, (pid // (NK * G)).to(tl.int64)
+    row, length = chunk_at(p_cu, p_chunks, p_owner, i_c, T, BT)
+    if length <= 0:
+        return
+    o_k, t = i_k * BK + tl.arange(0, BK), tl.arange(0, 2) * H
+    b_e = tl.zeros([2, BK], tl.float32)
+    b_x = load_log_at(raw, row, i_g, length, t, o_k, K)
+    for j in tl.static_range(H):
+        b_e += b_x.to(tl.float32) * 1.4426950408889634
+        b_x = load_log_at(raw, row, i_g, length, t + (j + 1) % H, o_k, K)  # on its way while the sum is stored
+        store_rows_at(p_up + i_g * K, b_e, row, G * K, length, t + j, o_k, K)
+    if p_down is not None:
+        b_e = tl.zeros([2, BK], tl.float32)
+        for j in tl.static_range(H):
+            store_rows_at(p_down + i_g * K, b_e, row, G * K, length, t + H - 1 - j, o_k, K)
+            b_e += load_log_at(raw, row, i_g, length, t + H - 1 - j, o_k, K).to(tl.float32) * 1.4426950408889634
+
+
 @jit
-def halves_product(b_q, b_x, b_b, b_l, e, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr):
-    """A of pairs that meet at the middle of a block of 2^(e+1) tokens: q from there to t, b [BK, BT] from s to there."""
-    b_x = tl.exp2(exponents(halves(e, SHIFT, False, BT), b_x, PREC))  # [BT, BK]
-    b_l = tl.exp2(exponents_across(halves(e, 0, True, BT), b_l, PREC))  # [BK, BT]
-    return tl.where(across(e, False, BT), product(b_q * b_x, b_b * b_l, PREC), 0.0)
+def half_totals(p_up, row, i_g, length, o_w, G, W: tl.constexpr, BT: tl.constexpr):
+    """Logs of the decays of either half of a chunk, [BW] each."""
+    H: tl.constexpr = BT // 2
+    p = p_up + (row * G + i_g) * W + o_w
+    first = tl.load(p + (tl.minimum(H, length) - 1) * (G * W), mask=o_w < W, other=0)
+    return first, tl.load(p + (tl.minimum(BT, length) - 1) * (G * W), mask=(o_w < W) & (length > H), other=0)
+
+
+@jit
+def meeting(first):
+    """A whole m [BW] next to the log of the first half's decays, and what is left of that: pairs of tokens meet at 2**m. It is
+    within what keeps both factors finite, and is not where decays grow."""
+    m = tl.maximum(tl.minimum(tl.floor(first + 0.5), 0.0), -60.0)
+    return m, first - m
+
+
+@jit
+def late(BT: tl.constexpr):
+    """Whether a token is in the later half of its chunk, [BT, 1]."""
+    return tl.arange(0, BT)[:, None] >= BT // 2
+
+
+@jit
+def sums_up(p_up, row, i_g, length, o_w, G, SHIFT: tl.constexpr, W: tl.constexpr, BT: tl.constexpr):
+    """Logs of R(t - SHIFT, half's start), [BT, BW]."""
+    t = tl.arange(0, BT)
+    m = inside(((t < length) & (t % (BT // 2) >= SHIFT))[:, None], o_w, W)
+    return tl.load(p_up + (row * G + i_g) * W + ((t - SHIFT) * (G * W))[:, None] + o_w[None, :], mask=m, other=0)
+
+
+@jit
+def sums_down(p_down, b_e, first, second, row, i_g, length, o_w, G, W: tl.constexpr, BT: tl.constexpr):
+    """Logs of R(half's end, t), [BT, BW]; b_e: those up to t."""
+    if p_down is not None:
+        found = rows(p_down + i_g * W, row, G * W, length, o_w, W, BT)
+    else:
+        found = tl.where(late(BT), second[None, :], first[None, :]) - b_e
+        found = tl.where((tl.arange(0, BT) < length)[:, None], found, 0.0)
+    return found
+
+
+@jit
+def by_half(early, later, BT: tl.constexpr):
+    """A factor [BW] for the tokens of each half, [BT, BW]."""
+    return tl.where(late(BT), later[None, :], early[None, :])
+
+
+@jit
+def prepare_far(
+    raw, p_up, p_down, p_sums, row, i_g, length, G, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr,
+):
+    """A for rows whose decays are beyond all bounds: pairs of both halves meet at the middle, and no exponent adds up logs of
+    both signs; those of one half add up step by step, in sums that begin at t."""
+    t = tl.arange(0, BT)
+    b_a = tl.zeros([BT, BT], tl.float32)
+    for i_k in tl.range(0, K, BK, num_stages=1):
+        o_k = i_k + tl.arange(0, BK)
+        b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
+        x_b = load_b(raw, row, i_g, length, o_k, K, BT)
+        first, second = half_totals(p_up, row, i_g, length, o_k, G, K, BT)
+        b_e = sums_up(p_up, row, i_g, length, o_k, G, 0, K, BT)
+        x_b = x_b * tl.exp2(sums_down(p_down, b_e, first, second, row, i_g, length, o_k, G, K, BT))
+        to = tl.exp2(sums_up(p_up, row, i_g, length, o_k, G, SHIFT, K, BT))
+        b_o = product(b_q * to, tl.trans(operand(x_b, PREC)), PREC)
+        b_a += tl.where(late(BT) & (t < BT // 2)[None, :], b_o, 0.0)
+        b_e = tl.zeros([BT, BK], tl.float32)
+        for j in tl.range(0, BT // 2, num_stages=1):
+            s = t // (BT // 2) * (BT // 2) + BT // 2 - 1 - j
+            m = (s <= t - SHIFT)[:, None]
+            b_b = load_b_at(raw, row, i_g, length, s, o_k, K)
+            x = tl.sum(b_q.to(tl.float32) * b_b.to(tl.float32) * tl.exp2(b_e), 1)[:, None]
+            b_a += tl.where((s[:, None] == t[None, :]) & m, x, 0.0)
+            b_x = load_log_at(raw, row, i_g, length, s, o_k, K).to(tl.float32)
+            b_e += tl.where(m, b_x, 0.0) * 1.4426950408889634
+    return b_a
 
 
 @jit(do_not_specialize=["T"])
 def chunk_prepare_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_qs, p_bs, p_pairs, p_total, p_sums, p_cu, p_chunks, p_owner, T, G,
-    SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, LB: tl.constexpr,
-    LT: tl.constexpr,
+    p_up, p_down, p_qs, p_bs, p_pairs, p_total, p_sums, p_cu, p_chunks, p_owner, T, G,
+    SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):
-    """For a decay over the key, of one chunk and lane: q 2**to, b 2**after, the total [K] of the logs, and A [BT, BT].
-    Pairs of tokens in different blocks of 2^LB meet at the middle of the smallest block of 2^n tokens that holds both (2^LT = BT):
-    no exponent adds up logs of both signs. Those of one block are a product of q 2**to and b 2**-since, both from the
-    block's start; a row t that meets an exponent beyond 60.0 up to t takes the halves of its block instead."""
+    """For a decay over the key, of one chunk and lane: q 2**to, b 2**after, the total [K] of the logs, and A [BT, BT] as a
+    product of q and b, each scaled from the middle. A row t that meets a sum beyond 60.0 up to t, of logs since the start
+    of a half, is made otherwise: no later token has a say in it, as 2**m scales without rounding."""
     raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
     pid = tl.program_id(0)
     i_g, i_c = pid % G, (pid // G).to(tl.int64)
@@ -583,119 +653,130 @@ def chunk_prepare_kernel(
     if length <= 0:
         return
     t = tl.arange(0, BT)
-    m = near(SHIFT, False, LB, BT)
-    b_a = tl.zeros([BT, BT], tl.float32)  # pairs of different blocks
-    b_n = tl.zeros([BT, BT], tl.float32)  # of one
+    m = later(SHIFT, False, BT)
+    b_a = tl.zeros([BT, BT], tl.float32)
     reach = tl.zeros([BT], tl.float32)
-    for i_k in range(0, K, BK):
+    for i_k in tl.range(0, K, BK, num_stages=1):
         o_k = i_k + tl.arange(0, BK)
         b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)  # [BT, BK]
-        b_x = load_log(raw, row, i_g, length, o_k, K, BT)
-        to = tl.exp2(exponents(later(SHIFT, False, BT), b_x, PREC))
-        store_rows(p_qs + i_g * K, b_q * to, row, G * K, length, o_k, K, BT)
-        after = tl.exp2(exponents(t[:, None] < t[None, :], b_x, PREC))
         b_b = load_b(raw, row, i_g, length, o_k, K, BT)
-        store_rows(p_bs + i_g * K, b_b * after, row, G * K, length, o_k, K, BT)
-        tl.store(p_total + (i_c * G + i_g) * K + o_k, tl.sum(b_x.to(tl.float32), 0) * 1.4426950408889634, mask=o_k < K)
-        reach = tl.maximum(reach, tl.max(tl.abs(exponents(near(0, False, LB, BT), b_x, PREC)), 1))
-        b_b = load_b_across(raw, row, i_g, length, o_k, K, BT)  # [BK, BT]
-        b_l = load_log_across(raw, row, i_g, length, o_k, K, BT)
-        for e in range(LB, LT):
-            b_a += halves_product(b_q, b_x, b_b, b_l, e, SHIFT, PREC, BT)
-        to = tl.exp2(exponents(m, b_x, PREC))
-        since = tl.exp2(tl.minimum(-exponents_across(near(0, True, LB, BT), b_l, PREC), 60.0))
-        b_n += product(b_q * to, b_b * since, PREC)
-    far = tl.max(tl.where(m, reach[None, :], 0.0), 1) > 60.0
-    if tl.max(far.to(tl.int32), 0) > 0:
-        b_h = tl.zeros([BT, BT], tl.float32)
-        for i_k in range(0, K, BK):
-            o_k = i_k + tl.arange(0, BK)
-            b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
-            b_x = load_log(raw, row, i_g, length, o_k, K, BT)
-            b_b = load_b_across(raw, row, i_g, length, o_k, K, BT)
-            b_l = load_log_across(raw, row, i_g, length, o_k, K, BT)
-            for e in range(0, LB):
-                b_h += halves_product(b_q, b_x, b_b, b_l, e, SHIFT, PREC, BT)
-            if SHIFT == 0:
-                own = tl.sum(b_q.to(tl.float32) * load_b(raw, row, i_g, length, o_k, K, BT), 1)
-                b_h += tl.where(t[:, None] == t[None, :], own[:, None], 0.0)
-        b_n = tl.where(far[:, None], b_h, b_n)
-    b_a += tl.where(m, b_n, 0.0)
-    store_rows(p_pairs + i_g * BT, b_a, row, G * BT, length, t, BT, BT)
-
-
-@jit
-def load_in(raw, p_bs, row, i_g, length, o_k, G, DECAY: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-    """b, with the decays up to the chunk's end if they are over the key, [BT, BK]."""
-    if DECAY == 2:
-        b_b = rows(p_bs + i_g * K, row, G * K, length, o_k, K, BT)
-    else:
-        b_b = load_b(raw, row, i_g, length, o_k, K, BT)
-    return b_b
-
-
-@jit
-def pairs_across(p_pairs, row, i_g, length, G, BT: tl.constexpr):
-    """A or P [B, T, G, BT] of a chunk as [s, t]: not a transpose, which Triton 3.4-3.7 gets wrong in a product."""
-    t = tl.arange(0, BT)
-    return tl.load(p_pairs + ((row + t) * G + i_g)[None, :] * BT + t[:, None], mask=(t < length)[None, :], other=0)
-
-
-@jit
-def met(w, m, b_p, b_b, PREC: tl.constexpr):
-    """What pairs P that meet at a reference read of b [BT, BK], from weights w of tokens up to it and from it on."""
-    return w * product(tl.where(m, b_p, 0.0), b_b * w, PREC)
-
-
-@jit
-def halves_shares(b_q, b_b, b_x, b_p, b_pt, e, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr):
-    """Shares of dq and db [BT, BK] from pairs that meet at the middle of a block of 2^(e+1) tokens."""
-    w = tl.exp2(exponents(halves(e, SHIFT, False, BT), b_x, PREC))  # [BT, BK]
-    return met(w, across(e, False, BT), b_p, b_b, PREC), met(w, across(e, True, BT), b_pt, b_q, PREC)
-
-
-@jit
-def inner_shares(b_q, b_b, b_x, b_p, b_pt, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr, LB: tl.constexpr,
-                 LT: tl.constexpr):
-    """What tokens of one chunk give to dq and db of each other for a decay over the key, self terms left out; P [t, s] =
-    dy_t . c_s, and its transpose. In blocks of 2^LB tokens as a product of what is scaled from the block's start on, or
-    by halves where some exponent is beyond 60.0."""
-    b_dq, b_db = tl.zeros(b_x.shape, tl.float32), tl.zeros(b_x.shape, tl.float32)
-    since = exponents(near(0, False, LB, BT), b_x, PREC)
-    last = LT
-    first = 0
-    if tl.max(tl.max(tl.abs(since), 1), 0) <= 60.0:
-        first = LB
-        to = since
+        b_e = sums_up(p_up, row, i_g, length, o_k, G, 0, K, BT)
+        to = b_e
         if SHIFT:
-            to = exponents(near(SHIFT, False, LB, BT), b_x, PREC)
-        to, since = tl.exp2(to), tl.exp2(-since)
-        b_dq = to * product(tl.where(near(1, False, LB, BT), b_p, 0.0), b_b * since, PREC)
-        b_db = since * product(tl.where(near(1, True, LB, BT), b_pt, 0.0), b_q * to, PREC)
-    for e in range(first, last):
-        x_dq, x_db = halves_shares(b_q, b_b, b_x, b_p, b_pt, e, SHIFT, PREC, BT)
-        b_dq += x_dq
-        b_db += x_db
-    return b_dq, b_db
+            to = sums_up(p_up, row, i_g, length, o_k, G, 1, K, BT)
+        reach = tl.maximum(reach, tl.max(tl.abs(b_e), 1))
+        first, second = half_totals(p_up, row, i_g, length, o_k, G, K, BT)
+        tl.store(p_total + (i_c * G + i_g) * K + o_k, first + second, mask=o_k < K)
+        whole, rest = meeting(first)
+        x_q = b_q * tl.exp2(to)
+        x_b = b_b * tl.exp2(-b_e)
+        x_q, b_q = x_q * by_half(tl.exp2(-whole), tl.exp2(rest), BT), x_q * tl.where(late(BT), tl.exp2(first)[None, :], 1.0)
+        x_b *= by_half(tl.exp2(whole), tl.exp2(-rest), BT)
+        b_a += product(x_q, tl.trans(operand(x_b, PREC)), PREC)
+        store_rows(p_qs + i_g * K, b_q, row, G * K, length, o_k, K, BT)
+        b_b = b_b * tl.exp2(sums_down(p_down, b_e, first, second, row, i_g, length, o_k, G, K, BT))
+        store_rows(p_bs + i_g * K, b_b * tl.where(late(BT), 1.0, tl.exp2(second)[None, :]), row, G * K, length, o_k, K, BT)
+    if tl.max(reach, 0) > 60.0:
+        far = tl.max(tl.where(m, reach[None, :], 0.0), 1) > 60.0
+        b_h = prepare_far(raw, p_up, p_down, p_sums, row, i_g, length, G, SHIFT, PREC, K, BT, BK)
+        b_a = tl.where(far[:, None], b_h, b_a)
+    store_rows(p_pairs + i_g * BT, tl.where(m, b_a, 0.0), row, G * BT, length, t, BT, BT)
 
 
 @jit
-def log_gradient(b_q, b_b, b_dq, b_db, x_db, b_h, SHIFT: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr):
-    """Of the log of a decay over the key: paths that cross its token. b_dq: without self terms; b_db: of paths to behind the
-    chunk, x_db: to its own tokens; b_h [BK]: of paths through all of it. Where s to u does not cross t, x_db counts what
-    dq does: it cancels."""
+def prepare_far_read(
+    raw, p_p, b_b, to, row, i_g, length, o_k, G, SELF: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
+    K: tl.constexpr, BT: tl.constexpr,
+):
+    """Sums over s < t of P[t, s] R(t - SHIFT, s) b[s], [BT, BK], by halves and steps as prepare_far makes A; SELF: s = t,
+    too. b_b: b scaled up to its half's end, to: 2**to from a half's start on."""
     t = tl.arange(0, BT)
-    b_dlog = chosen(t[:, None] > t[None, :], b_b * b_db, PREC) - chosen(later(0, True, BT), b_b * x_db, PREC)
-    return b_dlog + b_h[None, :] + chosen(later(SHIFT, True, BT), b_q * b_dq, PREC)
+    found = tl.where(late(BT), to * product(inner_pairs(p_p, row, i_g, length, G, BT // 2, BT), b_b, PREC), 0.0)
+    p_p += (row * G + i_g) * BT
+    b_e = tl.zeros(to.shape, tl.float32)
+    for j in tl.range(0, BT // 2, num_stages=1):
+        s = t // (BT // 2) * (BT // 2) + BT // 2 - 1 - j
+        b_a = tl.load(p_p + t * (G * BT) + s, mask=(s < t + SELF) & (t < length), other=0).to(tl.float32)[:, None]
+        x = b_a * load_b_at(raw, row, i_g, length, s, o_k, K).to(tl.float32) * tl.exp2(b_e)
+        found += tl.where((s < t + SELF)[:, None], x, 0.0)
+        x = load_log_at(raw, row, i_g, length, s, o_k, K).to(tl.float32)
+        b_e += tl.where((s <= t - SHIFT)[:, None], x, 0.0) * 1.4426950408889634
+    return found
+
+
+@jit
+def prepare_far_write(
+    raw, p_p, p_sums, b_q, down, row, i_g, length, o_k, G, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Sums over t > s of P[t, s] R(t - SHIFT, s) q[t], [BT, BK], likewise."""
+    s = tl.arange(0, BT)
+    found = down * product(tl.trans(inner_pairs(p_p, row, i_g, length, G, BT // 2, BT)), b_q, PREC)
+    p_p += (row * G + i_g) * BT
+    b_e = tl.zeros(down.shape, tl.float32)
+    for j in tl.range(0, BT // 2, num_stages=1):
+        x = s // (BT // 2) * (BT // 2) + j
+        b_x = load_log_at(raw, row, i_g, length, tl.maximum(x - SHIFT, 0), o_k, K).to(tl.float32)
+        b_e += tl.where((x - SHIFT > s)[:, None], b_x, 0.0) * 1.4426950408889634
+        b_a = tl.load(p_p + x * (G * BT) + s, mask=(x > s) & (x < length), other=0).to(tl.float32)[:, None]
+        found += b_a * load_q_at(raw, row, i_g, length, x, o_k, SHIFT, K).to(tl.float32) * tl.exp2(b_e)
+    return found
+
+
+@jit
+def prepare_back(
+    raw, p_up, p_down, p_p, p_sums, b_q, b_b, b_dq, b_db, b_h, row, i_g, length, o_k, G, scale, inner,
+    SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+):
+    """dq, db [BT, BK], self terms left out, and the log's gradient, of a decay over the key. b_dq, b_db: S dy and
+    G c, unscaled; p_p: P [t, s] = dy_t . c_s, inner: what it lacks of the scale; b_h [BK]: of paths through the whole chunk."""
+    b_e = sums_up(p_up, row, i_g, length, o_k, G, 0, K, BT)
+    to = b_e
+    if SHIFT:
+        to = sums_up(p_up, row, i_g, length, o_k, G, 1, K, BT)
+    first, second = half_totals(p_up, row, i_g, length, o_k, G, K, BT)
+    if tl.max(tl.max(tl.abs(b_e), 1), 0) <= 60.0:
+        whole, rest = meeting(first)
+        to = tl.exp2(to + by_half(-whole, rest, BT))
+        since = tl.exp2(by_half(whole, -rest, BT) - b_e)
+        b_p = inner_pairs(p_p, row, i_g, length, G, 0, BT)
+        b_db *= tl.exp2(first + second - whole)[None, :]
+        b_h += tl.sum(b_b * (b_db * since), 0)  # and of those that leave it, as b_x will have them
+        b_dq = b_dq * (tl.exp2(whole) * scale)[None, :] + product(b_p, operand(b_b * since * inner, PREC), PREC)
+        b_db += product(tl.trans(b_p), operand(b_q * to * inner, PREC), PREC)
+        b_dq, b_db = b_dq * to, b_db * since
+    else:
+        to, down = tl.exp2(to), tl.exp2(sums_down(p_down, b_e, first, second, row, i_g, length, o_k, G, K, BT))
+        x_dq = prepare_far_read(raw, p_p, b_b * down, to, row, i_g, length, o_k, G, 0, SHIFT, PREC, K, BT)
+        x_db = prepare_far_write(raw, p_p, p_sums, b_q * to, down, row, i_g, length, o_k, G, SHIFT, PREC, K, BT)
+        b_dq = b_dq * scale * to * tl.where(late(BT), tl.exp2(first)[None, :], 1.0) + x_dq * inner
+        b_db *= down * tl.where(late(BT), 1.0, tl.exp2(second)[None, :])
+        b_h += tl.sum(b_b * b_db, 0)
+        b_db += x_db * inner
+    b_x = b_q * b_dq - b_b * b_db  # where s to u does not cross t, both hold the same number: it cancels
+    b_dlog = chosen(later(SHIFT, True, BT), b_x, PREC) + b_h[None, :]
+    if SHIFT:
+        b_dlog -= b_b * b_db
+    return b_dq, b_db, b_dlog
+
+
+@jit
+def inner_pairs(p_p, row, i_g, length, G, H: tl.constexpr, BT: tl.constexpr):
+    """P [t, s] of a chunk for s < t; H: for s before and t from the middle on."""
+    t, s = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    m = s < t
+    if H:
+        m = (s < H) & (t >= H)
+    return tl.load(p_p + ((row + t) * G + i_g) * BT + s, mask=m & (t < length), other=0)
 
 
 @jit(do_not_specialize=["T", "S", "SEG"])
 def chunk_forward_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_qs, p_bs, p_pairs, p_total, p_sums, p_start, p_zstates, p_out, p_y, p_final, p_states, p_cu, p_chunks, T, S, SEG, G,
-    scale,
+    p_qs, p_bs, p_pairs, p_total, p_vup, p_vdown, p_sums, p_start, p_zstates, p_out, p_y, p_final, p_states, p_cu, p_chunks,
+    T, S, SEG, G, scale,
     DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, LB: tl.constexpr, LT: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
 ):
     """The output and the last state. A program has a block of BV columns of one lane's state on chip, and walks over one
     of S segments of SEG tokens; p_start [N, S, G, K, V]. p_states: the states before each chunk are wanted, too; p_y: y
@@ -765,7 +846,7 @@ def chunk_forward_kernel(
 @jit(do_not_specialize=["T", "S", "SEG"])
 def chunk_states_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_qs, p_bs, p_total, p_sums, p_do, p_seen, p_dys, p_vtotal, p_start, p_end, p_decay, p_vdecay,
+    p_qs, p_bs, p_total, p_vup, p_vdown, p_sums, p_do, p_seen, p_dys, p_vtotal, p_start, p_end, p_decay, p_vdecay,
     p_states, p_cu, p_chunks, T, S, SEG, G, scale,
     BACK: tl.constexpr, DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
@@ -870,13 +951,13 @@ def chunk_join_kernel(
 @jit(do_not_specialize=["T", "SHARE"])
 def chunk_gradients_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_bs, p_pairs, p_total, p_sums, p_do, p_seen, p_dw, p_dys, p_cs, p_vpairs, p_vtotal, p_states, p_costates, p_zstates,
+    p_total, p_sums, p_do, p_seen, p_dw, p_dys, p_cs, p_vpairs, p_vtotal, p_states, p_costates, p_zstates,
     p_zcostates, p_dk0, p_dk1, p_dk2, p_dlog, p_dn,
     p_cu, p_chunks, p_owner, T, SHARE, G, scale,
     DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, LB: tl.constexpr, LT: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
 ):
-    """Gradients of all that q, b, n and the decay are made of. One chunk and block of K of one lane. With S the state before
+    """Gradients of all that q, b, n and the decay are made of, if that is none or a number a token. One chunk and block of K of one lane. With S the state before
     it and G the costate behind it, P[t, s] = dy_t . c_s, and E = 2**to, F = 2**after,
         dq = E (S dy) + (P R) b,   db = F (G c) + (P R)' q,   dn = rowsum(b db / n)
     p_dlog and p_dn [NK, B, T, G] get its share. The log's gradient at t is the sum over all paths that cross t: from before
@@ -909,66 +990,115 @@ def chunk_gradients_kernel(
             b_pt += product(b_c, tl.trans(b_dy), PREC)
         b_dq += product(b_dy, tl.trans(b_s), PREC)
         b_db += product(b_c, tl.trans(b_m), PREC)
-        if (DECAY == 2) or (p_dlog is not None):
+        if p_dlog is not None:
             b_h += tl.sum(b_s.to(tl.float32) * b_m.to(tl.float32) * keep, 1)
     b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
     b_b = load_b(raw, row, i_g, length, o_k, K, BT)
     b_dq *= scale
     b_dlog = b_dq
-    if DECAY == 2:
-        b_x = load_log(raw, row, i_g, length, o_k, K, BT)
-        b_dq *= tl.exp2(exponents(later(SHIFT, False, BT), b_x, PREC))
-        b_db *= tl.exp2(exponents(o_t[:, None] < o_t[None, :], b_x, PREC))
-        b_p, b_pt = operand(b_p * scale, PREC), operand(b_pt * scale, PREC)
-        x_dq, x_db = inner_shares(b_q, b_b, b_x, b_p, b_pt, SHIFT, PREC, BT, LB, LT)
-        b_h *= tl.exp2(tl.load(p_total + at * K + o_k, mask=o_k < K, other=0))
-        b_dq += x_dq
-        b_dlog = log_gradient(b_q, b_b, b_dq, b_db, x_db, b_h, SHIFT, PREC, BT)
-        b_db += x_db
-        if SHIFT == 0:
-            own = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_p.to(tl.float32), 0.0), 1)[:, None]
-            b_dq += own * b_b
-            b_db += own * b_q
+    if DECAY == 1:
+        w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, PREC, BT)
+        b_dq *= up_to(w_t, f_t, PREC)[:, None]
+        b_db *= between(w_e, f_e, w_s, f_s, PREC)[:, None]
+        b_p *= ratio(w_t, f_t, w_s, f_s, SHIFT, False, PREC, BT)
+        b_pt *= ratio(w_t, f_t, w_s, f_s, SHIFT, True, PREC, BT)
     else:
-        if DECAY == 1:
-            w_t, f_t, w_s, f_s, w_e, f_e = number_sums(p_total, at, SHIFT, PREC, BT)
-            b_dq *= up_to(w_t, f_t, PREC)[:, None]
-            b_db *= between(w_e, f_e, w_s, f_s, PREC)[:, None]
-            b_p *= ratio(w_t, f_t, w_s, f_s, SHIFT, False, PREC, BT)
-            b_pt *= ratio(w_t, f_t, w_s, f_s, SHIFT, True, PREC, BT)
-        else:
-            b_p = tl.where(later(SHIFT, False, BT), b_p, 0.0)
-            b_pt = tl.where(later(SHIFT, True, BT), b_pt, 0.0)
-        b_n = numbers_n(raw, row, i_g, length, BT)
-        if p_n is not None:
-            b_p *= b_n[None, :]
-        x_dq, x_db = product(b_p, b_b, PREC) * scale, product(b_pt, b_q, PREC) * scale
-        if p_dlog is not None:
-            # Where s to u does not cross t, it is in what u reads and in what s gives: it cancels.
-            read, fed = tl.sum(b_q * b_dq, 1), tl.sum(b_b * b_db, 1) * b_n
-            inner = tl.sum(b_q * x_dq, 1) - tl.sum(b_b * x_db, 1) * b_n
-            b_d = tl.cumsum(fed, 0) - fed + tl.cumsum(read + inner, 0, reverse=True)
-            if SHIFT:
-                b_d -= read + tl.sum(b_q * x_dq, 1)
-            b_d += up_to(w_e, f_e, PREC) * tl.sum(b_h, 0)
-            b_d = tl.where(code_of(p_code, row, length, BT) == 1, b_d, 0.0)
-            tl.store(p_dlog + share, b_d, mask=o_t < length)
-        b_dq += x_dq
-        b_db += x_db
-        if p_n is not None:
-            if p_dn is not None:
-                tl.store(p_dn + share, tl.sum(b_b * b_db, 1), mask=o_t < length)
-            b_db *= b_n[:, None]
+        b_p = tl.where(later(SHIFT, False, BT), b_p, 0.0)
+        b_pt = tl.where(later(SHIFT, True, BT), b_pt, 0.0)
+    b_n = numbers_n(raw, row, i_g, length, BT)
+    if p_n is not None:
+        b_p *= b_n[None, :]
+    x_dq, x_db = product(b_p, b_b, PREC) * scale, product(b_pt, b_q, PREC) * scale
+    if p_dlog is not None:
+        # Where s to u does not cross t, it is in what u reads and in what s gives: it cancels.
+        read, fed = tl.sum(b_q * b_dq, 1), tl.sum(b_b * b_db, 1) * b_n
+        inner = tl.sum(b_q * x_dq, 1) - tl.sum(b_b * x_db, 1) * b_n
+        b_d = tl.cumsum(fed, 0) - fed + tl.cumsum(read + inner, 0, reverse=True)
+        if SHIFT:
+            b_d -= read + tl.sum(b_q * x_dq, 1)
+        b_d += up_to(w_e, f_e, PREC) * tl.sum(b_h, 0)
+        b_d = tl.where(code_of(p_code, row, length, BT) == 1, b_d, 0.0)
+        tl.store(p_dlog + share, b_d, mask=o_t < length)
+    b_dq += x_dq
+    b_db += x_db
+    if p_n is not None:
+        if p_dn is not None:
+            tl.store(p_dn + share, tl.sum(b_b * b_db, 1), mask=o_t < length)
+        b_db *= b_n[:, None]
+    store_keys(raw, p_dk0, p_dk1, p_dk2, b_dq, b_db, b_dlog, row, i_c, i_g, length, o_k, G, SHIFT, K, BT)
+
+
+@jit(do_not_specialize=["T"])
+def chunk_pairs_kernel(
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
+    p_sums, p_do, p_seen, p_dw, p_p, p_cu, p_chunks, p_owner, T, G, scale,
+    PREC: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+):
+    """For a decay over the key P [t, s] = scale dy_t . c_s of one chunk and lane: read back, also transposed, as operands."""
+    raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
+    pid = tl.program_id(0)
+    i_g, i_c = pid % G, (pid // G).to(tl.int64)
+    row, length = chunk_at(p_cu, p_chunks, p_owner, i_c, T, BT)
+    if length <= 0:
+        return
+    b_p = tl.zeros([BT, BT], tl.float32)
+    for i_v in tl.range(0, V, BV, num_stages=1):
+        o_v = i_v + tl.arange(0, BV)
+        b_dy = back_out(raw, p_do, p_seen, p_sums, row, i_g, length, o_v, G, V, BT)
+        b_p += product(b_dy, tl.trans(load_c(raw, row, i_g, length, o_v, V, BT)), PREC)
+    store_rows(p_p + i_g * BT, b_p * scale, row, G * BT, length, tl.arange(0, BT), BT, BT)
+
+
+@jit(do_not_specialize=["T"])
+def chunk_key_kernel(
+    p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
+    p_up, p_down, p_total, p_sums, p_do, p_seen, p_dw, p_dys, p_cs, p_p, p_vtotal, p_states, p_costates, p_zstates,
+    p_zcostates, p_dk0, p_dk1, p_dk2, p_cu, p_chunks, p_owner, T, G, scale,
+    OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
+):
+    """chunk_gradients_kernel for a decay over the key, of one chunk, lane and block of K."""
+    raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    i_k, i_g, i_c = pid % NK, pid // NK % G, (pid // (NK * G)).to(tl.int64)
+    row, length = chunk_at(p_cu, p_chunks, p_owner, i_c, T, BT)
+    if length <= 0:
+        return
+    at, o_k, o_t = i_c * G + i_g, i_k * BK + tl.arange(0, BK), tl.arange(0, BT)
+    b_dq = tl.zeros([BT, BK], tl.float32)
+    b_db = tl.zeros([BT, BK], tl.float32)
+    b_h = tl.zeros([BK], tl.float32)  # rowsum(G * S)
+    for i_v in tl.range(0, V, BV, num_stages=NS):
+        o_v = i_v + tl.arange(0, BV)
+        b_s = load_matrix(p_states, at, o_k, o_v, K, V)  # [BK, BV]
+        b_m = load_matrix(p_costates, at, o_k, o_v, K, V)
+        keep = 1.0
+        b_dy = back_out(raw, p_do, p_seen, p_sums, row, i_g, length, o_v, G, V, BT)
+        b_c = load_c(raw, row, i_g, length, o_v, V, BT)
+        b_dq += product(b_dy, tl.trans(b_s), PREC)
+        b_db += product(b_c, tl.trans(b_m), PREC)
+        b_h += tl.sum(b_s.to(tl.float32) * b_m.to(tl.float32) * keep, 1)
+    b_h *= tl.exp2(tl.load(p_total + at * K + o_k, mask=o_k < K, other=0))
+    b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
+    b_b = load_b(raw, row, i_g, length, o_k, K, BT)
+    inner = 1.0
+    b_dq, b_db, b_dlog = prepare_back(raw, p_up, p_down, p_p, p_sums, b_q, b_b, b_dq, b_db, b_h, row, i_g, length, o_k, G, scale,
+                                      inner, SHIFT, PREC, K, BT)
+    if SHIFT == 0:
+        own = tl.load(p_p + ((row + o_t) * G + i_g) * BT + o_t, mask=o_t < length, other=0).to(tl.float32)[:, None] * inner
+        b_dq += own * b_b
+        b_db += own * b_q
     store_keys(raw, p_dk0, p_dk1, p_dk2, b_dq, b_db, b_dlog, row, i_c, i_g, length, o_k, G, SHIFT, K, BT)
 
 
 @jit(do_not_specialize=["T"])
 def chunk_values_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
-    p_qs, p_bs, p_pairs, p_total, p_sums, p_do, p_seen, p_states, p_costates, p_dc, p_cu, p_chunks,
-    p_owner, T, G, scale,
+    p_qs, p_bs, p_pairs, p_total, p_vup, p_vdown, p_vtotal, p_sums, p_do, p_seen, p_states, p_costates, p_dc,
+    p_cu, p_chunks, p_owner, T, G, scale,
     DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, LB: tl.constexpr, LT: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
 ):
     """Gradients of c and of what the readout reads over the value, of one chunk, lane and block of V. With F = 2**after,
         dc = G' (F b) + A' dy
@@ -986,14 +1116,18 @@ def chunk_values_kernel(
     b_at = tl.zeros([BT, BT], tl.float32)  # [s, t], as `pairs_across` says
     for i_k in tl.range(0, K, BK, num_stages=NS):
         o_k = i_k + tl.arange(0, BK)
-        b_b = load_in(raw, p_bs, row, i_g, length, o_k, G, DECAY, K, BT)  # [BT, BK]
+        if DECAY == 2:
+            b_b = rows(p_bs + i_g * K, row, G * K, length, o_k, K, BT)  # [BT, BK]
+        else:
+            b_b = load_b(raw, row, i_g, length, o_k, K, BT)
         b_m = load_matrix(p_costates, at, o_k, o_v, K, V)  # [BK, BV]
         if (DECAY < 2) or OVER_V:
             if DECAY == 2:
                 b_q = rows(p_qs + i_g * K, row, G * K, length, o_k, K, BT)
             else:
                 b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
-                b_at += product(b_b, tl.trans(b_q), PREC)
+                if not OVER_V:
+                    b_at += product(b_b, tl.trans(b_q), PREC)
         b_dc += product(b_b, b_m, PREC)
     if DECAY == 2:
         b_at = pairs_across(p_pairs, row, i_g, length, G, BT)
@@ -1065,7 +1199,10 @@ CHUNK_KERNELS = SimpleNamespace(
     gradients=chunk_gradients_kernel,
     values=chunk_values_kernel,
     step=chunk_step_kernel,
+    logs=chunk_logs_kernel,
     prepare=chunk_prepare_kernel,
+    key=chunk_key_kernel,
+    pairs=chunk_pairs_kernel,
     interpreted=triton is not None and not isinstance(chunk_forward_kernel, triton.JITFunction),
     params=((False, False, False), ()),
     grads=((True, True, True), (), ()),
@@ -1078,8 +1215,9 @@ CHUNK_KERNELS = SimpleNamespace(
     tiles={
         "forward": {2: ((64, (64, 64, 64, 4, 2)), (128, (64, 64, 128, 4, 2)), (256, (32, 32, 256, 4, 2))), 4: ((64, (32, 64, 64, 4, 1)), (128, (32, 64, 128, 4, 1)), (256, (32, 32, 256, 4, 1)))},
         "states": {2: ((64, (64, 64, 64, 4, 2)), (128, (64, 64, 64, 4, 2)), (256, (32, 64, 64, 4, 2))), 4: ((64, (32, 64, 64, 4, 1)), (128, (32, 64, 64, 4, 1)), (256, (32, 64, 64, 4, 1)))},
-        "gradients": {2: ((64, (64, 64, 64, 8, 1)), (128, (64, 64, 64, 8, 1)), (256, (32, 64, 64, 8, 1))), 4: ((64, (32, 32, 64, 8, 1)), (128, (32, 32, 64, 8, 1)), (256, (32, 32, 64, 8, 1)))},
-        "prepare": {2: ((64, (64, 64, 64, 8, 1)), (128, (64, 64, 64, 8, 1)), (256, (32, 64, 64, 8, 1))), 4: ((64, (32, 64, 64, 8, 1)), (128, (32, 64, 64, 8, 1)), (256, (32, 64, 64, 8, 1)))},
+        "gradients": {2: ((64, (64, 64, 64, 4, 1)), (128, (64, 64, 64, 4, 1)), (256, (32, 64, 64, 4, 1))), 4: ((64, (32, 32, 64, 4, 1)), (128, (32, 32, 64, 4, 1)), (256, (32, 32, 64, 4, 1)))},
+        "prepare": {2: ((64, (64, 64, 64, 4, 1)), (128, (64, 64, 64, 4, 1)), (256, (32, 64, 64, 4, 1))), 4: ((64, (32, 64, 64, 4, 1)), (128, (32, 64, 64, 4, 1)), (256, (32, 64, 64, 4, 1)))},
+        "key": {2: ((64, (64, 64, 64, 4, 1)), (128, (64, 64, 64, 4, 1)), (256, (32, 64, 64, 4, 1))), 4: ((64, (32, 32, 64, 4, 1)), (128, (32, 32, 64, 4, 1)), (256, (32, 32, 64, 4, 1)))},
         "values": {2: ((64, (64, 128, 64, 4, 1)), (128, (64, 128, 64, 4, 1)), (256, (32, 64, 64, 4, 1))), 4: ((64, (32, 64, 64, 4, 1)), (128, (32, 64, 64, 4, 1)), (256, (32, 64, 64, 4, 1)))},
     },
 )
@@ -3208,14 +3346,41 @@ class ChunkCall(NamedTuple):
         return tuple(found)
 
 
+class Made(NamedTuple):
+    """What is made ready of a call: of a decay over the key sums of logs within halves of chunks, up to each token and
+    (for precise operands) behind it, [B, T, G, K]; the same over the value; q and b scaled; A [B, T, G, BT]; the logs
+    of whole chunks [chunks, G, K], or the sums of those of a number a token, [chunks, G, 2, BT]."""
+
+    up: Tensor | None = None
+    down: Tensor | None = None
+    vup: Tensor | None = None
+    vdown: Tensor | None = None
+    q: Tensor | None = None
+    b: Tensor | None = None
+    pairs: Tensor | None = None
+    total: Tensor | None = None
+
+
 class Kept(NamedTuple):
     """What a backward needs of its forward: what the kernels read of the readout, sums [B, T, G, width] that they
-    handed on, and the states before each chunk, if they were kept."""
+    handed on, and the states before each chunk and what was made ready, if they were kept."""
 
     seen: Tensor | None
     sums: Tensor | None
     states: Tensor | None
     zstates: Tensor | None
+    made: Made | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (*self[:4], *(self.made or Made()))
+
+    @staticmethod
+    def of(tensors: Any) -> Kept:
+        """What `tensors` gave."""
+        made = Made(*tensors[4:])
+        seen, sums, states, zstates = tensors[:4]
+        return Kept(seen, sums, states, zstates, made if any(x is not None for x in made) else None)
 
 
 def _settled(at: int, x: Tensor) -> bool:
@@ -3625,10 +3790,54 @@ class ChunkPlans:
         return -(-tokens // each), each
 
 
-# --- Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients.
+# --- What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens.
 
-_NEAR = 4  # 2^4 tokens of a chunk are a product among themselves
-_NOTHING = SimpleNamespace(q=None, b=None, pairs=None, total=None)  # is made ready
+
+def chunk_made(kernels: Any, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None, total: Tensor | None) -> Made:
+    """total: sums of the logs of a decay of a number a token."""
+    n = how.lanes
+    made = Made(total=total)
+    if a.decay == 2:
+        made = _made_side(kernels, "", a, how, n.key, *_log_sums(kernels, "", a, how, n.key), sums)
+    return made
+
+
+def chunk_made_value(kernels: Any, a: ChunkCall, how: SimpleNamespace, made: Made, back: SimpleNamespace) -> Made:
+    """For a decay over the value what is made of dy, c and P."""
+    return Made()
+
+
+def _made_side(
+    kernels: Any, side: str, a: ChunkCall, how: SimpleNamespace, width: int, up: Tensor | None, down: Tensor | None,
+    *given: Tensor | None,
+) -> Made:  # fmt: skip
+    n = how.lanes
+    device = a.c.device
+    q, b = (torch.empty(*a.shape, width, dtype=how.operand, device=device) for _ in range(2))
+    pairs = torch.empty(*a.shape, how.bt, dtype=how.operand, device=device)
+    total = torch.empty(n.chunks, n.lanes, width, dtype=torch.float32, device=device)
+    own = kernels.plan("prepare", a, how.bt)
+    kernels.run(
+        f"prepare{side}", a, n.chunks * n.lanes, (up, down, q, b, pairs, total, *given, n.cu, n.first, n.owner),
+        (n.tokens, n.lanes), (a.shift, how.precision, width, how.bt, min(_block(width), own.bks)), num_warps=own.warps,
+    )  # fmt: skip
+    return Made(up=up, down=down, q=q, b=b, pairs=pairs, total=total)
+
+
+def _log_sums(kernels: Any, side: str, a: ChunkCall, how: SimpleNamespace, width: int) -> tuple[Tensor, Tensor | None]:
+    """Up to each token and, for precise operands, behind it."""
+    n = how.lanes
+    up = torch.empty(*a.shape, width, dtype=torch.float32, device=a.c.device)
+    down = None if how.precision == "bf16" else torch.empty_like(up)
+    block = min(_block(width), 256)
+    kernels.run(
+        f"logs{side}", a, n.chunks * n.lanes * -(-width // block), (up, down, n.cu, n.first, n.owner),
+        (n.tokens, n.lanes), (width, how.bt, block), num_warps=max(1, block // 128),
+    )  # fmt: skip
+    return up, down
+
+
+# --- Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients.
 
 
 class ChunkKernels(ChunkPlans):
@@ -3644,6 +3853,7 @@ class ChunkKernels(ChunkPlans):
         return device.type == "cuda" or self.interpreted
 
     layer, step, steps = chunk_layer, chunk_step, chunk_steps
+    _prepared, _prepared_value = chunk_made, chunk_made_value
 
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
@@ -3696,7 +3906,7 @@ class ChunkKernels(ChunkPlans):
             for x, start in ((final, a.start), (zfinal, a.zstart)):
                 if x is not None:
                     x.zero_() if start is None else x.copy_(start)
-            return out, final, zfinal, Kept(None, None, None, None)
+            return out, final, zfinal, Kept(None, None, None, None, None)
         sums = self._sums(a)
         a, total = self.lifted(a, how)
         made = self._prepared(a, how, sums, total)
@@ -3705,17 +3915,20 @@ class ChunkKernels(ChunkPlans):
         if how.segments > 1:
             begin = self._starts(a, made, begin, final, None, how)
         y = torch.empty_like(out) if keep and self.table.seen == "y" else None
-        states = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else None
+        worth = self._worth(n, how.bt, made) if keep else (False, False)
+        states = self._states(n, how.operand, a) if worth[1] else None
         self.run(
             "forward", a, n.sequences * n.lanes * how.segments * -(-n.value // how.bv),
-            (made.q, made.b, made.pairs, made.total, sums, begin, zstates, out, y, last, states, n.cu, n.first),
+            (made.q, made.b, made.pairs, made.total, made.vup, made.vdown, sums, begin, zstates, out, y, last, states,
+             n.cu, n.first),
             (n.tokens, how.segments, how.segment, n.lanes, a.scale),
-            (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages, _NEAR,
-             how.bt.bit_length() - 1),
+            (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages),
             "scaled" if a.decay == 2 else "all", num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         seen = out if self.table.seen == "output" else y
-        return out, final, zfinal, Kept(seen, sums, states, zstates) if keep else Kept(None, None, None, None)
+        if not keep:
+            return out, final, zfinal, Kept(None, None, None, None, None)
+        return out, final, zfinal, Kept(seen, sums, states, zstates, made if worth[0] else None)
 
     def backward(
         self, a: ChunkCall, kept: Kept, do: Tensor, d_final: Tensor | None, d_zfinal: Tensor | None,
@@ -3752,7 +3965,7 @@ class ChunkKernels(ChunkPlans):
             return [d_start, d_zstart, None, None, dc, *keys, *values, *([None] * (len(a.numbers) + len(a.scalars)))]
         do = do.contiguous()
         raw, (a, total) = a, self.lifted(a, how)
-        made = self._prepared(a, how, kept.sums, total)
+        made = kept.made or self._prepared(a, how, kept.sums, total)
         dw = None
         if self.table.norm:
             dw = torch.empty(a.shape, **few)  # type: ignore[call-overload]
@@ -3762,27 +3975,29 @@ class ChunkKernels(ChunkPlans):
             )  # fmt: skip
         states = self.states(a, made, None, how.bt) if kept.states is None else kept.states
         back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, begin=d_final, end=d_start)
-        back.value = value = self._prepared_value(a, how, back)
+        back.value = value = self._prepared_value(a, how, made, back)
         costates = self.states(a, made, back, how.bt)
         zcostates = self._norms(a, made, back, how, d_zfinal, d_zstart)
         reached = [x for x, stored in zip(numbers, self.table.grads[2], strict=True) if stored]
-        self.run(
-            "gradients", a, n.chunks * n.lanes * blocks,
-            (made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs, value.total,
-             states, costates, kept.zstates, zcostates, *keys, *reached, dlog, dn, n.cu, n.first, n.owner),
-            (n.tokens, n.batch * n.tokens, n.lanes, a.scale),
-            (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, _NEAR,
-             how.bt.bit_length() - 1),
-            num_warps=how.warps, num_stages=how.stages,
-        )  # fmt: skip
+        if a.decay == 2:
+            self._key_gradients(a, how, made, back, (states, costates, kept.zstates, zcostates), *keys, *reached)
+        else:
+            self.run(
+                "gradients", a, n.chunks * n.lanes * blocks,
+                (made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs, value.total, states, costates,
+                 kept.zstates, zcostates, *keys, *reached, dlog, dn, n.cu, n.first, n.owner),
+                (n.tokens, n.batch * n.tokens, n.lanes, a.scale),
+                (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages),
+                num_warps=how.warps, num_stages=how.stages,
+            )  # fmt: skip
         own = self.plan("values", a, how.bt)
         self.run(
             "values", a, n.chunks * n.lanes * -(-n.value // own.bv),
-            (made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, None, costates, dc,
-             *values, n.cu, n.first, n.owner),
+            (made.q, made.b, made.pairs, made.total, made.vup, made.vdown, value.total, kept.sums, do, kept.seen,
+             None, costates, dc, *values, n.cu, n.first, n.owner),
             (n.tokens, n.lanes, a.scale),
-            (a.decay, a.over, a.shift, own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages,
-             _NEAR, own.bt.bit_length() - 1),
+            (a.decay, a.over, a.shift, own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv,
+             own.stages),
             num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
         if lifted:
@@ -3791,6 +4006,28 @@ class ChunkKernels(ChunkPlans):
             return [d_start, d_zstart, None, None, dc, *keys, *values, *([None] * len(numbers)), *scalars]
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
         return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers, *([None] * len(raw.scalars))]
+
+    def _key_gradients(
+        self, a: ChunkCall, how: SimpleNamespace, made: Made, back: SimpleNamespace, states: Any, *given: Tensor | None
+    ) -> None:
+        """For a decay over the key. given: what the gradients of keys and of numbers go to."""
+        n, p = how.lanes, back.value.pairs
+        reads = back.sums, back.do, back.seen, back.dw
+        own = self.plan("key", a, how.bt)
+        p = torch.empty(*a.shape, how.bt, dtype=how.operand, device=a.c.device)
+        self.run(
+            "pairs", a, n.chunks * n.lanes, (*reads, p, n.cu, n.first, n.owner), (n.tokens, n.lanes, a.scale),
+            (how.precision, n.value, how.bt, own.bv), num_warps=4,
+        )  # fmt: skip
+        bk = min(own.bk, own.bks)
+        self.run(
+            "key", a, n.chunks * n.lanes * -(-n.key // bk),
+            (made.up, made.down, made.total, *reads, back.value.q, back.value.b, p, back.value.total, *states, *given,
+             n.cu, n.first, n.owner),
+            (n.tokens, n.lanes, a.scale),
+            (a.over, a.shift, own.precision, n.key, n.value, own.bt, bk, own.bv, own.stages), num_warps=own.warps,
+            num_stages=own.stages,
+        )  # fmt: skip
 
     def _scalar_gradients(
         self, a: ChunkCall, how: SimpleNamespace, given: list[Tensor | None], blocks: int, wanted: tuple[Any, ...]
@@ -3813,7 +4050,7 @@ class ChunkKernels(ChunkPlans):
         )  # fmt: skip
         return made
 
-    def states(self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0) -> Tensor:
+    def states(self, a: ChunkCall, made: Made, back: SimpleNamespace | None, bt: int = 0) -> Tensor:
         """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
         how = self.plan("states", a, bt)
         n = how.lanes
@@ -3825,7 +4062,7 @@ class ChunkKernels(ChunkPlans):
         return found
 
     def _starts(
-        self, a: ChunkCall, made: SimpleNamespace, first: Tensor | None, last: Tensor | None,
+        self, a: ChunkCall, made: Made, first: Tensor | None, last: Tensor | None,
         back: SimpleNamespace | None, how: SimpleNamespace,
     ) -> Tensor:  # fmt: skip
         """What each segment starts from, [N, S, G, K, V]; into `last`: where the last ends."""
@@ -3846,24 +4083,24 @@ class ChunkKernels(ChunkPlans):
         return starts
 
     def _walk(
-        self, a: ChunkCall, made: SimpleNamespace, begin: Tensor | None, end: Tensor | None, left: Any,
+        self, a: ChunkCall, made: Made, begin: Tensor | None, end: Tensor | None, left: Any,
         states: Tensor | None, back: SimpleNamespace | None, how: SimpleNamespace,
     ) -> None:  # fmt: skip
         n = how.lanes
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
-        given = back or SimpleNamespace(do=None, seen=None, sums=None, value=_NOTHING)
+        given = back or SimpleNamespace(do=None, seen=None, sums=None, value=Made())
         self.run(
             "states", a, n.sequences * n.lanes * how.segments * blocks,
-            (made.q, made.b, made.total, given.sums, given.do, given.seen, given.value.q, given.value.total, begin, end,
-             *left, states, n.cu, n.first),
+            (made.q, made.b, made.total, made.vup, made.vdown, given.sums, given.do, given.seen, given.value.q,
+             given.value.total, begin, end, *left, states, n.cu, n.first),
             (n.tokens, how.segments, how.segment, n.lanes, a.scale),
             (back is not None, a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages),
             "scaled" if a.decay == 2 else "all", num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
 
     def _norms(
-        self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, how: SimpleNamespace,
+        self, a: ChunkCall, made: Made, back: SimpleNamespace | None, how: SimpleNamespace,
         first: Tensor | None, last: Tensor | None,
     ) -> Tensor | None:  # fmt: skip
         """z before each chunk, [chunks, G, K] in fp32, if there is a z; with `back` its costate behind it. From `first`
@@ -3889,39 +4126,6 @@ class ChunkKernels(ChunkPlans):
         )  # fmt: skip
         return found
 
-    def _prepared(
-        self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None, total: Tensor | None
-    ) -> SimpleNamespace:
-        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K];
-        for others `total` alone."""
-        if a.decay == 2:
-            return self._ready("prepare", a, how, how.lanes.key, sums)
-        return SimpleNamespace(q=None, b=None, pairs=None, total=total)
-
-    def _prepared_value(self, a: ChunkCall, how: SimpleNamespace, back: SimpleNamespace) -> SimpleNamespace:
-        """For a decay over the value the same of dy, c and P."""
-        return _NOTHING
-
-    def _ready(
-        self, kernel: str, a: ChunkCall, how: SimpleNamespace, width: int, *given: Tensor | None
-    ) -> SimpleNamespace:
-        n = how.lanes
-        device = a.c.device
-        made = SimpleNamespace(
-            q=torch.empty(*a.shape, width, dtype=how.operand, device=device),
-            b=torch.empty(*a.shape, width, dtype=how.operand, device=device),
-            pairs=torch.empty(*a.shape, how.bt, dtype=how.operand, device=device),
-            total=torch.empty(n.chunks, n.lanes, width, dtype=torch.float32, device=device),
-        )
-        own = self.plan("prepare", a, how.bt)
-        self.run(
-            kernel, a, n.chunks * n.lanes,
-            (made.q, made.b, made.pairs, made.total, *given, n.cu, n.first, n.owner), (n.tokens, n.lanes),
-            (a.shift, how.precision, width, how.bt, min(_block(width), own.bks), _NEAR, how.bt.bit_length() - 1),
-            num_warps=own.warps,
-        )  # fmt: skip
-        return made
-
     # --- sizes
 
     def _matrices(self, n: Lanes, count: int, a: ChunkCall) -> tuple[Tensor, Tensor | None]:
@@ -3938,9 +4142,13 @@ class ChunkKernels(ChunkPlans):
             return None
         return torch.empty(*a.shape, self.table.width, dtype=torch.float32, device=a.c.device)
 
-    def _worth(self, n: Lanes, bt: int) -> bool:
-        """Whether the states before each chunk are kept for backward: numbers a token, beside those of q, b, c, y."""
-        return self.keeps and n.key * n.value <= bt * 2 * (n.key + n.value)
+    def _worth(self, n: Lanes, bt: int, made: Made) -> tuple[bool, bool]:
+        """Whether what was made ready, and then the states before each chunk, are kept for backward: all in all not
+        more numbers a token than q, b, c and y have. To make states again takes one light kernel."""
+        most = 2 * (n.key + n.value) if self.keeps else 0
+        ready = sum(x.shape[-1] for x in made[:-1] if x is not None)
+        keep = 0 < ready <= most
+        return keep, n.key * n.value <= bt * (most - ready * keep)
 
     @staticmethod
     def _gradient(x: Tensor | None, n: Lanes, param: bool, wanted: bool) -> Tensor | None:
@@ -3959,15 +4167,15 @@ class _ChunkScan(torch.autograd.Function):
         a = kernels.settled(a)
         out, final, zfinal, kept = kernels.forward(a, True)
         ctx.kernels, ctx.plain = kernels, a.of([None] * len(tensors))
-        ctx.save_for_backward(*a.tensors, *kept)
+        ctx.save_for_backward(*a.tensors, *kept.tensors)
         ctx.set_materialize_grads(False)
         return out, final, zfinal
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        count = len(ctx.saved_tensors) - len(Kept._fields)
-        tensors, kept = ctx.saved_tensors[:count], Kept(*ctx.saved_tensors[count:])
+        count = len(ctx.plain.tensors)
+        tensors, kept = ctx.saved_tensors[:count], Kept.of(ctx.saved_tensors[count:])
         a: ChunkCall = ctx.plain.of(tensors)
         do, d_final, d_zfinal = grads
         if do is None:
@@ -5021,7 +5229,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='0280e9aefdf95456',
+    digest='fdcde0fe2a2862f9',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

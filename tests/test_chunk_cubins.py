@@ -47,19 +47,22 @@ def source(
     function = getattr(made.table, kernel)
     bk = max(16, 1 << (key - 1).bit_length())
     tiled = {"normed": "gradients", "shares": "forward", "norms": "forward", "step": "forward", "prepare_value": "prepare",
-             "sums": "states", "numbers": "states"}.get(kernel, kernel)  # fmt: skip
+             "sums": "states", "numbers": "states", "logs": "prepare", "logs_value": "prepare", "products": "prepare",
+             "pairs": "key"}.get(kernel, kernel)  # fmt: skip
     tokens, bv, bks, warps, stages = next(t for limit, t in made.table.tiles[tiled][size] if bk <= limit)
     operand = NAMES[size]
     absent = {"p_code", "p_cu", "p_chunks", "p_owner", "p_slots", "p_y"}
+    absent |= {"p_down", "p_vdown"} if size == 2 else set()
     absent |= set() if made.table.norm else {"p_zstates", "p_zcostates", "p_dw", "p_z"}
     absent |= set() if made.table.width else {"p_sums"}
     absent |= set() if made.table.seen else {"p_seen"}
     if decay < 2:
-        absent |= {"p_k2"} | (set() if kernel == "prepare_value" else {"p_qs", "p_bs", "p_pairs"})
+        absent |= {"p_k2"} | (set() if kernel == "prepare_value" else {"p_qs", "p_bs"})
+        absent |= set() if over else {"p_pairs"}
     absent |= {"p_total"} if decay == 0 and kernel != "prepare_value" else set()
     absent |= set() if decay == 1 else {"p_log", "p_dlog"}
     if not over:
-        absent |= {"p_dys", "p_cs", "p_vpairs", "p_vtotal", "p_vdecay"}
+        absent |= {"p_dys", "p_cs", "p_vpairs", "p_vtotal", "p_vdecay", "p_vup", "p_vdown"}
     if fused is None:
         absent |= {"p_n", "p_dn"} | ({"p_dk2"} if decay < 2 else set())
     elif not any(a.name == "n" for a in fused.numbers):
@@ -70,14 +73,14 @@ def source(
         absent |= {n for n in function.arg_names if kernel == "step" and re.fullmatch(r"p_(n|s\d)", n)}
     if decay == 2 and kernel in ("forward", "states"):  # q and b lie scaled
         absent |= {n for n in function.arg_names if re.fullmatch(r"p_k\d", n)}
-    whole = {"p_log", "p_n", "p_total", "p_vtotal", "p_sums", "p_dw", "p_start", "p_final", "p_end", "p_decay", "p_vdecay",
+    whole = {"p_up", "p_down", "p_vup", "p_vdown", "p_log", "p_n", "p_total", "p_vtotal", "p_sums", "p_dw", "p_start", "p_final", "p_end", "p_decay", "p_vdecay",
              "p_dlog", "p_dn", "p_s", "p_z", "p_zstates", "p_zcostates", "p_shares", "p_norms", "p_last"}  # fmt: skip
-    side, whole_v = value if kernel == "prepare_value" else key, max(16, 1 << (value - 1).bit_length())
-    whole_k = whole_v if kernel == "prepare_value" else bk
+    side, whole_v = value if kernel.endswith("_value") else key, max(16, 1 << (value - 1).bit_length())
+    whole_k = whole_v if kernel.endswith("_value") else bk
     fixed = {
         "DECAY": decay, "OVER_V": over, "SHIFT": shift, "PREC": {2: "bf16", 4: "tf32x3"}[size], "K": side, "V": value,
         "BT": tokens, "BK": bk if kernel in ("forward", "step", "shares") else min(whole_k, bks), "BV": min(bv, whole_v),
-        "NS": stages, "BACK": True, "BG": 16, "BC": 32, "NK": 1, "LB": 4, "LT": tokens.bit_length() - 1,
+        "NS": stages, "BACK": True, "BG": 16, "BC": 32, "NK": 1,
     }  # fmt: skip
     if kernel == "step":
         fixed["BV"] = min(128, whole_v)
@@ -128,24 +131,32 @@ def _arguments(made: tuple[ASTSource, dict[str, int]], target: str) -> tuple[AST
     return made[0], TARGETS[target], made[1]
 
 
+def spills(kernel: str) -> int:
+    """Bytes allowed. What has a second way for decays beyond all bounds spills most in that."""
+    return 2560 if kernel in ("key", "values", "forward") else 512
+
+
 @pytest.mark.parametrize(
-    ("kernel", "decay"), [("sums", 1), ("forward", 1), ("states", 1), ("gradients", 1), ("prepare", 2), ("states", 2), ("gradients", 2)]
-)
+    ("kernel", "decay"),
+    [("sums", 1), ("forward", 1), ("states", 1), ("gradients", 1), ("logs", 2), ("prepare", 2), ("states", 2),
+     ("pairs", 2), ("key", 2), ("values", 2)]
+)  # fmt: skip
 def test_resources(kernel: str, decay: int) -> None:
     found = resources(kernel, 2, decay, 128, 128)
     assert found["shared"] <= SHARED
-    assert found["spilt"] <= 512, found
+    assert found["spilt"] <= spills(kernel), found
 
 
 @pytest.mark.parametrize(
     ("kernel", "spec", "decay"),
     [("forward", "value_gate", 0), ("prepare_value", "value_gate", 0), ("values", "value_gate", 0),
-     ("forward", "grid_gate", 2), ("gradients", "grid_gate", 2), ("values", "grid_gate", 2), ("step", "grid_gate", 2)],
+     ("products", "value_gate", 0), ("forward", "grid_gate", 2), ("key", "grid_gate", 2),
+     ("values", "grid_gate", 2), ("step", "grid_gate", 2)],
 )  # fmt: skip
 def test_resources_over_the_value(kernel: str, spec: str, decay: int) -> None:
     found = resources(kernel, 2, decay, 128, 128, spec=spec)
     assert found["shared"] <= SHARED
-    assert found["spilt"] <= 512, found
+    assert found["spilt"] <= spills(kernel), found
 
 
 @pytest.mark.parametrize(("kernel", "spec"), [("sums", "mlstm"), ("numbers", "mlstm"), ("step", "mamba2")])
@@ -165,8 +176,9 @@ def report() -> None:
     """Everything, as a table: python tests/test_chunk_cubins.py."""
     for size, key, value in ((2, 128, 128), (2, 64, 64), (2, 256, 256), (4, 64, 64), (4, 128, 128), (2, 96, 80)):
         for decay, over in ((0, False), (1, False), (2, False), (0, True), (2, True)):
-            made = ("prepare_value", "values") if over else ()
-            for kernel in (*((), ("sums",), ("prepare",))[decay], "forward", "states", "gradients", *made):
+            made = ("logs_value", "prepare_value", "values") if over else ("values",)
+            own = ("gradients",), ("sums", "gradients"), ("logs", "prepare", "pairs", "key")
+            for kernel in (*own[decay], "forward", "states", *made):
                 try:
                     found = resources(kernel, size, decay, key, value, over=over)
                 except Exception as error:
@@ -175,7 +187,7 @@ def report() -> None:
                 print(NAMES[size], shown, kernel, found, flush=True)
     for decay in (1, 2):  # what psmc tune may try
         shipped = tiles(decay == 2).data
-        names = [f"{k}/2/128" for k in ("forward", "states", "gradients", *(("prepare",) if decay == 2 else ()))]
+        names = [f"{k}/2/128" for k in ("forward", "states", *(("prepare", "key") if decay == 2 else ("gradients",)))]
         for row in (r for c in candidates("chunked", shipped, names) for r in c.rows if r.name in names):
             try:
                 found = resources(row.kernel, 2, decay, 128, 128, tile=ChunkTile(*row.numbers))

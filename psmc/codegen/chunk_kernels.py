@@ -28,8 +28,8 @@ from psmc.structure.report import Affine, Structure
 _LOG2E = "1.4426950408889634"
 _BOUND = "60.0"  # exponents within which a product of two scaled factors neither overflows nor loses digits
 _FILES = (
-    "parts", "tokens", "lift", "decays", "sums", "numbers", "prepare", "inner", "decayed", "forward", "states",
-    "gradients", "values", "norms", "step",
+    "parts", "tokens", "lift", "decays", "sums", "numbers", "logs", "prepare", "inner", "decayed", "forward",
+    "states", "gradients", "key", "values", "norms", "step",
 )  # fmt: skip
 _KERNELS = ("sums", "forward", "states", "join", "gradients", "values", "step")
 _NORMS = ("normed", "shares", "norms")
@@ -54,10 +54,12 @@ def print_chunk_kernels(agg: Aggregator, structure: Structure, tuned: Tuned | No
 def kernel_text(sizes: ChunkTiles, fused: Fused, tuned: Tuned | None = None) -> str:
     """The kernels and their table."""
     f = _view(fused)
-    where = {"prepare": f.log or f.log_value, "decayed": f.log_value, "norms": f.norm, "numbers": f.lifted}
+    where = dict.fromkeys(("logs", "prepare", "inner"), bool(f.sides)) | {"norms": f.norm, "numbers": f.lifted}
+    where |= {"key": f.log, "decayed": f.log_value}
     files = [name for name in _FILES if where.get(name, True)]
     parts = [render(f"chunk_{name}.py.j2", log2e=_LOG2E, bound=_BOUND, f=f) for name in files]
-    kernels = [*_KERNELS, *(s.kernel for s in f.sides), *(_NORMS if f.norm else ()), *(["numbers"] if f.lifted else [])]
+    kernels = [*_KERNELS, *(n for s in f.sides for n in (s.logs, s.kernel)), *(_NORMS if f.norm else ())]
+    kernels += [n for n, x in (("key", f.log), ("pairs", f.log), ("products", f.log_value), ("numbers", f.lifted)) if x]
     rows = "".join(f"    {name}=chunk_{name}_kernel,\n" for name in kernels)
     table = (
         f"CHUNK_KERNELS = SimpleNamespace(\n{rows}"
@@ -122,9 +124,8 @@ def _view(f: Fused) -> SimpleNamespace:
         held = sides[w]
         lies = next((f"b_{x}" for k, x in held.items() if any(key_of(r) == k and r == expr for r in refs(expr))), None)
         call = lies or function(f"lift_{name}", [(name, expr)]).call(tile)
-        across = name != "q" and (f.log if w == "k" else f.log_value) is not None
         return SimpleNamespace(name=name, says=_SAYS.get(name, ""), reads=over(expr, held), call=call, w=w,
-                               lifted=lies is None, across=across)  # fmt: skip
+                               lifted=lies is None)  # fmt: skip
 
     over_key, over_value = (("q", f.q), ("b", f.b), ("log", f.log)), (("c", scalar("c")), ("log_value", f.log_value))
     loaded = [factor(n, x, w) for w, xs in (("k", over_key), ("v", over_value)) for n, x in xs if x is not None]
@@ -216,11 +217,16 @@ def _view(f: Fused) -> SimpleNamespace:
 
 def _sides(f: Fused, outs: str) -> list[SimpleNamespace]:
     """What chunk_prepare makes ready, of the sides that have a decay. Its K is the side's size."""
-    key = SimpleNamespace(kernel="prepare", outs="b_q", reads="load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)", b="b",
-                          log="log", args="p_sums")  # fmt: skip
+    key = SimpleNamespace(
+        kernel="prepare", logs="logs", outs="b_q", b="b", log="log", args="p_sums",
+        reads="load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)",
+        q_at="load_q_at(raw, row, i_g, length, x, o_k, SHIFT, K)",
+    )  # fmt: skip
+    given = "p_do, p_seen, p_sums"
     value = SimpleNamespace(
-        kernel="prepare_value", outs=outs.replace("b_dy", "b_q", 1), b="c", log="log_value",
-        args="p_do, p_seen, p_sums", reads="back_out(raw, p_do, p_seen, p_sums, row, i_g, length, o_k, G, K, BT)",
+        kernel="prepare_value", logs="logs_value", outs=outs.replace("b_dy", "b_q", 1), b="c", log="log_value",
+        args=given, reads=f"back_out(raw, {given}, row, i_g, length, o_k, G, K, BT)",
+        q_at=f"load_dy_at(raw, {given}, row, i_g, length, x, o_k, G, K)",
     )  # fmt: skip
     return [side for side, log in ((key, f.log), (value, f.log_value)) if log is not None]
 

@@ -50,7 +50,7 @@ def emit(
     files = KIT
     if plan.name == "chunked":
         more = POINTWISE_KIT if small else ("kit_calls",)
-        views = ("kit_chunk_views", "kit_chunk_layer", "kit_chunk_plan", "kit_chunk_kernels")
+        views = ("kit_chunk_views", "kit_chunk_layer", "kit_chunk_plan", "kit_chunk_made", "kit_chunk_kernels")
         more = (*more, *views) if matrices else ()
         chunks = ("kit_cut", "kit_halves", "kit_decay", "kit_walk", "kit_chunk")
         fused = ("kit_fused",) if matrices else ()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from psmc.plan.tiles import Row
 
-KERNELS = ("forward", "states", "gradients", "prepare", "values")
+KERNELS = ("forward", "states", "gradients", "prepare", "key", "values")
 _KEYS = (64, 128, 256)  # a row holds up to this key block
 
 
@@ -60,21 +60,22 @@ def tiles(wide: bool, valued: bool = False) -> ChunkTiles:
 
 def _tile(kernel: str, size: int, key: int, wide: bool, valued: bool) -> ChunkTile:
     """On chip: a state block K x BV of fp32 in registers (255 a thread), tiles in shared memory (227 KiB). What scales
-    by a decay over the value holds half a dozen tiles [BT, BV] at once: they are narrow. What only accumulates over its
-    loop takes one stage: Triton 3.6 does not wait for its products before it copies the next tiles over the last."""
+    by a decay over the value holds half a dozen tiles [BT, BV] at once; in bf16 Triton 3.6 gets those of 32 columns
+    wrong, and faults with blocks of the key of 32. What only accumulates over its loop takes one stage: it does not
+    wait for its products before it copies the next tiles over the last."""
     tokens = 64 if size == 2 and key <= 128 else 32
     if kernel == "values" and valued:
-        return ChunkTile(tokens, 32, min(key, 64), 8, 1)
+        return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 4, 1)
     if kernel == "values":
         return ChunkTile(tokens, 64 if size == 4 or key > 128 else 128, min(key, 64), 4, 1)
     if kernel == "forward" and valued:
-        return ChunkTile(tokens, 32, key, 8, 2 if size == 2 else 1)
+        return ChunkTile(tokens, 64 if size == 2 else 32, key, 8, 2 if size == 2 and key <= 128 else 1)
     if kernel == "forward":
         return ChunkTile(tokens, 64 if key <= 128 else 32, key, 4, 2 if size == 2 else 1)
     if kernel == "states":
         return ChunkTile(tokens, 64, 64, 4, 2 if size == 2 else 1)
-    if kernel == "gradients" and wide:
-        return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 8, 1)
+    if kernel == "key":
+        return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 4, 1)
     if kernel == "gradients":
         return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 4, 1)
-    return ChunkTile(tokens, 64, min(key, 64), 8, 1)
+    return ChunkTile(tokens, 64, min(key, 64), 4, 1)

@@ -29,7 +29,8 @@ _CHANGES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "states": ("warps*2", "values*2 warps*2", "stages=1", "stages=3", "keys*2", "values*2",
                    "values*2 keys*2 warps*2"),
         "gradients": ("keys/2", "stages=2", "values/2", "keys/2 stages=2", "keys/2 values/2", "keys/2 warps/2"),
-        "prepare": ("keys/2", "keys/2 warps/2", "warps/2"),
+        "prepare": ("keys/2", "keys*2", "warps*2", "keys/2 warps/2", "keys*2 warps*2"),
+        "key": ("keys/2", "values*2", "warps*2", "stages=2", "keys/2 values*2", "keys*2 warps*2"),
         "": ("warps/2", "warps*2", "stages=1", "stages=2", "values/2", "keys/2"),
     },
     "pointwise": {

@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from psmc.runtime.kit_chunk_layer import chunk_layer, chunk_step, chunk_steps
+from psmc.runtime.kit_chunk_made import chunk_made, chunk_made_value
 from psmc.runtime.kit_chunk_plan import ChunkPlans
-from psmc.runtime.kit_chunk_views import ChunkCall, Kept, Lanes, _block, _folded, _laid
-
-_NEAR = 4  # 2^4 tokens of a chunk are a product among themselves
-_NOTHING = SimpleNamespace(q=None, b=None, pairs=None, total=None)  # is made ready
+from psmc.runtime.kit_chunk_views import ChunkCall, Kept, Lanes, Made, _block, _folded, _laid
 
 
 class ChunkKernels(ChunkPlans):
@@ -30,6 +28,7 @@ class ChunkKernels(ChunkPlans):
         return device.type == "cuda" or self.interpreted
 
     layer, step, steps = chunk_layer, chunk_step, chunk_steps
+    _prepared, _prepared_value = chunk_made, chunk_made_value
 
     def scan(
         self, q: Tensor, b: Tensor, c: Tensor, log: Tensor | None, start: Tensor | None, cu: Tensor | None = None,
@@ -82,7 +81,7 @@ class ChunkKernels(ChunkPlans):
             for x, start in ((final, a.start), (zfinal, a.zstart)):
                 if x is not None:
                     x.zero_() if start is None else x.copy_(start)
-            return out, final, zfinal, Kept(None, None, None, None)
+            return out, final, zfinal, Kept(None, None, None, None, None)
         sums = self._sums(a)
         a, total = self.lifted(a, how)
         made = self._prepared(a, how, sums, total)
@@ -91,17 +90,20 @@ class ChunkKernels(ChunkPlans):
         if how.segments > 1:
             begin = self._starts(a, made, begin, final, None, how)
         y = torch.empty_like(out) if keep and self.table.seen == "y" else None
-        states = self._states(n, how.operand, a) if keep and self._worth(n, how.bt) else None
+        worth = self._worth(n, how.bt, made) if keep else (False, False)
+        states = self._states(n, how.operand, a) if worth[1] else None
         self.run(
             "forward", a, n.sequences * n.lanes * how.segments * -(-n.value // how.bv),
-            (made.q, made.b, made.pairs, made.total, sums, begin, zstates, out, y, last, states, n.cu, n.first),
+            (made.q, made.b, made.pairs, made.total, made.vup, made.vdown, sums, begin, zstates, out, y, last, states,
+             n.cu, n.first),
             (n.tokens, how.segments, how.segment, n.lanes, a.scale),
-            (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages, _NEAR,
-             how.bt.bit_length() - 1),
+            (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages),
             "scaled" if a.decay == 2 else "all", num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         seen = out if self.table.seen == "output" else y
-        return out, final, zfinal, Kept(seen, sums, states, zstates) if keep else Kept(None, None, None, None)
+        if not keep:
+            return out, final, zfinal, Kept(None, None, None, None, None)
+        return out, final, zfinal, Kept(seen, sums, states, zstates, made if worth[0] else None)
 
     def backward(
         self, a: ChunkCall, kept: Kept, do: Tensor, d_final: Tensor | None, d_zfinal: Tensor | None,
@@ -138,7 +140,7 @@ class ChunkKernels(ChunkPlans):
             return [d_start, d_zstart, None, None, dc, *keys, *values, *([None] * (len(a.numbers) + len(a.scalars)))]
         do = do.contiguous()
         raw, (a, total) = a, self.lifted(a, how)
-        made = self._prepared(a, how, kept.sums, total)
+        made = kept.made or self._prepared(a, how, kept.sums, total)
         dw = None
         if self.table.norm:
             dw = torch.empty(a.shape, **few)  # type: ignore[call-overload]
@@ -148,27 +150,29 @@ class ChunkKernels(ChunkPlans):
             )  # fmt: skip
         states = self.states(a, made, None, how.bt) if kept.states is None else kept.states
         back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, begin=d_final, end=d_start)
-        back.value = value = self._prepared_value(a, how, back)
+        back.value = value = self._prepared_value(a, how, made, back)
         costates = self.states(a, made, back, how.bt)
         zcostates = self._norms(a, made, back, how, d_zfinal, d_zstart)
         reached = [x for x, stored in zip(numbers, self.table.grads[2], strict=True) if stored]
-        self.run(
-            "gradients", a, n.chunks * n.lanes * blocks,
-            (made.b, made.pairs, made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs, value.total,
-             states, costates, kept.zstates, zcostates, *keys, *reached, dlog, dn, n.cu, n.first, n.owner),
-            (n.tokens, n.batch * n.tokens, n.lanes, a.scale),
-            (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages, _NEAR,
-             how.bt.bit_length() - 1),
-            num_warps=how.warps, num_stages=how.stages,
-        )  # fmt: skip
+        if a.decay == 2:
+            self._key_gradients(a, how, made, back, (states, costates, kept.zstates, zcostates), *keys, *reached)
+        else:
+            self.run(
+                "gradients", a, n.chunks * n.lanes * blocks,
+                (made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs, value.total, states, costates,
+                 kept.zstates, zcostates, *keys, *reached, dlog, dn, n.cu, n.first, n.owner),
+                (n.tokens, n.batch * n.tokens, n.lanes, a.scale),
+                (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages),
+                num_warps=how.warps, num_stages=how.stages,
+            )  # fmt: skip
         own = self.plan("values", a, how.bt)
         self.run(
             "values", a, n.chunks * n.lanes * -(-n.value // own.bv),
-            (made.q, made.b, made.pairs, made.total, kept.sums, do, kept.seen, states if a.over else None, costates, dc,
-             *values, n.cu, n.first, n.owner),
+            (made.q, made.b, made.pairs, made.total, made.vup, made.vdown, value.total, kept.sums, do, kept.seen,
+             states if a.over else None, costates, dc, *values, n.cu, n.first, n.owner),
             (n.tokens, n.lanes, a.scale),
-            (a.decay, a.over, a.shift, own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv, own.stages,
-             _NEAR, own.bt.bit_length() - 1),
+            (a.decay, a.over, a.shift, own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv,
+             own.stages),
             num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
         if lifted:
@@ -177,6 +181,29 @@ class ChunkKernels(ChunkPlans):
             return [d_start, d_zstart, None, None, dc, *keys, *values, *([None] * len(numbers)), *scalars]
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
         return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers, *([None] * len(raw.scalars))]
+
+    def _key_gradients(
+        self, a: ChunkCall, how: SimpleNamespace, made: Made, back: SimpleNamespace, states: Any, *given: Tensor | None
+    ) -> None:
+        """For a decay over the key. given: what the gradients of keys and of numbers go to."""
+        n, p = how.lanes, back.value.pairs
+        reads = back.sums, back.do, back.seen, back.dw
+        own = self.plan("key", a, how.bt)
+        if not a.over:
+            p = torch.empty(*a.shape, how.bt, dtype=how.operand, device=a.c.device)
+            self.run(
+                "pairs", a, n.chunks * n.lanes, (*reads, p, n.cu, n.first, n.owner), (n.tokens, n.lanes, a.scale),
+                (how.precision, n.value, how.bt, own.bv), num_warps=4,
+            )  # fmt: skip
+        bk = min(own.bk, own.bks)
+        self.run(
+            "key", a, n.chunks * n.lanes * -(-n.key // bk),
+            (made.up, made.down, made.total, *reads, back.value.q, back.value.b, p, back.value.total, *states, *given,
+             n.cu, n.first, n.owner),
+            (n.tokens, n.lanes, a.scale),
+            (a.over, a.shift, own.precision, n.key, n.value, own.bt, bk, own.bv, own.stages), num_warps=own.warps,
+            num_stages=own.stages,
+        )  # fmt: skip
 
     def _scalar_gradients(
         self, a: ChunkCall, how: SimpleNamespace, given: list[Tensor | None], blocks: int, wanted: tuple[Any, ...]
@@ -199,7 +226,7 @@ class ChunkKernels(ChunkPlans):
         )  # fmt: skip
         return made
 
-    def states(self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, bt: int = 0) -> Tensor:
+    def states(self, a: ChunkCall, made: Made, back: SimpleNamespace | None, bt: int = 0) -> Tensor:
         """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
         how = self.plan("states", a, bt)
         n = how.lanes
@@ -211,7 +238,7 @@ class ChunkKernels(ChunkPlans):
         return found
 
     def _starts(
-        self, a: ChunkCall, made: SimpleNamespace, first: Tensor | None, last: Tensor | None,
+        self, a: ChunkCall, made: Made, first: Tensor | None, last: Tensor | None,
         back: SimpleNamespace | None, how: SimpleNamespace,
     ) -> Tensor:  # fmt: skip
         """What each segment starts from, [N, S, G, K, V]; into `last`: where the last ends."""
@@ -232,24 +259,24 @@ class ChunkKernels(ChunkPlans):
         return starts
 
     def _walk(
-        self, a: ChunkCall, made: SimpleNamespace, begin: Tensor | None, end: Tensor | None, left: Any,
+        self, a: ChunkCall, made: Made, begin: Tensor | None, end: Tensor | None, left: Any,
         states: Tensor | None, back: SimpleNamespace | None, how: SimpleNamespace,
     ) -> None:  # fmt: skip
         n = how.lanes
         bk = min(how.bk, how.bks)
         blocks = -(-n.key // bk) * -(-n.value // how.bv)
-        given = back or SimpleNamespace(do=None, seen=None, sums=None, value=_NOTHING)
+        given = back or SimpleNamespace(do=None, seen=None, sums=None, value=Made())
         self.run(
             "states", a, n.sequences * n.lanes * how.segments * blocks,
-            (made.q, made.b, made.total, given.sums, given.do, given.seen, given.value.q, given.value.total, begin, end,
-             *left, states, n.cu, n.first),
+            (made.q, made.b, made.total, made.vup, made.vdown, given.sums, given.do, given.seen, given.value.q,
+             given.value.total, begin, end, *left, states, n.cu, n.first),
             (n.tokens, how.segments, how.segment, n.lanes, a.scale),
             (back is not None, a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages),
             "scaled" if a.decay == 2 else "all", num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
 
     def _norms(
-        self, a: ChunkCall, made: SimpleNamespace, back: SimpleNamespace | None, how: SimpleNamespace,
+        self, a: ChunkCall, made: Made, back: SimpleNamespace | None, how: SimpleNamespace,
         first: Tensor | None, last: Tensor | None,
     ) -> Tensor | None:  # fmt: skip
         """z before each chunk, [chunks, G, K] in fp32, if there is a z; with `back` its costate behind it. From `first`
@@ -275,41 +302,6 @@ class ChunkKernels(ChunkPlans):
         )  # fmt: skip
         return found
 
-    def _prepared(
-        self, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None, total: Tensor | None
-    ) -> SimpleNamespace:
-        """For a decay over the key: q and b scaled [B, T, G, K], A [B, T, G, BT], the chunks' totals [chunks, G, K];
-        for others `total` alone."""
-        if a.decay == 2:
-            return self._ready("prepare", a, how, how.lanes.key, sums)
-        return SimpleNamespace(q=None, b=None, pairs=None, total=total)
-
-    def _prepared_value(self, a: ChunkCall, how: SimpleNamespace, back: SimpleNamespace) -> SimpleNamespace:
-        """For a decay over the value the same of dy, c and P."""
-        if not a.over:
-            return _NOTHING
-        return self._ready("prepare_value", a, how, how.lanes.value, back.do, back.seen, back.sums)
-
-    def _ready(
-        self, kernel: str, a: ChunkCall, how: SimpleNamespace, width: int, *given: Tensor | None
-    ) -> SimpleNamespace:
-        n = how.lanes
-        device = a.c.device
-        made = SimpleNamespace(
-            q=torch.empty(*a.shape, width, dtype=how.operand, device=device),
-            b=torch.empty(*a.shape, width, dtype=how.operand, device=device),
-            pairs=torch.empty(*a.shape, how.bt, dtype=how.operand, device=device),
-            total=torch.empty(n.chunks, n.lanes, width, dtype=torch.float32, device=device),
-        )
-        own = self.plan("prepare", a, how.bt)
-        self.run(
-            kernel, a, n.chunks * n.lanes,
-            (made.q, made.b, made.pairs, made.total, *given, n.cu, n.first, n.owner), (n.tokens, n.lanes),
-            (a.shift, how.precision, width, how.bt, min(_block(width), own.bks), _NEAR, how.bt.bit_length() - 1),
-            num_warps=own.warps,
-        )  # fmt: skip
-        return made
-
     # --- sizes
 
     def _matrices(self, n: Lanes, count: int, a: ChunkCall) -> tuple[Tensor, Tensor | None]:
@@ -326,9 +318,13 @@ class ChunkKernels(ChunkPlans):
             return None
         return torch.empty(*a.shape, self.table.width, dtype=torch.float32, device=a.c.device)
 
-    def _worth(self, n: Lanes, bt: int) -> bool:
-        """Whether the states before each chunk are kept for backward: numbers a token, beside those of q, b, c, y."""
-        return self.keeps and n.key * n.value <= bt * 2 * (n.key + n.value)
+    def _worth(self, n: Lanes, bt: int, made: Made) -> tuple[bool, bool]:
+        """Whether what was made ready, and then the states before each chunk, are kept for backward: all in all not
+        more numbers a token than q, b, c and y have. To make states again takes one light kernel."""
+        most = 2 * (n.key + n.value) if self.keeps else 0
+        ready = sum(x.shape[-1] for x in made[:-1] if x is not None)
+        keep = 0 < ready <= most
+        return keep, n.key * n.value <= bt * (most - ready * keep)
 
     @staticmethod
     def _gradient(x: Tensor | None, n: Lanes, param: bool, wanted: bool) -> Tensor | None:
@@ -347,15 +343,15 @@ class _ChunkScan(torch.autograd.Function):
         a = kernels.settled(a)
         out, final, zfinal, kept = kernels.forward(a, True)
         ctx.kernels, ctx.plain = kernels, a.of([None] * len(tensors))
-        ctx.save_for_backward(*a.tensors, *kept)
+        ctx.save_for_backward(*a.tensors, *kept.tensors)
         ctx.set_materialize_grads(False)
         return out, final, zfinal
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        count = len(ctx.saved_tensors) - len(Kept._fields)
-        tensors, kept = ctx.saved_tensors[:count], Kept(*ctx.saved_tensors[count:])
+        count = len(ctx.plain.tensors)
+        tensors, kept = ctx.saved_tensors[:count], Kept.of(ctx.saved_tensors[count:])
         a: ChunkCall = ctx.plain.of(tensors)
         do, d_final, d_zfinal = grads
         if do is None:

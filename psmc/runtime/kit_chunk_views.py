@@ -100,14 +100,41 @@ class ChunkCall(NamedTuple):
         return tuple(found)
 
 
+class Made(NamedTuple):
+    """What is made ready of a call: of a decay over the key sums of logs within halves of chunks, up to each token and
+    (for precise operands) behind it, [B, T, G, K]; the same over the value; q and b scaled; A [B, T, G, BT]; the logs
+    of whole chunks [chunks, G, K], or the sums of those of a number a token, [chunks, G, 2, BT]."""
+
+    up: Tensor | None = None
+    down: Tensor | None = None
+    vup: Tensor | None = None
+    vdown: Tensor | None = None
+    q: Tensor | None = None
+    b: Tensor | None = None
+    pairs: Tensor | None = None
+    total: Tensor | None = None
+
+
 class Kept(NamedTuple):
     """What a backward needs of its forward: what the kernels read of the readout, sums [B, T, G, width] that they
-    handed on, and the states before each chunk, if they were kept."""
+    handed on, and the states before each chunk and what was made ready, if they were kept."""
 
     seen: Tensor | None
     sums: Tensor | None
     states: Tensor | None
     zstates: Tensor | None
+    made: Made | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (*self[:4], *(self.made or Made()))
+
+    @staticmethod
+    def of(tensors: Any) -> Kept:
+        """What `tensors` gave."""
+        made = Made(*tensors[4:])
+        seen, sums, states, zstates = tensors[:4]
+        return Kept(seen, sums, states, zstates, made if any(x is not None for x in made) else None)
 
 
 def _settled(at: int, x: Tensor) -> bool:
