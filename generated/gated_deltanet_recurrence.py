@@ -2263,7 +2263,7 @@ def run_small(
     spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, given: Asked
 ) -> tuple[Values, Values, Values]:
     """The prefixes of every token, those before it, and the final state."""
-    own = _own_call(call, layer)
+    own = small_call(call, layer)
     if own is None or layer.operator is None:
         return _scanned(spec, rules, call, layer, x, params, given)
     found, final = layer.operator(own, {}, given.initial, given.mask, given.reset, given.cu_seqlens)
@@ -2271,7 +2271,7 @@ def run_small(
     return prefix, previous, final
 
 
-def _own_call(call: Call, layer: Scanned) -> Call | None:
+def small_call(call: Call, layer: Scanned) -> Call | None:
     """The call of a small layer's kernels; None: not for them."""
     if layer.operator is None:
         return None
@@ -2776,7 +2776,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gated_deltanet_recurrence',
-    digest='8176e2f98b433a58',
+    digest='a3dbd9a96ddb30f6',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('beta', within=(0.0, 1.0, '[]')), Slot('g', within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('A', ('K', 'K')), Slot('S', ('K', 'V')),),

@@ -30,30 +30,30 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    80  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
   122  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
- 1228  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1507  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1664  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1896  The border, continued: states, flags and packing
- 2018  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2094  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2157  One checked call in PyTorch: lift, the scan of the plan, readout
- 2323  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2386  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2591  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2771  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 2959  Matrix states a chunk of tokens at a time, as batched matrix products
- 3111  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 3254  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 3430  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3645  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
- 3793  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
- 3840  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 4200  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4468  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
- 4568  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 4847  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
- 4998  The public face of a compiled aggregator: a parallel call, a step, states
- 5228  the spec's border
+ 1227  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1506  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1663  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1895  The border, continued: states, flags and packing
+ 2017  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2093  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2156  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2322  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2385  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2590  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2770  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 2958  Matrix states a chunk of tokens at a time, as batched matrix products
+ 3110  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 3253  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 3429  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3644  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
+ 3792  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
+ 3839  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 4199  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4467  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 4567  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 4846  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
+ 5023  The public face of a compiled aggregator: a parallel call, a step, states
+ 5253  the spec's border
 """
 
 from __future__ import annotations
@@ -1155,22 +1155,20 @@ def chunk_step_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
     p_s, p_z, p_out, p_slots, s_n, s_g, s_k, s_v, z_n, z_g, z_k, G, scale,
     DECAY: tl.constexpr, SHIFT: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    NB: tl.constexpr,
 ):
-    """One token: a program reads BV columns of one lane's state once and writes them once, in the row that p_slots [B]
-    names; with z, all columns. Floor: the state's bytes, twice."""
+    """One token: a program reads NB blocks of BV columns of one lane's state once and writes them once, in the row that
+    p_slots [B] names; with z, all columns. Floor: the state's bytes, twice."""
     raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
-    NV: tl.constexpr = (V + BV - 1) // BV
+    NV: tl.constexpr = (V + BV * NB - 1) // (BV * NB)
     pid = tl.program_id(0)
     i_v, i_g, i_n = pid % NV, pid // NV % G, (pid // (NV * G)).to(tl.int64)
     slot = i_n
     if p_slots is not None:
         slot = tl.load(p_slots + i_n).to(tl.int64)
-    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m = (o_k < K)[:, None] & (o_v < V)[None, :]
-    at = p_s + slot * s_n + i_g * s_g + o_k[:, None] * s_k + o_v[None, :] * s_v
+    o_k = tl.arange(0, BK)
     b_q = tl.sum(load_q(raw, i_n, i_g, 1, o_k, SHIFT, K, 1).to(tl.float32), 0)  # [BK]
     b_b = tl.sum(load_b(raw, i_n, i_g, 1, o_k, K, 1).to(tl.float32), 0)
-    b_c = rows(p_c + i_g // c_r * c_g, i_n, c_t, 1, o_v, V, 1).to(tl.float32)  # [1, BV]
     keep = tl.full([BK], 1.0, tl.float32)
     if DECAY == 1:
         keep *= tl.exp2(tl.load(p_log + i_g // l_r * l_g + i_n * l_t).to(tl.float32) * 1.4426950408889634)
@@ -1178,17 +1176,18 @@ def chunk_step_kernel(
         keep = tl.exp2(tl.sum(load_log(raw, i_n, i_g, 1, o_k, K, 1).to(tl.float32), 0) * 1.4426950408889634)
     if p_n is not None:
         b_b *= tl.load(p_n + i_g // n_r * n_g + i_n * n_t).to(tl.float32)
-    b_s = tl.load(at, mask=m, other=0).to(tl.float32)  # [BK, BV]
-    next_s = b_s
-    if SHIFT:
-        b_y = tl.sum(b_q[:, None] * b_s, 0)[None, :] * scale  # [1, BV]
-        next_s = next_s * keep[:, None] + b_b[:, None] * b_c
-    else:
-        next_s = next_s * keep[:, None] + b_b[:, None] * b_c
-        b_y = tl.sum(b_q[:, None] * next_s, 0)[None, :] * scale
-    tl.store(at, next_s, mask=m)
     b_w = 0.0
-    store_rows(p_out + i_g * V, b_y, i_n, G * V, 1, o_v, V, 1)
+    for i in range(NB):
+        o_v = (i_v * NB + i) * BV + tl.arange(0, BV)
+        m = (o_k < K)[:, None] & (o_v < V)[None, :]
+        b_c = rows(p_c + i_g // c_r * c_g, i_n, c_t, 1, o_v, V, 1).to(tl.float32)  # [1, BV]
+        at = p_s + slot * s_n + i_g * s_g + o_k[:, None] * s_k + o_v[None, :] * s_v
+        b_s = tl.load(at, mask=m, other=0).to(tl.float32)  # [BK, BV]
+        next_s = b_s
+        next_s = next_s * keep[:, None] + b_b[:, None] * b_c
+        tl.store(at, next_s, mask=m)
+        b_y = tl.sum(b_q[:, None] * (b_s if SHIFT else next_s), 0)[None, :] * scale  # [1, BV]
+        store_rows(p_out + i_g * V, b_y, i_n, G * V, 1, o_v, V, 1)
 
 
 CHUNK_KERNELS = SimpleNamespace(
@@ -3429,7 +3428,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 # --- One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states.
 
-_STEP_VALUES = 64, 128  # columns of a state that a program moves on; where a normaliser moves with them, all: at most
+_STEP_VALUES = 64  # columns of a state that a program moves on at once
 _STEP_EACH = 64  # numbers of them in a thread
 
 
@@ -3528,8 +3527,7 @@ def chunk_steps(kernels: Any, states: list[Tensor]) -> bool:
     key, value = states[0].shape[2], states[0].shape[3]
     if not kernels.takes(key, value, states[0].device) or any(s.dtype != torch.float32 for s in states):
         return False
-    whole = len(states) == 1 or _block(value) <= _STEP_VALUES[1]
-    return whole and all(_near(s.shape[1:], s.stride()[1:]) for s in states)
+    return all(_near(s.shape[1:], s.stride()[1:]) for s in states)
 
 
 def step_states(layer: Any, state: Any) -> list[Tensor] | None:
@@ -3560,13 +3558,14 @@ def step_launch(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step kernel's launch, and the tensors that it takes."""
     (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
-    bk, bv = _block(key), min(_block(value), _STEP_VALUES[len(states) - 1])
+    bk, bv = _block(key), min(_block(value), _STEP_VALUES)
+    blocks = 1 if len(states) == 1 else -(-value // bv)  # one program moves a normaliser on, and reads it
     z = states[1] if len(states) > 1 else None
     out = torch.empty(0, dtype=a.dtype) if out is None else out
     found: tuple[Any, tuple[Any, ...]] = kernels.launcher(
-        "step", a, batch * lanes * -(-value // bv), (states[0], z, out, slots, *a.scalars),
+        "step", a, batch * lanes * -(-value // (bv * blocks)), (states[0], z, out, slots, *a.scalars),
         (*a.scalar_strides, *states[0].stride(), *((0, 0, 0) if z is None else z.stride()[:3]), lanes, a.scale),
-        (a.decay, a.shift, key, value, bk, bv), num_warps=min(max(bk * bv // (32 * _STEP_EACH), 1), 8),
+        (a.decay, a.shift, key, value, bk, bv, blocks), num_warps=min(max(bk * bv // (32 * _STEP_EACH), 1), 8),
     )  # fmt: skip
     return found
 
@@ -4493,7 +4492,7 @@ def run_small(
     spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, given: Asked
 ) -> tuple[Values, Values, Values]:
     """The prefixes of every token, those before it, and the final state."""
-    own = _own_call(call, layer)
+    own = small_call(call, layer)
     if own is None or layer.operator is None:
         return _scanned(spec, rules, call, layer, x, params, given)
     found, final = layer.operator(own, {}, given.initial, given.mask, given.reset, given.cu_seqlens)
@@ -4506,7 +4505,7 @@ def small_steps(
 ) -> tuple[SimpleNamespace, SimpleNamespace] | None:
     """The prefixes [B, 1, *lanes] of small layers with and before one token, while `state` moves on in place; None, and
     nothing has changed, where not all have kernels."""
-    own = [(layer.operator, _own_call(call, layer)) for layer in layers]
+    own = [(layer.operator, small_call(call, layer)) for layer in layers]
     if not all(op is not None and small is not None and op.steps(small, state) for op, small in own):
         return None
     found: Values = {}
@@ -4519,7 +4518,7 @@ def small_steps(
     return SimpleNamespace(**at), SimpleNamespace(**before)
 
 
-def _own_call(call: Call, layer: Scanned) -> Call | None:
+def small_call(call: Call, layer: Scanned) -> Call | None:
     """The call of a small layer's kernels; None: not for them."""
     if layer.operator is None:
         return None
@@ -4860,12 +4859,17 @@ class FusedCalls:
         self.inputs = len(spec.inputs)
         self.dims = next(s.dims for s in spec.components if s.name == rules.layers[-1].components[0])
         self._known: dict[Any, Any] = {}
-        layer = rules.layers[0]
-        fused = None if len(rules.layers) > 1 or spec.taps else getattr(layer, "fused", None)
+        *before, layer = rules.layers
+        fused = getattr(layer, "fused", None)
         read = () if fused is None else (*fused.keys, fused.c, *fused.values, *fused.scalars)
         orders = ((0, 1),), ((0, 1), (0,))  # of the components' dims: key, value; key
-        plain = fused is not None and layer.orders in orders and all(kind in ("input", "param") for _, kind, _ in read)
+        plain = fused is not None and layer.orders in orders and all(kind != "factor" for _, kind, _ in read)
+        plain = plain and all(getattr(x, "operator", None) is not None for x in before)
         self.layer: Any = layer if plain else None
+        self.small: list[Any] = before if plain else []  # their prefixes follow the arguments
+        self.at = {name: n for n, name in enumerate(self.names)}
+        for x in self.small:
+            self.at |= {s.name: len(self.at) + n for n, s in enumerate(x.operator.spec.outputs)}
 
     # --- sequences
 
@@ -4902,22 +4906,30 @@ class FusedCalls:
         if known is None:
             return None
         names = self.layer.components
+        ends: Values = {}
+        for x, own in zip(self.small, known[2], strict=True):
+            given = {k: args[self.at[k]] for k in (*own.inputs, *own.params)}
+            own = replace(own, inputs={k: given[k] for k in own.inputs}, params={k: given[k] for k in own.params})
+            found, end = x.operator(own, {}, state, None, None, None)
+            args = (*args, *found.values())
+            ends |= end
         starts = (None, None) if state is None else (*[state[n] for n in names], None)[:2]
         placed = [None if p is None else args[p[0]] if p[1] is None else args[p[0]].view(p[1]) for p in known[1]]
         a = known[0].of((*starts, None, None, *placed))
         if a.layout is None:
             a = a._replace(layout=self.kernels.layout(a))
-            self._known[key] = known[0]._replace(layout=a.layout), known[1]
+            self._known[key] = known[0]._replace(layout=a.layout), *known[1:]
         out, *finals = self.kernels.call(a)
-        return out, dict(zip(names, finals, strict=False))
+        return out, {**ends, **dict(zip(names, finals, strict=False))}
 
     def learn(self, key: Any, args: Sequence[Tensor], call: Call) -> None:
         """Remembers a call that has just been checked, if it is one of these."""
         if key is None or not all(call.leading):
             return
+        small = [small_call(call, x) for x in self.small]
         found = self._empty(args, call)
-        if found is not None:
-            self._remember(key, found)
+        if found is not None and None not in small:
+            self._remember(key, (*found, small))
 
     def _remember(self, key: Any, what: Any) -> None:
         if len(self._known) >= _MOST_CALLS:
@@ -4930,14 +4942,14 @@ class FusedCalls:
         takes = self.kernels.takes(*(call.sizes[d] for d in self.dims), call.device)
         if len(call.lanes) != 1 or call.compute != torch.float32 or not takes:
             return None
-        at = {name: n for n, name in enumerate(self.names)}
 
         def place(width: int, name: str, kind: str, lag: int) -> _Place | None:
-            shape = args[at[name]].shape
+            if kind != "param":
+                return self.at[name if kind == "input" else f"{kind}_{name}"], None
+            at = self.at[name]
+            shape = args[at].shape
             front, own = shape[: len(shape) - width], shape[len(shape) - width :]
-            if kind == "input":
-                return at[name], None
-            return (at[name], (1, 1, *call.lanes, *own)) if front == call.lanes else None
+            return (at, (1, 1, *call.lanes, *own)) if front == call.lanes else None
 
         wide = [place(1, *read) for read in (fused.c, *fused.keys, *fused.values)]
         scalars = [place(0, *read) for read in fused.scalars]
@@ -4967,7 +4979,13 @@ class FusedCalls:
             if torch.is_grad_enabled() and any(x.requires_grad for x in (*args, *state.values())):
                 return None
             state = {k: x.clone() for k, x in state.items()}
-        launch, places, (shape, dtype) = known
+        launch, places, (shape, dtype), small = known
+        for x, reads in zip(self.small, small, strict=True):
+            own = {k: state[k] for k in x.components}
+            moved = x.operator.quick.again(own, [args[n] for n in reads], slots, True)
+            if moved is None:
+                return None
+            args = (*args, *moved[0])
         out = torch.empty(shape, dtype=dtype, device=args[0].device)
         named = {None: None, "out": out, "slots": slots, **state}
         launch(*[args[p] if type(p) is int else named[p] for p in places])
@@ -4978,10 +4996,17 @@ class FusedCalls:
         key = self.key("step", args, state, slots)
         found = None if key is None else self._empty(args, call)
         states = None if found is None else step_states(self.layer, state)
-        if found is None or states is None:
+        if found is None or states is None or len(self.small) > 1:  # all of them move, or none
             return
         empty, read = found
         tensors = [x.unsqueeze(1) if n < self.inputs else x for n, x in enumerate(args)]
+        lanes, small = (call.leading[0], 1, *call.lanes), []
+        for x in self.small:
+            if small_call(call, x) is None:
+                return
+            spec = x.operator.spec
+            small.append([self.at[s.name] for s in (*spec.inputs, *spec.params)])
+            tensors += [torch.empty(lanes, dtype=torch.float32, device=call.device) for _ in spec.outputs]
         placed = [None if p is None else tensors[p[0]] if p[1] is None else tensors[p[0]].view(p[1]) for p in read]
         a = empty.of((None, None, None, None, *placed))
         a = a._replace(layout=self.kernels.layout(a))
@@ -4992,7 +5017,7 @@ class FusedCalls:
         rest: dict[int, Any] = {id(None): None, id(slots): "slots" if slots is not None else None}
         rest |= {id(x): name for x, name in zip(states, self.layer.components, strict=True)}
         places = tuple([named[id(x)] if id(x) in named else rest.get(id(x), "out") for x in given])
-        self._remember(key, (launch, places, ((call.leading[0], *call.lanes, a.c.shape[-1]), call.dtype)))
+        self._remember(key, (launch, places, ((call.leading[0], *call.lanes, a.c.shape[-1]), call.dtype), small))
 
 
 # --- The public face of a compiled aggregator: a parallel call, a step, states.
@@ -5229,7 +5254,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='fdcde0fe2a2862f9',
+    digest='afbcf98642d33081',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

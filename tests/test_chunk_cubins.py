@@ -80,11 +80,11 @@ def source(
     fixed = {
         "DECAY": decay, "OVER_V": over, "SHIFT": shift, "PREC": {2: "bf16", 4: "tf32x3"}[size], "K": side, "V": value,
         "BT": tokens, "BK": bk if kernel in ("forward", "step", "shares") else min(whole_k, bks), "BV": min(bv, whole_v),
-        "NS": stages, "BACK": True, "BG": 16, "BC": 32, "NK": 1,
+        "NS": stages, "BACK": True, "BG": 16, "BC": 32, "NK": 1, "NB": 1,
     }  # fmt: skip
     if kernel == "step":
-        fixed["BV"] = min(128, whole_v)
-        warps = 8
+        fixed["BV"] = min(64, whole_v)
+        warps = 4
     signature, constants, aligned = {}, {}, {}
     for n, name in enumerate(function.arg_names):
         if name in fixed or name in absent or name.endswith("_r"):
@@ -159,7 +159,7 @@ def test_resources_over_the_value(kernel: str, spec: str, decay: int) -> None:
     assert found["spilt"] <= spills(kernel), found
 
 
-@pytest.mark.parametrize(("kernel", "spec"), [("sums", "mlstm"), ("numbers", "mlstm"), ("step", "mamba2")])
+@pytest.mark.parametrize(("kernel", "spec"), [("sums", "mlstm"), ("numbers", "mlstm"), ("step", "mamba2"), ("step", "mlstm")])
 def test_resources_of_numbers(kernel: str, spec: str) -> None:
     found = resources(kernel, 2, 1, 128, 128, spec=spec)
     assert found["shared"] <= SHARED

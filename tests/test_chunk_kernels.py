@@ -97,7 +97,7 @@ else:
         assert [p.dtype for p in prefixes] == [torch.float32] * 2 and prefixes[0].shape == (2, 9, 2)
         assert torch.equal(prefixes[0][:, :-1], prefixes[1][:, 1:]) and (prefixes[1][:, 0] == -torch.inf).all()
 
-    @pytest.mark.parametrize("name", ["mamba2", "gla", "linear_attention"])
+    @pytest.mark.parametrize("name", ["mamba2", "gla", "linear_attention", "mlstm"])
     def test_known_calls(name: str) -> None:
         """A call or step of shapes that were checked goes straight to the kernels, and gives the same."""
         agg = psmc.load(EXAMPLES / f"{name}.psm")

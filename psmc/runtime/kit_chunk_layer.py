@@ -12,7 +12,7 @@ from psmc.runtime.kit_bind import spread
 from psmc.runtime.kit_chunk_views import ChunkCall, _block, _near
 from psmc.runtime.kit_op import token_code
 
-_STEP_VALUES = 64, 128  # columns of a state that a program moves on; where a normaliser moves with them, all: at most
+_STEP_VALUES = 64  # columns of a state that a program moves on at once
 _STEP_EACH = 64  # numbers of them in a thread
 
 
@@ -111,8 +111,7 @@ def chunk_steps(kernels: Any, states: list[Tensor]) -> bool:
     key, value = states[0].shape[2], states[0].shape[3]
     if not kernels.takes(key, value, states[0].device) or any(s.dtype != torch.float32 for s in states):
         return False
-    whole = len(states) == 1 or _block(value) <= _STEP_VALUES[1]
-    return whole and all(_near(s.shape[1:], s.stride()[1:]) for s in states)
+    return all(_near(s.shape[1:], s.stride()[1:]) for s in states)
 
 
 def step_states(layer: Any, state: Any) -> list[Tensor] | None:
@@ -143,13 +142,14 @@ def step_launch(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step kernel's launch, and the tensors that it takes."""
     (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
-    bk, bv = _block(key), min(_block(value), _STEP_VALUES[len(states) - 1])
+    bk, bv = _block(key), min(_block(value), _STEP_VALUES)
+    blocks = 1 if len(states) == 1 else -(-value // bv)  # one program moves a normaliser on, and reads it
     z = states[1] if len(states) > 1 else None
     out = torch.empty(0, dtype=a.dtype) if out is None else out
     found: tuple[Any, tuple[Any, ...]] = kernels.launcher(
-        "step", a, batch * lanes * -(-value // bv), (states[0], z, out, slots, *a.scalars),
+        "step", a, batch * lanes * -(-value // (bv * blocks)), (states[0], z, out, slots, *a.scalars),
         (*a.scalar_strides, *states[0].stride(), *((0, 0, 0) if z is None else z.stride()[:3]), lanes, a.scale),
-        (a.decay, a.shift, key, value, bk, bv), num_warps=min(max(bk * bv // (32 * _STEP_EACH), 1), 8),
+        (a.decay, a.shift, key, value, bk, bv, blocks), num_warps=min(max(bk * bv // (32 * _STEP_EACH), 1), 8),
     )  # fmt: skip
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from psmc.runtime.kit_chunk_layer import step_launch, step_states
 from psmc.runtime.kit_chunk_views import ChunkCall
 from psmc.runtime.kit_run import Rules, transformed
 from psmc.runtime.kit_scan import Values
+from psmc.runtime.kit_small import small_call
 
 _MOST_CALLS = 256  # remembered
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
@@ -28,12 +30,17 @@ class FusedCalls:
         self.inputs = len(spec.inputs)
         self.dims = next(s.dims for s in spec.components if s.name == rules.layers[-1].components[0])
         self._known: dict[Any, Any] = {}
-        layer = rules.layers[0]
-        fused = None if len(rules.layers) > 1 or spec.taps else getattr(layer, "fused", None)
+        *before, layer = rules.layers
+        fused = None if spec.taps else getattr(layer, "fused", None)
         read = () if fused is None else (*fused.keys, fused.c, *fused.values, *fused.scalars)
         orders = ((0, 1),), ((0, 1), (0,))  # of the components' dims: key, value; key
-        plain = fused is not None and layer.orders in orders and all(kind in ("input", "param") for _, kind, _ in read)
+        plain = fused is not None and layer.orders in orders and all(kind != "factor" for _, kind, _ in read)
+        plain = plain and all(getattr(x, "operator", None) is not None for x in before)
         self.layer: Any = layer if plain else None
+        self.small: list[Any] = before if plain else []  # their prefixes follow the arguments
+        self.at = {name: n for n, name in enumerate(self.names)}
+        for x in self.small:
+            self.at |= {s.name: len(self.at) + n for n, s in enumerate(x.operator.spec.outputs)}
 
     # --- sequences
 
@@ -70,22 +77,30 @@ class FusedCalls:
         if known is None:
             return None
         names = self.layer.components
+        ends: Values = {}
+        for x, own in zip(self.small, known[2], strict=True):
+            given = {k: args[self.at[k]] for k in (*own.inputs, *own.params)}
+            own = replace(own, inputs={k: given[k] for k in own.inputs}, params={k: given[k] for k in own.params})
+            found, end = x.operator(own, {}, state, None, None, None)
+            args = (*args, *found.values())
+            ends |= end
         starts = (None, None) if state is None else (*[state[n] for n in names], None)[:2]
         placed = [None if p is None else args[p[0]] if p[1] is None else args[p[0]].view(p[1]) for p in known[1]]
         a = known[0].of((*starts, None, None, *placed))
         if a.layout is None:
             a = a._replace(layout=self.kernels.layout(a))
-            self._known[key] = known[0]._replace(layout=a.layout), known[1]
+            self._known[key] = known[0]._replace(layout=a.layout), *known[1:]
         out, *finals = self.kernels.call(a)
-        return out, dict(zip(names, finals, strict=False))
+        return out, {**ends, **dict(zip(names, finals, strict=False))}
 
     def learn(self, key: Any, args: Sequence[Tensor], call: Call) -> None:
         """Remembers a call that has just been checked, if it is one of these."""
         if key is None or not all(call.leading):
             return
+        small = [small_call(call, x) for x in self.small]
         found = self._empty(args, call)
-        if found is not None:
-            self._remember(key, found)
+        if found is not None and None not in small:
+            self._remember(key, (*found, small))
 
     def _remember(self, key: Any, what: Any) -> None:
         if len(self._known) >= _MOST_CALLS:
@@ -98,14 +113,14 @@ class FusedCalls:
         takes = self.kernels.takes(*(call.sizes[d] for d in self.dims), call.device)
         if len(call.lanes) != 1 or call.compute != torch.float32 or not takes:
             return None
-        at = {name: n for n, name in enumerate(self.names)}
 
         def place(width: int, name: str, kind: str, lag: int) -> _Place | None:
-            shape = args[at[name]].shape
+            if kind != "param":
+                return self.at[name if kind == "input" else f"{kind}_{name}"], None
+            at = self.at[name]
+            shape = args[at].shape
             front, own = shape[: len(shape) - width], shape[len(shape) - width :]
-            if kind == "input":
-                return at[name], None
-            return (at[name], (1, 1, *call.lanes, *own)) if front == call.lanes else None
+            return (at, (1, 1, *call.lanes, *own)) if front == call.lanes else None
 
         wide = [place(1, *read) for read in (fused.c, *fused.keys, *fused.values)]
         scalars = [place(0, *read) for read in fused.scalars]
@@ -135,7 +150,13 @@ class FusedCalls:
             if torch.is_grad_enabled() and any(x.requires_grad for x in (*args, *state.values())):
                 return None
             state = {k: x.clone() for k, x in state.items()}
-        launch, places, (shape, dtype) = known
+        launch, places, (shape, dtype), small = known
+        for x, reads in zip(self.small, small, strict=True):
+            own = {k: state[k] for k in x.components}
+            moved = x.operator.quick.again(own, [args[n] for n in reads], slots, True)
+            if moved is None:
+                return None
+            args = (*args, *moved[0])
         out = torch.empty(shape, dtype=dtype, device=args[0].device)
         named = {None: None, "out": out, "slots": slots, **state}
         launch(*[args[p] if type(p) is int else named[p] for p in places])
@@ -146,10 +167,17 @@ class FusedCalls:
         key = self.key("step", args, state, slots)
         found = None if key is None else self._empty(args, call)
         states = None if found is None else step_states(self.layer, state)
-        if found is None or states is None:
+        if found is None or states is None or len(self.small) > 1:  # all of them move, or none
             return
         empty, read = found
         tensors = [x.unsqueeze(1) if n < self.inputs else x for n, x in enumerate(args)]
+        lanes, small = (call.leading[0], 1, *call.lanes), []
+        for x in self.small:
+            if small_call(call, x) is None:
+                return
+            spec = x.operator.spec
+            small.append([self.at[s.name] for s in (*spec.inputs, *spec.params)])
+            tensors += [torch.empty(lanes, dtype=torch.float32, device=call.device) for _ in spec.outputs]
         placed = [None if p is None else tensors[p[0]] if p[1] is None else tensors[p[0]].view(p[1]) for p in read]
         a = empty.of((None, None, None, None, *placed))
         a = a._replace(layout=self.kernels.layout(a))
@@ -160,4 +188,4 @@ class FusedCalls:
         rest: dict[int, Any] = {id(None): None, id(slots): "slots" if slots is not None else None}
         rest |= {id(x): name for x, name in zip(states, self.layer.components, strict=True)}
         places = tuple([named[id(x)] if id(x) in named else rest.get(id(x), "out") for x in given])
-        self._remember(key, (launch, places, ((call.leading[0], *call.lanes, a.c.shape[-1]), call.dtype)))
+        self._remember(key, (launch, places, ((call.leading[0], *call.lanes, a.c.shape[-1]), call.dtype), small))

@@ -41,7 +41,7 @@ def run_small(
     spec: Spec, rules: Rules, call: Call, layer: Scanned, x: Values, params: SimpleNamespace, given: Asked
 ) -> tuple[Values, Values, Values]:
     """The prefixes of every token, those before it, and the final state."""
-    own = _own_call(call, layer)
+    own = small_call(call, layer)
     if own is None or layer.operator is None:
         return _scanned(spec, rules, call, layer, x, params, given)
     found, final = layer.operator(own, {}, given.initial, given.mask, given.reset, given.cu_seqlens)
@@ -54,7 +54,7 @@ def small_steps(
 ) -> tuple[SimpleNamespace, SimpleNamespace] | None:
     """The prefixes [B, 1, *lanes] of small layers with and before one token, while `state` moves on in place; None, and
     nothing has changed, where not all have kernels."""
-    own = [(layer.operator, _own_call(call, layer)) for layer in layers]
+    own = [(layer.operator, small_call(call, layer)) for layer in layers]
     if not all(op is not None and small is not None and op.steps(small, state) for op, small in own):
         return None
     found: Values = {}
@@ -67,7 +67,7 @@ def small_steps(
     return SimpleNamespace(**at), SimpleNamespace(**before)
 
 
-def _own_call(call: Call, layer: Scanned) -> Call | None:
+def small_call(call: Call, layer: Scanned) -> Call | None:
     """The call of a small layer's kernels; None: not for them."""
     if layer.operator is None:
         return None
