@@ -28,32 +28,32 @@ Plan: chunked. S: chunks of tokens as batched matrix products.
 Written by psmc; regenerate with: psmc compile gla.psm
 The runtime holds what this spec needs of it. Needs torch, and triton for tensors on a GPU; nothing else.
 
-   80  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
-  122  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
- 1227  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1506  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1663  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1895  The border, continued: states, flags and packing
- 2017  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2093  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2156  One checked call in PyTorch: lift, the scan of the plan, readout
- 2322  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2385  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2590  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2770  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 2958  Matrix states a chunk of tokens at a time, as batched matrix products
- 3110  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 3253  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 3429  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3644  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
- 3792  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
- 3839  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 4199  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4467  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
- 4567  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 4846  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
- 5023  The public face of a compiled aggregator: a parallel call, a step, states
- 5253  the spec's border
+   81  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  123  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
+ 1228  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1507  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1664  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1896  The border, continued: states, flags and packing
+ 2018  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2094  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2157  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2323  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2386  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2591  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2771  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 2959  Matrix states a chunk of tokens at a time, as batched matrix products
+ 3111  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 3254  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 3430  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3645  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
+ 3831  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
+ 3878  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 4260  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4528  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 4628  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 4907  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
+ 5084  The public face of a compiled aggregator: a parallel call, a step, states
+ 5314  the spec's border
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -3643,8 +3644,19 @@ class LayerFactors:
 
 # --- What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches.
 
+_THREADS = 8
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 _MOST_LAYOUTS = 256  # remembered
+
+
+def _left_out(*tensors: Any) -> None:
+    pass
+
+
+def _compiled(launch: Any, tensors: list[Any], device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
+    launch.warm(*tensors)
 
 
 class Layout:
@@ -3652,12 +3664,13 @@ class Layout:
     of what kernels begin with, blocks by kernel, launches by kernel and arguments, and the layout that has its numbers
     computed."""
 
-    __slots__ = ("blocks", "launches", "lifted", "settled", "strides")
+    __slots__ = ("blocks", "launches", "lifted", "settled", "strides", "warm")
 
     def __init__(self, a: ChunkCall) -> None:
         self.settled = all(x is None or _settled(at, x) for at, x in enumerate(a.tensors))
         self.strides = {"all": a.strides, "scaled": a.scaled.strides, "scalars": a.scalar_strides, "none": ()}
         self.lifted: Layout | None = None
+        self.warm = [False, False]  # whether kernels of calls without and with gradients have been asked for
         self.blocks: dict[Any, SimpleNamespace] = {}
         self.launches: dict[Any, Any] = {}
 
@@ -3671,6 +3684,10 @@ class ChunkPlans:
         self.processors: int | None = 1 if self.interpreted else None
         self._kernels: dict[str, Kernel] = {}
         self._layouts: dict[Any, Layout] = {}
+        self._kinds = set[Any]()  # of calls, whose kernels are compiled
+        self._warming: dict[str, list[Future[Any]]] = {}  # kernels that threads compile
+        self._pool: ThreadPoolExecutor | None = None
+        self._home = torch.device("meta")  # of the calls
         self._tuned: Any = None
 
     def layout(self, a: ChunkCall) -> Layout:
@@ -3709,9 +3726,15 @@ class ChunkPlans:
         if launch is None:
             kernel = self._kernels.get(name) or self._kernels.setdefault(name, Kernel(getattr(self.table, name)))
             strides = len(first), layout.strides[own]
-            launch = kernel.launch(grid, numbers, constants, a.c.device, strides=strides, **options)
-            layout.launches[key] = launch
-        return launch, given
+            dry = a.c.device.type == "meta"
+            device = self._home if dry else a.c.device
+            launch = layout.launches[key] = kernel.launch(grid, numbers, constants, device, strides=strides, **options)
+            if dry and self._pool is not None:
+                task = self._pool.submit(_compiled, launch, [x if x is None else x.dtype for x in given], device)
+                self._warming.setdefault(name, []).append(task)
+            elif name in self._warming:
+                wait(self._warming.pop(name))
+        return (_left_out if a.c.device.type == "meta" else launch), given
 
     def lifted(self, a: ChunkCall, how: SimpleNamespace) -> tuple[ChunkCall, Tensor | None]:
         """The call with its numbers a token computed; for a decay of one a token the sums of its logs, [chunks, G, 2,
@@ -3737,6 +3760,22 @@ class ChunkPlans:
             layout.lifted = self.layout(whole)
             whole = whole._replace(layout=layout.lifted)
         return whole, total
+
+    def warm(self, a: ChunkCall, run: Callable[[ChunkCall], None]) -> None:
+        """Has threads compile what `run` launches of the call, which it does over tensors without memory: most of its
+        time, the compiler needs no interpreter. A launch waits for its own kernel."""
+
+        def ghost(x: Tensor | None) -> Tensor | None:
+            return x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+        self._home = a.c.device
+        self._pool = ThreadPoolExecutor(_THREADS)
+        try:
+            with torch.no_grad():
+                run(a.of([ghost(x) for x in a.tensors])._replace(layout=None, code=ghost(a.code)))
+        finally:
+            self._pool.shutdown(wait=False)
+            self._pool = None
 
     def plan(self, kernel: str, a: ChunkCall, bt: int = 0) -> SimpleNamespace:
         """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
@@ -3779,7 +3818,7 @@ class ChunkPlans:
     def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
         """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise. Two programs a
         processor run at once; one more than that would be a second wave of its own."""
-        processors = self.processors or _multiprocessors(like.device)
+        processors = self.processors or _multiprocessors(self._home if like.device.type == "meta" else like.device)
         segments = 1
         if 0 < programs < processors:
             segments = min(2 * processors // programs, tokens // (8 * bt))
@@ -3880,10 +3919,32 @@ class ChunkKernels(ChunkPlans):
     def call(self, a: ChunkCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """The output [B, T, G, V], the last states [N, G, K, V] and [N, G, K] of z in fp32. Differentiable."""
         a = a if a.layout is not None else a._replace(layout=self.layout(a))
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in a.tensors):
+        wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in a.tensors)
+        if not a.layout.warm[wanted] and not self.interpreted and a.c.device.type == "cuda":
+            a.layout.warm[wanted] = True
+            self._warm(a, wanted)
+        if wanted:
             found = _ChunkScan.apply(self, a, *a.tensors)  # type: ignore[no-untyped-call]
             return found[0], found[1], found[2]
         return self.forward(self.settled(a))[:3]
+
+    def _warm(self, a: ChunkCall, wanted: bool) -> None:
+        """Compiles the kernels of a kind of call that is new, those of its backward, too, if one is `wanted`."""
+        flags = tuple(x is not None and x.requires_grad and wanted for x in a.tensors)
+        sizes = a.c.shape[-1], *[k.shape[-1] for k in a.keys if k is not None]
+        dtypes = [None if x is None else x.dtype for x in a.tensors]
+        kind = (flags, sizes, a.decay, a.over, a.dtype, a.code is None, a.cu is None, *dtypes)
+        if kind in self._kinds:
+            return
+        self._kinds.add(kind)
+
+        def run(a: ChunkCall) -> None:
+            a = self.settled(a)
+            out, _, _, kept = self.forward(a, wanted)
+            if wanted:
+                self.backward(a, kept, torch.empty_like(out), None, None, flags)
+
+        self.warm(a, run)
 
     def settled(self, a: ChunkCall) -> ChunkCall:
         """The call over tensors that kernels read as they lie."""
@@ -5254,7 +5315,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='afbcf98642d33081',
+    digest='d2937eac5a752743',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

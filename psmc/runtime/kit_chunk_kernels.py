@@ -56,10 +56,32 @@ class ChunkKernels(ChunkPlans):
     def call(self, a: ChunkCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """The output [B, T, G, V], the last states [N, G, K, V] and [N, G, K] of z in fp32. Differentiable."""
         a = a if a.layout is not None else a._replace(layout=self.layout(a))
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in a.tensors):
+        wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in a.tensors)
+        if not a.layout.warm[wanted] and not self.interpreted and a.c.device.type == "cuda":
+            a.layout.warm[wanted] = True
+            self._warm(a, wanted)
+        if wanted:
             found = _ChunkScan.apply(self, a, *a.tensors)  # type: ignore[no-untyped-call]
             return found[0], found[1], found[2]
         return self.forward(self.settled(a))[:3]
+
+    def _warm(self, a: ChunkCall, wanted: bool) -> None:
+        """Compiles the kernels of a kind of call that is new, those of its backward, too, if one is `wanted`."""
+        flags = tuple(x is not None and x.requires_grad and wanted for x in a.tensors)
+        sizes = a.c.shape[-1], *[k.shape[-1] for k in a.keys if k is not None]
+        dtypes = [None if x is None else x.dtype for x in a.tensors]
+        kind = (flags, sizes, a.decay, a.over, a.dtype, a.code is None, a.cu is None, *dtypes)
+        if kind in self._kinds:
+            return
+        self._kinds.add(kind)
+
+        def run(a: ChunkCall) -> None:
+            a = self.settled(a)
+            out, _, _, kept = self.forward(a, wanted)
+            if wanted:
+                self.backward(a, kept, torch.empty_like(out), None, None, flags)
+
+        self.warm(a, run)
 
     def settled(self, a: ChunkCall) -> ChunkCall:
         """The call over tensors that kernels read as they lie."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +13,19 @@ from torch import Tensor
 from psmc.runtime.kit_calls import Kernel
 from psmc.runtime.kit_chunk_views import ChunkCall, Lanes, _block, _multiprocessors, _settled
 
+_THREADS = 8
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 _MOST_LAYOUTS = 256  # remembered
+
+
+def _left_out(*tensors: Any) -> None:
+    pass
+
+
+def _compiled(launch: Any, tensors: list[Any], device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
+    launch.warm(*tensors)
 
 
 class Layout:
@@ -20,12 +33,13 @@ class Layout:
     of what kernels begin with, blocks by kernel, launches by kernel and arguments, and the layout that has its numbers
     computed."""
 
-    __slots__ = ("blocks", "launches", "lifted", "settled", "strides")
+    __slots__ = ("blocks", "launches", "lifted", "settled", "strides", "warm")
 
     def __init__(self, a: ChunkCall) -> None:
         self.settled = all(x is None or _settled(at, x) for at, x in enumerate(a.tensors))
         self.strides = {"all": a.strides, "scaled": a.scaled.strides, "scalars": a.scalar_strides, "none": ()}
         self.lifted: Layout | None = None
+        self.warm = [False, False]  # whether kernels of calls without and with gradients have been asked for
         self.blocks: dict[Any, SimpleNamespace] = {}
         self.launches: dict[Any, Any] = {}
 
@@ -39,6 +53,10 @@ class ChunkPlans:
         self.processors: int | None = 1 if self.interpreted else None
         self._kernels: dict[str, Kernel] = {}
         self._layouts: dict[Any, Layout] = {}
+        self._kinds = set[Any]()  # of calls, whose kernels are compiled
+        self._warming: dict[str, list[Future[Any]]] = {}  # kernels that threads compile
+        self._pool: ThreadPoolExecutor | None = None
+        self._home = torch.device("meta")  # of the calls
         self._tuned: Any = None
 
     def layout(self, a: ChunkCall) -> Layout:
@@ -77,9 +95,15 @@ class ChunkPlans:
         if launch is None:
             kernel = self._kernels.get(name) or self._kernels.setdefault(name, Kernel(getattr(self.table, name)))
             strides = len(first), layout.strides[own]
-            launch = kernel.launch(grid, numbers, constants, a.c.device, strides=strides, **options)
-            layout.launches[key] = launch
-        return launch, given
+            dry = a.c.device.type == "meta"
+            device = self._home if dry else a.c.device
+            launch = layout.launches[key] = kernel.launch(grid, numbers, constants, device, strides=strides, **options)
+            if dry and self._pool is not None:
+                task = self._pool.submit(_compiled, launch, [x if x is None else x.dtype for x in given], device)
+                self._warming.setdefault(name, []).append(task)
+            elif name in self._warming:
+                wait(self._warming.pop(name))
+        return (_left_out if a.c.device.type == "meta" else launch), given
 
     def lifted(self, a: ChunkCall, how: SimpleNamespace) -> tuple[ChunkCall, Tensor | None]:
         """The call with its numbers a token computed; for a decay of one a token the sums of its logs, [chunks, G, 2,
@@ -105,6 +129,22 @@ class ChunkPlans:
             layout.lifted = self.layout(whole)
             whole = whole._replace(layout=layout.lifted)
         return whole, total
+
+    def warm(self, a: ChunkCall, run: Callable[[ChunkCall], None]) -> None:
+        """Has threads compile what `run` launches of the call, which it does over tensors without memory: most of its
+        time, the compiler needs no interpreter. A launch waits for its own kernel."""
+
+        def ghost(x: Tensor | None) -> Tensor | None:
+            return x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+        self._home = a.c.device
+        self._pool = ThreadPoolExecutor(_THREADS)
+        try:
+            with torch.no_grad():
+                run(a.of([ghost(x) for x in a.tensors])._replace(layout=None, code=ghost(a.code)))
+        finally:
+            self._pool.shutdown(wait=False)
+            self._pool = None
 
     def plan(self, kernel: str, a: ChunkCall, bt: int = 0) -> SimpleNamespace:
         """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
@@ -147,7 +187,7 @@ class ChunkPlans:
     def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
         """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise. Two programs a
         processor run at once; one more than that would be a second wave of its own."""
-        processors = self.processors or _multiprocessors(like.device)
+        processors = self.processors or _multiprocessors(self._home if like.device.type == "meta" else like.device)
         segments = 1
         if 0 < programs < processors:
             segments = min(2 * processors // programs, tokens // (8 * bt))
