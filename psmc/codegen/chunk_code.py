@@ -35,7 +35,7 @@ def print_layers(
         asked = queries(stack, parts)
         rows = factors(stack, tuple(asked))
         if not stack[0].rank and not any(r.name.endswith("_key") for r in rows):
-            rows = [part for r in rows for part in _apart(agg, r)]
+            rows = [part for r in rows for part in _apart(r)]
         plain = {r.name: found for r in rows if (found := _plain(agg, r)) is not None}
         block = Block(results=tuple(r for r in rows if r.name not in plain))
         sources.append(print_block(agg, block, Signature(f"factors_{n}", "x, s, prev, p, n", inputs_like(agg))))
@@ -115,10 +115,10 @@ def factors(stack: tuple[Affine, ...], asked: tuple[_Query, ...]) -> list[Assign
     return rows
 
 
-def _apart(agg: Aggregator, row: Assign) -> list[Assign]:
-    """A vector b as an input and the number a token `n` that multiplies it, if that is what it is."""
+def _apart(row: Assign) -> list[Assign]:
+    """A vector b as one factor and the number a token `n` that multiplies it, if that is what it is."""
     split = split_number(row) if row.name[0] == "b" else None
-    return [row] if split is None or _plain(agg, split[0]) is None else list(split)
+    return [row] if split is None else list(split)
 
 
 def split_number(row: Assign) -> tuple[Assign, Assign] | None:
