@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +60,26 @@ def host() -> None:
         for what, run in parts.items():
             run()
             print(f"{what:45}{min(timeit.repeat(run, number=30, repeat=150)) / 30 * 1e6:8.1f} us", flush=True)
+
+
+def chunked(name: str) -> list[tuple[str, Callable[[], object]]]:
+    """A forward and a step of a matrix state, small enough that the host is what takes time."""
+    import torch
+
+    import psmc
+    from benchmarks.chunk_data import PARAMS, Shape, inputs
+
+    agg = psmc.load(ROOT / "examples" / f"{name}.psm")
+    given = inputs(name, Shape(1, 64, 4, 64, 64))
+    token = {k: x if k in PARAMS.get(name, ()) else x[:, 0].contiguous() for k, x in given.items()}
+    order = [s.name for s in (*agg.spec.inputs, *agg.spec.params)]
+    state = agg.init_state(1, (4,), "cuda", sizes=dict.fromkeys(agg.spec.dims, 64))
+
+    def forward() -> object:
+        with torch.no_grad():
+            return agg(**given)
+
+    return [("forward", forward), ("step_", lambda: agg.step_(state, *[token[n] for n in order]))]
 
 
 def main() -> None:
@@ -109,6 +130,9 @@ def main() -> None:
     rows.append({"what": "host time, forward", "us": round(host_us(lambda: agg(z, x)), 1)})
     rows.append({"what": "host time, step", "us": round(host_us(lambda: agg.step(state, *token)), 1)})
     rows.append({"what": "host time, step_", "us": round(host_us(lambda: agg.step_(state, *token)), 1)})
+
+    for name in ("gla", "mamba2", "mlstm"):
+        rows += [{"what": f"host time, {what}, {name}", "us": round(host_us(run), 1)} for what, run in chunked(name)]
 
     random.seed(0)
     slow = []
