@@ -289,7 +289,7 @@ def decays(b_x, code):
 
 
 @jit
-def lane_factors(s_db, s_dlog, s_dq):
+def tile_factors(s_db, s_dlog, s_dq):
     k0 = s_dq
     k1 = s_db
     k2 = s_dlog
@@ -378,7 +378,7 @@ def store_keys(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r = raw
     b_dq = kept(b_dq, p_code, row, length, o_k, FRESH, False, K, BT)
     b_db = kept(b_db, p_code, row, length, o_k, 0, False, K, BT)
-    d_k0, d_k1, d_k2 = lane_factors(b_db, b_dlog, b_dq)
+    d_k0, d_k1, d_k2 = tile_factors(b_db, b_dlog, b_dq)
     if p_dk0 is not None:
         b_share = kept(d_k0, p_code, row, length, o_k, 0, False, K, BT)
         store_rows(p_dk0 + i_g * K, b_share, row, G * K, length, o_k, K, BT)
@@ -3429,7 +3429,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 # --- One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states.
 
-_STEP_VALUES = 64  # columns of a state that a program moves on at once
+_STEP_VALUES = 64, 128  # columns of a state that a program moves on at once; with a normaliser
 _STEP_EACH = 64  # numbers of them in a thread
 
 
@@ -3559,7 +3559,7 @@ def step_launch(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step kernel's launch, and the tensors that it takes."""
     (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
-    bk, bv = _block(key), min(_block(value), _STEP_VALUES)
+    bk, bv = _block(key), min(_block(value), _STEP_VALUES[len(states) - 1])
     blocks = 1 if len(states) == 1 else -(-value // bv)  # one program moves a normaliser on, and reads it
     z = states[1] if len(states) > 1 else None
     out = torch.empty(0, dtype=a.dtype) if out is None else out
@@ -5315,7 +5315,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='d2937eac5a752743',
+    digest='d2cd960ff2fba083',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

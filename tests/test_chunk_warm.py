@@ -45,7 +45,7 @@ def test_nothing_is_compiled_again(name: str, wanted: bool, monkeypatch: pytest.
         if wanted:
             ahead = list(device.compiled)
             out.sum().backward()
-            assert device.compiled == ahead and "chunk_gradients_kernel" in ahead
+            assert not device.compiled[len(ahead) :] and "chunk_values_kernel" in ahead
     kernels._kernels.clear()
     kernels._layouts.clear()
     for kernel in vars(kernels.table).values():

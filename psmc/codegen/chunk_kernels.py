@@ -143,7 +143,7 @@ def _view(f: Fused) -> SimpleNamespace:
     ahead = SimpleNamespace(results=["b_dy"])
     if back:  # what is the cotangent itself stays as it was loaded: such a tile enters a product from shared memory
         same = [f"b_d{n}" for n, e in back if e == scalar(COTANGENT)]
-        pull = function("lane_back", [(n, e) for n, e in back if f"b_d{n}" not in same])
+        pull = function("tile_back", [(n, e) for n, e in back if f"b_d{n}" not in same])
         asked = [r.name for _, e in back for r in refs(e)]
         at = {"w": 0} | {n: x.at for n, x in zip(_names(f, "e"), sums, strict=True)}
         ahead = SimpleNamespace(
@@ -155,7 +155,7 @@ def _view(f: Fused) -> SimpleNamespace:
             sums=[SimpleNamespace(name=n, at=i) for n, i in at.items() if n in asked],
             reads=sorted({*(x for _, e in back for x in over(e, held)), *(["c"] if "c" in asked else [])}),
         )
-    behind = function("lane_factors", through)
+    behind = function("tile_factors", through)
     back_log = _pulled(function, through_value, tile, lambda e: over(e, sides["v"])) if through_value else None
     stored = [SimpleNamespace(name=n, param=f.keys[int(n[1:])].kind == "param") for n in behind.results]
     summed = [n[3:] for n in ahead.results if n[3:] in (*_names(f, "e"), *shown)]
@@ -236,7 +236,7 @@ def _pulled(
     tile: dict[Key, str], reads: Callable[[Expr], list[str]],
 ) -> SimpleNamespace:  # fmt: skip
     """From the cotangent of the log over the value those of what it is made of."""
-    made = function("lane_log_value", rows)
+    made = function("tile_log_value", rows)
     stored = [f"d_{n}" for n in made.results if n != "c"]
     return SimpleNamespace(
         outs=", ".join(f"d_{n}" for n in made.results), call=made.call(tile), stored=stored,

@@ -61,7 +61,7 @@ def emit(
         sources += [*found, *([small.output] if small else [])]
         layers = f"SMALL = {small.operator}\n\n{layers}" if small else layers
     if small is not None:
-        kernels = f"{kernels}\n\n{small.kernels}"
+        kernels = _together(kernels, small.kernels)
     functions = join(sources)
     spec_text = show(declared).strip()
     names = [
@@ -105,6 +105,16 @@ def emit(
         extern=extern,
     )
     return _with_contents("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+
+
+def _together(first: str, second: str) -> str:
+    """Two texts of kernels as one namespace: helpers may be in both, if they are the same."""
+    here, there = (
+        {f.name: ast.unparse(f) for f in ast.parse(text).body if isinstance(f, ast.FunctionDef)}
+        for text in (first, second)
+    )
+    assert all(here[n] == there[n] for n in here.keys() & there.keys()), "two functions of kernels have the same name"
+    return f"{first}\n\n{second}"
 
 
 def digest_of(text: str) -> str:

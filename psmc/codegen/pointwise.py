@@ -76,7 +76,7 @@ def _lane_text(one: Lane, alone: bool) -> str:
     return render(
         "pointwise_lane.py.j2",
         alone=alone,
-        functions=[*helper_texts(used, native=True), *(f.text for f in used)],
+        functions=[*helper_texts(used, native=alone), *(f.text for f in used)],
         state=_state(one, [_component(one, s) for s in one.live]),
         flagged=flagged("kind", one.element, one.element),
         adjoint=flagged("cut", back.element, adjoint),
