@@ -3429,7 +3429,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 # --- One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states.
 
-_STEP_VALUES = 64, 128  # columns of a state that a program moves on at once; with a normaliser
+_STEP_VALUES = 64  # columns of a state that a program moves on at once
 _STEP_EACH = 64  # numbers of them in a thread
 
 
@@ -3559,7 +3559,7 @@ def step_launch(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step kernel's launch, and the tensors that it takes."""
     (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
-    bk, bv = _block(key), min(_block(value), _STEP_VALUES[len(states) - 1])
+    bk, bv = _block(key), min(_block(value), _STEP_VALUES)
     blocks = 1 if len(states) == 1 else -(-value // bv)  # one program moves a normaliser on, and reads it
     z = states[1] if len(states) > 1 else None
     out = torch.empty(0, dtype=a.dtype) if out is None else out
@@ -5315,7 +5315,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='d2cd960ff2fba083',
+    digest='176b1e0d4318b535',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

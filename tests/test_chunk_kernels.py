@@ -86,6 +86,12 @@ else:
     def test_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check_steps(psmc.load(EXAMPLES / f"{name}.psm"), monkeypatch)
 
+    def test_steps_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+        """A program that moves a normaliser on goes through all columns."""
+        agg = psmc.load(EXAMPLES / "linear_attention.psm")
+        monkeypatch.setattr(agg.module, "_STEP_VALUES", 16)
+        check_steps(agg, monkeypatch)
+
     def test_small_layers_by_their_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         """The stabiliser of mlstm: prefixes in fp32, whatever the inputs are, and none of torch's scans."""
         agg = psmc.load(EXAMPLES / "mlstm.psm")

@@ -12,7 +12,7 @@ from psmc.runtime.kit_bind import spread
 from psmc.runtime.kit_chunk_views import ChunkCall, _block, _near
 from psmc.runtime.kit_op import token_code
 
-_STEP_VALUES = 64, 128  # columns of a state that a program moves on at once; with a normaliser
+_STEP_VALUES = 64  # columns of a state that a program moves on at once
 _STEP_EACH = 64  # numbers of them in a thread
 
 
@@ -142,7 +142,7 @@ def step_launch(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step kernel's launch, and the tensors that it takes."""
     (batch, _, lanes), key, value = a.shape, states[0].shape[2], states[0].shape[3]
-    bk, bv = _block(key), min(_block(value), _STEP_VALUES[len(states) - 1])
+    bk, bv = _block(key), min(_block(value), _STEP_VALUES)
     blocks = 1 if len(states) == 1 else -(-value // bv)  # one program moves a normaliser on, and reads it
     z = states[1] if len(states) > 1 else None
     out = torch.empty(0, dtype=a.dtype) if out is None else out
