@@ -30,30 +30,30 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    81  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
   123  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
- 1228  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1507  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1664  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1896  The border, continued: states, flags and packing
- 2018  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2094  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2157  One checked call in PyTorch: lift, the scan of the plan, readout
- 2323  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2386  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2591  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2771  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 2959  Matrix states a chunk of tokens at a time, as batched matrix products
- 3111  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 3254  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 3430  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3645  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
- 3831  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
- 3878  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 4260  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4528  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
- 4628  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 4907  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
- 5084  The public face of a compiled aggregator: a parallel call, a step, states
- 5314  the spec's border
+ 1235  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1514  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1671  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1903  The border, continued: states, flags and packing
+ 2025  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2101  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2164  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2330  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2393  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2598  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2778  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 2966  Matrix states a chunk of tokens at a time, as batched matrix products
+ 3118  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 3261  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 3437  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3652  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
+ 3838  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
+ 3885  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 4267  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4535  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 4635  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 4914  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
+ 5091  The public face of a compiled aggregator: a parallel call, a step, states
+ 5321  the spec's border
 """
 
 from __future__ import annotations
@@ -1007,25 +1007,32 @@ def chunk_gradients_kernel(
         b_p = tl.where(later(SHIFT, False, BT), b_p, 0.0)
         b_pt = tl.where(later(SHIFT, True, BT), b_pt, 0.0)
     b_n = numbers_n(raw, row, i_g, length, BT)
+    own = tl.zeros([BT], tl.float32)
+    if (p_dlog is not None) and (SHIFT == 0):
+        # A token's pair with itself has no decay: it is left out, so that its rounding does not enter the log's gradient.
+        same = o_t[:, None] == o_t[None, :]
+        own = tl.sum(tl.where(same, b_p, 0.0), 1) * scale
+        b_p, b_pt = tl.where(same, 0.0, b_p), tl.where(same, 0.0, b_pt)
     if p_n is not None:
+        if p_dn is not None:
+            fed_n = b_db + product(b_pt, b_q, PREC) * scale + own[:, None] * b_q
+            tl.store(p_dn + share, tl.sum(b_b * fed_n, 1), mask=o_t < length)
         b_p *= b_n[None, :]
+        b_pt *= b_n[:, None]  # in both, before they are rounded: a pair is the same number in what follows
+        b_db *= b_n[:, None]
     x_dq, x_db = product(b_p, b_b, PREC) * scale, product(b_pt, b_q, PREC) * scale
     if p_dlog is not None:
         # Where s to u does not cross t, it is in what u reads and in what s gives: it cancels.
-        read, fed = tl.sum(b_q * b_dq, 1), tl.sum(b_b * b_db, 1) * b_n
-        inner = tl.sum(b_q * x_dq, 1) - tl.sum(b_b * x_db, 1) * b_n
+        read, fed = tl.sum(b_q * b_dq, 1), tl.sum(b_b * b_db, 1)
+        inner = tl.sum(b_q * x_dq, 1) - tl.sum(b_b * x_db, 1)
         b_d = tl.cumsum(fed, 0) - fed + tl.cumsum(read + inner, 0, reverse=True)
         if SHIFT:
             b_d -= read + tl.sum(b_q * x_dq, 1)
         b_d += up_to(w_e, f_e, PREC) * tl.sum(b_h, 0)
         b_d = tl.where(code_of(p_code, row, length, BT) == 1, b_d, 0.0)
         tl.store(p_dlog + share, b_d, mask=o_t < length)
-    b_dq += x_dq
-    b_db += x_db
-    if p_n is not None:
-        if p_dn is not None:
-            tl.store(p_dn + share, tl.sum(b_b * b_db, 1), mask=o_t < length)
-        b_db *= b_n[:, None]
+    b_dq += x_dq + (own * b_n)[:, None] * b_b
+    b_db += x_db + (own * b_n)[:, None] * b_q
     store_keys(raw, p_dk0, p_dk1, p_dk2, b_dq, b_db, b_dlog, row, i_c, i_g, length, o_k, G, SHIFT, K, BT)
 
 
@@ -5315,7 +5322,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='176b1e0d4318b535',
+    digest='eed4d02bc4bd09fc',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

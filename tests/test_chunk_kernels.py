@@ -54,6 +54,14 @@ else:
         check(Data(2, 1, 4, 16, 16, 1, grouped=True).errors(kernels(table(**SMALL))))
         check(Data(1, 33, 2, 16, 16, 2, grouped=True, start=False).errors(kernels(table(**SMALL))))
 
+    def test_what_no_decay_reaches_has_no_gradient_of_it() -> None:
+        """Of the first token's decay exactly: nothing is before it, and its pair with itself does not decay."""
+        q, b, c = (torch.randn(24, 1, 2, 16) for _ in range(3))
+        log, number = (torch.full((24, 1, 2), x, requires_grad=True) for x in (-0.3, 1.7))
+        y, _ = kernels(table(**SMALL)).scan(q, b, c, log, None, number=number)
+        slopes = torch.autograd.grad(y.square().sum(), (log, number))
+        assert not slopes[0].any() and slopes[1].all()
+
     @pytest.mark.parametrize("decay", [1, 2])
     def test_half(decay: int) -> None:
         """The interpreter has no bfloat16; here products are exact."""
