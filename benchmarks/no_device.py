@@ -57,6 +57,7 @@ class NoDevice:
     def __init__(self, writes: bool = False) -> None:
         self.writes = writes
         self.device, self.stream, self.compiled = 0, 0, list[str]()
+        self.seen: set[Any] = set()  # functions of triton.jit, which remember what compiled them
         self.launches: list[Launch] | None = None
         properties = {"max_shared_mem": 232448, "multiprocessor_count": PROCESSORS}
         self.utils = SimpleNamespace(
@@ -88,6 +89,7 @@ class NoDevice:
     def compile(self, source: Any, target: Any = None, options: Any = None, **rest: Any) -> Any:
         """In place of triton's: notes the kernel, and makes no code unless `writes`."""
         self.compiled.append(source.fn.__name__)
+        self.seen.add(source.fn)
         if self.writes:
             return compiler.compiler.compile(source, target=target, options=options, **rest)
         return Unwritten(source, self.launcher_cls(source, None))
@@ -120,29 +122,46 @@ def violations(launch: Launch) -> list[str]:
     return found
 
 
+def tables(aggregator: Any) -> list[Any]:
+    """What launches an aggregator's kernels: of the plan over elements, and of that over matrices."""
+    operator = aggregator.operator
+    return [x for x in (operator.kernels, getattr(operator.rules, "matrices", None)) if x is not None]
+
+
+def forget(aggregator: Any) -> None:
+    """An aggregator's memory of launches, as if it had made none."""
+    for table in tables(aggregator):
+        vars(table).update(_tuned=None)  # which has the next call plan anew
+        vars(table).get("_kinds", set()).clear()
+        for kernel in (vars(table).get("kernels") or vars(table).get("_kernels") or {}).values():
+            kernel._found.clear()
+    if aggregator.operator.quick is not None:
+        aggregator.operator.quick._known.clear()
+
+
 @contextmanager
 def no_device(aggregator: Any = None, writes: bool = False) -> Iterator[NoDevice]:
-    """Triton without a GPU; an aggregator's kernels take CPU tensors meanwhile. `writes`: they compile for sm_90."""
+    """Triton without a GPU; an aggregator's kernels take CPU tensors meanwhile. `writes`: they compile for sm_90.
+    Nothing of it is remembered afterwards, nor anything of before inside it."""
     fake, before, compile_ = NoDevice(writes), driver._active, compiler.compile
+    kept = [(x, dict(vars(x))) for x in ([] if aggregator is None else tables(aggregator))]
     driver.set_active(fake)  # type: ignore[arg-type]
     compiler.compile = fake.compile
-    kernels = None if aggregator is None else aggregator.operator.kernels
-    kept = kernels and (kernels.interpreted, kernels.processors)
     try:
-        if kernels is not None:
-            assert isinstance(kernels.table.forward_kernel, JITFunction)
-            kernels.interpreted, kernels.processors = True, PROCESSORS
+        if aggregator is not None:
+            forget(aggregator)
+        for table, _ in kept:
+            assert all(isinstance(x, JITFunction) for n, x in vars(table.table).items() if n.endswith("_kernel"))
+            vars(table).update(interpreted=True, processors=PROCESSORS)
         yield fake
     finally:
         driver._active, compiler.compile = before, compile_
-        if kernels is not None:
-            kernels.interpreted, kernels.processors = kept
-            for kernel in kernels.kernels.values():
-                kernel.fn.device_caches.clear()
-                kernel._found.clear()
-            kernels._tuned = None
-            if aggregator.operator.quick is not None:
-                aggregator.operator.quick._known.clear()
+        for fn in fake.seen:
+            fn.device_caches.clear()
+        for table, had in kept:
+            vars(table).update({k: had.get(k) for k in ("interpreted", "processors")})
+        if aggregator is not None:
+            forget(aggregator)
 
 
 def misaligned(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import psmc  # noqa: E402
 from benchmarks.chunk_data import Shape, inputs  # noqa: E402
-from benchmarks.no_device import PROCESSORS, no_device  # noqa: E402
+from benchmarks.no_device import no_device  # noqa: E402
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -24,10 +24,8 @@ def test_nothing_is_compiled_again(name: str, wanted: bool, monkeypatch: pytest.
     agg = psmc.load(EXAMPLES / f"{name}.psm")
     kernels = agg.rules.matrices
     given = {k: x.float().requires_grad_(wanted) for k, x in inputs(name, Shape(2, 70, 4, 32, 32)).items()}
-    monkeypatch.setattr(kernels, "interpreted", True)
-    monkeypatch.setattr(kernels, "processors", PROCESSORS)
     call = kernels.call
-    with no_device() as device:
+    with no_device(agg) as device:
 
         def warm(a: object) -> object:
             with monkeypatch.context() as patch:
@@ -46,7 +44,3 @@ def test_nothing_is_compiled_again(name: str, wanted: bool, monkeypatch: pytest.
             ahead = list(device.compiled)
             out.sum().backward()
             assert not device.compiled[len(ahead) :] and "chunk_values_kernel" in ahead
-    kernels._kernels.clear()
-    kernels._layouts.clear()
-    for kernel in vars(kernels.table).values():
-        getattr(kernel, "device_caches", {}).clear()

@@ -25,7 +25,7 @@ from triton import language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from benchmarks.no_device import PROCESSORS, no_device  # noqa: E402
+from benchmarks.no_device import no_device, tables  # noqa: E402
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -44,26 +44,17 @@ WRITTEN = tuple(n for n in NAMES if not n.endswith("_recurrence") and n != "tran
 def sources(name: str) -> list[tuple[Any, dict[str, Any]]]:
     """What an example's call and its backward have compiled, in bf16."""
     agg, found = example(name), []
-    rules = agg.operator.rules
-    tables = [x for x in (agg.operator.kernels, getattr(rules, "matrices", None)) if x is not None]
-    if not tables:
+    if not tables(agg):
         return []
     length = 20 if str(agg.plan).startswith("tree") else 130  # a level of a tree is a kernel of its own
-    before = [dict(vars(x)) for x in tables]
     sizes = {d.name: d.size or SIZE for d in declared(agg).dims}
     batch = make(declared(agg), Case(length, lanes=(2,)), torch.bfloat16, sizes=sizes).lower(torch.bfloat16).require_grad()
-    with no_device() as device:
+    with no_device(agg) as device:
         compiler.compile = lambda source, target=None, options=None, **rest: (
             found.append((source, {k: options[k] for k in ("num_warps", "num_stages")})), device.compile(source, target, options, **rest))[1]  # fmt: skip
-        try:
-            for x in tables:
-                x.interpreted, x.processors = True, PROCESSORS  # CPU tensors may be launched on
-            given = agg(**batch.inputs, **batch.params)
-            ends = [y for y in (given if isinstance(given, tuple) else (given,)) if y.requires_grad]
-            torch.autograd.backward(ends, [torch.zeros_like(y) for y in ends])
-        finally:
-            for x, held in zip(tables, before, strict=True):
-                vars(x).update({k: held.get(k) for k in ("interpreted", "processors")})
+        given = agg(**batch.inputs, **batch.params)
+        ends = [y for y in (given if isinstance(given, tuple) else (given,)) if y.requires_grad]
+        torch.autograd.backward(ends, [torch.zeros_like(y) for y in ends])
     return found
 
 
