@@ -1470,7 +1470,7 @@ def decay_of(step: Step, key: bool) -> Decay:
     """Steps [..., L, width], L a power of two; key: whether they are decays over the key."""
     x = step.value
     at_hand = x.device.type == "cpu" and type(x) is Tensor  # a fake tensor holds nothing that one could look at
-    if not step.log or not (at_hand or (key and x.shape[-1] == 1)):
+    if not step.log or x.is_complex() or not (at_hand or (key and x.shape[-1] == 1)):  # complex numbers have no bounds
         halves, since, until, whole = spans_of(step)
         return Decay(step, since, until, whole, halves, None, None)
     since, until, whole, inverse = _Sums.apply(x)  # type: ignore[no-untyped-call]
@@ -2776,7 +2776,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gated_deltanet_recurrence',
-    digest='a3dbd9a96ddb30f6',
+    digest='ef385874dd6e5626',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('beta', within=(0.0, 1.0, '[]')), Slot('g', within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('A', ('K', 'K')), Slot('S', ('K', 'V')),),

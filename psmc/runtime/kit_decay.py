@@ -38,7 +38,7 @@ def decay_of(step: Step, key: bool) -> Decay:
     """Steps [..., L, width], L a power of two; key: whether they are decays over the key."""
     x = step.value
     at_hand = x.device.type == "cpu" and type(x) is Tensor  # a fake tensor holds nothing that one could look at
-    if not step.log or not (at_hand or (key and x.shape[-1] == 1)):
+    if not step.log or x.is_complex() or not (at_hand or (key and x.shape[-1] == 1)):  # complex numbers have no bounds
         halves, since, until, whole = spans_of(step)
         return Decay(step, since, until, whole, halves, None, None)
     since, until, whole, inverse = _Sums.apply(x)  # type: ignore[no-untyped-call]

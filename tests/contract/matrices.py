@@ -113,6 +113,18 @@ TAKEN = {
       state S[K, V] : complex = 0
       recurrence { S[i, j] = a[i] * complex(cos(t[i]), sin(t[i])) * S[i, j] + k[i] * v[j] }
       output o[j] = real(sum[i] q[i] * S[i, j])""",
+    "complex_log": """
+      dim K, V
+      input q[K] : complex, k[K] : complex, v[V], g[K] in (-inf, 0], t[V]
+      state S[K, V] : complex = 0
+      recurrence { S[i, j] = exp(g[i]) * exp(complex(0, t[j])) * S[i, j] + k[i] * v[j] }
+      output o[j] = real(sum[i] conj(q[i]) * S[i, j])""",
+    "complex_state_real_log": """
+      dim K, V
+      input q[K], k[K] : complex, v[V], g in (-inf, 0]
+      state S[K, V] : complex = 0
+      recurrence { S[i, j] = exp(g) * S[i, j] + k[i] * v[j] }
+      output o[j] = imag(sum[i] q[i] * S[i, j])""",
     "many_queries": """
       dim K, V
       dim H = 3
