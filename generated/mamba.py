@@ -33,13 +33,13 @@ The runtime holds what this spec needs of it. Needs torch; nothing else.
    96  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
   375  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
   532  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
-  764  The border, continued: states, flags and packing
-  886  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
-  962  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 1025  One checked call in PyTorch: lift, the scan of the plan, readout
- 1155  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 1423  The public face of a compiled aggregator: a parallel call, a step, states
- 1628  the spec's border
+  802  The border, continued: states, flags and packing
+  926  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 1002  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 1065  One checked call in PyTorch: lift, the scan of the plan, readout
+ 1195  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 1463  The public face of a compiled aggregator: a parallel call, a step, states
+ 1663  the spec's border
 """
 
 from __future__ import annotations
@@ -657,7 +657,7 @@ def _bind(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bo
         shape = x.shape
         end = len(shape) - len(slot.dims)
         if front and tuple(shape[:front]) != leading:
-            hint = tokens and end > 2 and shape[0] == leading[0] and shape[2] == leading[1]
+            hint = tokens and end > 2 and shape[0] == leading[0] and _heads_first(shape, given[first.name].shape)
             _refuse(spec, slot, x, lead, f"its leading sizes are not those of '{first.name}', {list(leading)}", hint)
         if x.device != device:
             raise ArgumentError(f"PSM602: {spec.name}: '{slot.name}' is on {x.device}, '{first.name}' on {device}.")
@@ -668,7 +668,9 @@ def _bind(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bo
             )
         for dim, size in zip(slot.dims, shape[end:], strict=True):
             if sizes.setdefault(dim, size) != size:
-                _refuse(spec, slot, x, lead, f"{dim} is {size} here, but {sizes[dim]} in {owner[dim]}", tokens)
+                _refuse(spec, slot, x, lead, f"{dim} is {size} here, but {sizes[dim]} in {owner[dim]}")
+            if not size:
+                _refuse(spec, slot, x, lead, f"{dim} is 0, but a dim has at least one position")
             owner.setdefault(dim, f"'{slot.name}'")
         for axis, size in enumerate(shape[front:end]):
             lanes[axis] = size if lanes[axis] == 1 else max(lanes[axis], size) if size else 0
@@ -723,20 +725,35 @@ def _lane_axes(spec: Spec, given: Mapping[str, Tensor], lead: int) -> int:
         is_param = slot in spec.params
         axes = x.dim() - len(slot.dims) - (0 if is_param else lead)
         if axes != rank and not (is_param and axes == 0):
-            why = f"it has {x.dim()} axes" if axes < 0 else f"it has {axes} lane axes"
+            why = f"it has {_axes(x.dim())}" if axes < 0 else f"it has {_axes(axes, 'lane ')}"
             _refuse(spec, slot, x, lead, why + ("" if slot is first else f", while '{first.name}' has {rank}"))
     return rank
 
 
+def _heads_first(shape: Sequence[int], first: Sequence[int]) -> bool:
+    """Whether [B, T, ...] reads as if heads were put before time, here or in both, here in groups."""
+    return shape[2] == first[1] or (shape[2:3] == first[2:3] and shape[1] > 0 and first[1] % shape[1] == 0)
+
+
+def _axes(count: int, kind: str = "") -> str:
+    return f"{count} {kind}{'axis' if count == 1 else 'axes'}"
+
+
 def _check_lanes(spec: Spec, given: Mapping[str, Tensor], lead: int, lanes: list[int]) -> None:
-    for slot in (*spec.inputs, *spec.params):
+    slots = (*spec.inputs, *spec.params)
+
+    def front(slot: Slot) -> tuple[int, ...]:
         x = given[slot.name]
-        here = x.shape[0 if slot in spec.params else lead : x.dim() - len(slot.dims)]
-        for axis, (size, whole) in enumerate(zip(here, lanes, strict=False)):
+        return tuple(x.shape[0 if slot in spec.params else lead : x.dim() - len(slot.dims)])
+
+    for slot in slots:
+        x = given[slot.name]
+        for axis, (size, whole) in enumerate(zip(front(slot), lanes, strict=False)):
             last = axis == len(lanes) - 1
             if size not in (1, whole) and not (last and size and whole % size == 0):
                 why = "does not divide" if last else "is neither 1 nor"
-                _refuse(spec, slot, x, lead, f"its lane axis of {size} {why} {whole}", lead == 2)
+                owner = next(s.name for s in slots if front(s)[axis : axis + 1] == (whole,))
+                _refuse(spec, slot, x, lead, f"its lane axis of {size} {why} {whole}, that of '{owner}'", lead == 2)
 
 
 def _refuse(spec: Spec, slot: Slot, x: Tensor, lead: int, why: str, hint: bool = False) -> NoReturn:
@@ -748,6 +765,27 @@ def _refuse(spec: Spec, slot: Slot, x: Tensor, lead: int, why: str, hint: bool =
         f"PSM602: {spec.name}: '{slot.name}' must be [{want}], but it is {list(x.shape)}: {why}."
         + (f" Did you pass [{', '.join(('B', 'H', 'T', *slot.dims))}]? Time comes before the lanes." if swapped else "")
     )
+
+
+def check_sizes(spec: Spec, batch: Any, lanes: Sequence[Any], dims: Mapping[str, Any], dtype: Any) -> None:
+    """What `init_state` makes tensors of: batch and lanes from 0 on, every dim from 1 on, a float dtype."""
+    where = f"PSM603: {spec.name}"
+    stray = sorted(dims.keys() - set(spec.dims))
+    if stray:
+        raise ArgumentError(f"{where} has no dim {', '.join(stray)}; it has {', '.join(spec.dims) or 'none'}.")
+    read = (*spec.components, *(s for s in spec.inputs if s.name in spec.taps))
+    missing = sorted({d for s in read for d in s.dims} - dims.keys())
+    if missing:
+        raise ArgumentError(f"{where}: init_state needs the size of {', '.join(missing)}.")
+    counts = ("batch", batch, 0), *(("lanes", n, 0) for n in lanes), *((k, n, 1) for k, n in dims.items())
+    for name, size, least in counts:
+        if not hasattr(size, "__index__") or size < least:
+            raise ArgumentError(f"{where}: init_state: {name} is a whole number from {least} on, not {size!r}.")
+    for name, size in spec.sizes.items():
+        if dims[name] != size:
+            raise ArgumentError(f"{where}: init_state: {name} is {size} in the spec, not {dims[name]!r}.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ArgumentError(f"{where}: init_state: dtype is a float dtype of torch, not {dtype!r}.")
 
 
 def spread(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:
@@ -849,7 +887,9 @@ def _component(spec: Spec, call: Call, key: str, x: Any, slot: Slot, rows: int) 
     want = (rows, *call.lanes, *(call.sizes[d] for d in slot.dims))
     if tuple(x.shape) != want:
         shape = ", ".join(("rows", "*lanes", *slot.dims))
-        _refuse_state(spec, key, f"must be [{shape}] = {list(want)}, but it is {list(x.shape)}")
+        tokens = len(call.leading) == 1 and call.lanes and tuple(x.shape) == (rows, *want[2:])
+        hint = ". A step takes one token, without T: did you pass [B, T, ...]?" if tokens else ""
+        _refuse_state(spec, key, f"must be [{shape}] = {list(want)}, but it is {list(x.shape)}", hint)
     return _placed(spec, call, key, x, call.of_kind(slot.kind))
 
 
@@ -879,8 +919,8 @@ def _placed(spec: Spec, call: Call, key: str, x: Tensor, dtype: torch.dtype) -> 
     return x.to(dtype)
 
 
-def _refuse_state(spec: Spec, key: str, why: str) -> NoReturn:
-    raise ArgumentError(f"PSM605: {spec.name}: state '{key}' {why}.")
+def _refuse_state(spec: Spec, key: str, why: str, hint: str = "") -> NoReturn:
+    raise ArgumentError(f"PSM605: {spec.name}: state '{key}' {why}{hint or '.'}")
 
 
 # --- What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it.
@@ -1571,18 +1611,13 @@ class Aggregator:
         dtype: torch.dtype = torch.float32,
         **dims: int,
     ) -> State:
-        """The state before any token, [batch, *lanes, *dims]. Dims by name: `init_state(1, (16,), K=64, V=64)`."""
-        lanes = (lanes,) if isinstance(lanes, int) else tuple(lanes)
+        """The state before any token, [batch, *lanes, *dims]. Dims by name: `init_state(1, (16,), K=64, V=64)`.
+
+        Raises ArgumentError if a size is missing, or not one.
+        """
+        lanes = tuple(lanes) if isinstance(lanes, Iterable) else (lanes,)
         known = {**self.spec.sizes, **(sizes or {}), **dims}
-        stray = sorted(known.keys() - set(self.spec.dims))
-        if stray:
-            raise ArgumentError(
-                f"PSM603: {self.spec.name} has no dim {', '.join(stray)}; it has {', '.join(self.spec.dims) or 'none'}."
-            )
-        read = (*self.spec.components, *(s for s in self.spec.inputs if s.name in self.spec.taps))
-        missing = sorted({d for s in read for d in s.dims} - known.keys())
-        if missing:
-            raise ArgumentError(f"PSM603: {self.spec.name}: init_state needs the size of {', '.join(missing)}.")
+        check_sizes(self.spec, batch, lanes, known, dtype)
         call = Call({}, {}, known, (batch,), lanes, dtype, dtype, torch.device(device or "cpu"))
         state = self._start(call)
         for slot in self.spec.inputs:
@@ -1629,7 +1664,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='mamba',
-    digest='e4eb6b98033d02ed',
+    digest='15594264f7976bfa',
     inputs=(Slot('x', ('D',)), Slot('dt', ('D',), within=(0.0, None, '()')), Slot('B', ('N',)), Slot('C', ('N',)),),
     params=(Slot('A', ('D', 'N'), within=(None, 0.0, '()')),),
     components=(Slot('a', ('D', 'N')), Slot('h', ('D', 'N')),),

@@ -104,9 +104,10 @@ def realise(compilation: Compilation, extern: Callable[..., Any] | None = None) 
     module = load_module(compilation.agg.name, compilation.text)
     found = getattr(module, compilation.agg.name)
     if isinstance(compilation.agg.combine, ExternRule):
-        if extern is None:
+        if not callable(extern):
+            given = "" if extern is None else f", a function or module, not {type(extern).__name__}"
             fail(
-                "PSM292", f"'{compilation.declared.name}' takes its rule from Python.",
+                "PSM292", f"'{compilation.declared.name}' takes its rule from Python{given}.",
                 compilation.declared.where("combine"), label="this rule",
                 helps=("pass it: psmc.load(path, extern=my_combine), or --extern blocks.py:my_combine to psmc test.",),
             )  # fmt: skip

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from contract.data import Case, make
-from contract.examples import declared, example
+from contract.examples import ROOT, declared, example
 from contract.texts import compiled_text
 from torch import Tensor
+
+import psmc
 
 B, T, H = 2, 5, 4
 Change = Callable[[dict[str, Any], dict[str, Any]], None]  # edits the tensors and the options of a good call
@@ -54,13 +56,14 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a list": (put("k", [1.0]), "'k' must be a tensor, not list"),
     "too few axes": (
         put("q", torch.ones(B)),
-        r"PSM602: gla: 'q' must be \[B, T, \*lanes, K\], but it is \[2\]: it has 1 axes",
+        r"PSM602: gla: 'q' must be \[B, T, \*lanes, K\], but it is \[2\]: it has 1 axis",
     ),
     "no lanes": (
         put("k", lambda x: x[:, :, 0]),
         r"'k' must be \[B, T, \*lanes, K\].*\[2, 5, 3\]: it has 0 lane axes, while 'q' has 1",
     ),
-    "a size": (put("k", lambda x: x[..., :2]), r"'k' must be .*\[2, 5, 4, 2\]: K is 2 here, but 3 in 'q'"),
+    "a size": (put("k", lambda x: x[..., :2]), r"'k' must be .*\[2, 5, 4, 2\]: K is 2 here, but 3 in 'q'\.$"),
+    "a size of 0": (put("v", lambda x: x[..., :0]), r"'v' must be .*: V is 0, but a dim has at least one position\.$"),
     "the time": (
         put("g", lambda x: x[:, :4]),
         r"'g' must be .*\[2, 4, 4, 3\]: its leading sizes are not those of 'q', \[2, 5\]\.$",
@@ -70,7 +73,11 @@ WRONG: dict[str, tuple[Change, str]] = {
         put("v", lambda x: x.transpose(1, 2)),
         r"'v' must be .*Did you pass \[B, H, T, V\]\? Time comes before the lanes",
     ),
-    "lanes": (put("v", lambda x: x[:, :, :3]), r"'v' must be .*its lane axis of 3 does not divide 4"),
+    "fewer heads first": (
+        lambda x, _: x.update({k: y.transpose(1, 2)[:, : 4 if k == "q" else 2] for k, y in x.items()}),
+        r"'k' must be .*Did you pass \[B, H, T, K\]\?",
+    ),
+    "lanes": (put("v", lambda x: x[:, :, :3]), r"'v' must be .*its lane axis of 3 does not divide 4, that of 'q'"),
     "int": (
         put("q", lambda x: x.long()),
         r"PSM602: gla: 'q' is torch.int64, but it is a tensor of real numbers: float32, bfloat16",
@@ -170,6 +177,8 @@ def test_steps():
         agg.step(None, **{**token, "k": torch.ones(3, 4, 3, dtype=torch.float64)})
     with pytest.raises(agg.module.ArgumentError, match=r"state 'S' must be"):
         agg.step({"S": torch.ones(B, H, 2, 3)}, **token)
+    with pytest.raises(agg.module.ArgumentError, match=r"without T: did you pass \[B, T, ...\]\?$"):
+        agg.step({"S": torch.ones(B, H, 3, 2)}, **good(agg))
 
 
 def test_steps_in_place():
@@ -197,6 +206,22 @@ def test_init_state():
         agg.init_state(1, K=2)
     with pytest.raises(agg.module.ArgumentError, match="PSM603: gla has no dim N; it has K, V"):
         agg.init_state(1, K=2, V=2, N=2)
+    for args, options, message in (
+        ((-1,), {}, "batch is a whole number from 0 on, not -1"),
+        ((2.0,), {}, "batch is a whole number from 0 on, not 2.0"),
+        ((1, 2.5), {}, "lanes is a whole number from 0 on, not 2.5"),
+        ((1,), {"K": 0}, "K is a whole number from 1 on, not 0"),
+        ((1,), {"dtype": torch.int32}, "dtype is a float dtype of torch, not torch.int32"),
+    ):
+        with pytest.raises(agg.module.ArgumentError, match=f"PSM603: gla: init_state: {message}"):
+            agg.init_state(*args, **{"K": 2, "V": 2, **options})
+    with pytest.raises(ValueError, match="init_state: N is 5 in the spec, not 6"):
+        example("s5_word").init_state(1, N=6)
+
+
+def test_a_rule_that_is_none():
+    with pytest.raises(psmc.PsmcError, match=r"PSM292.*from Python, a function or module, not str"):
+        psmc.load(ROOT / "examples" / "transformer_psm.psm", extern="blocks:join")
 
 
 def test_states_of_taps_and_trees():

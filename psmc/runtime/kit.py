@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psmc.runtime.kit_bind import ArgumentError, Call, Spec, bind_call
+from psmc.runtime.kit_bind import ArgumentError, Call, Spec, bind_call, check_sizes
 from psmc.runtime.kit_check import check_counter, check_cu_seqlens, check_flags, check_slots, check_state, tail_names
 from psmc.runtime.kit_fused import FusedCalls
 from psmc.runtime.kit_op import Operator
@@ -204,18 +204,13 @@ class Aggregator:
         dtype: torch.dtype = torch.float32,
         **dims: int,
     ) -> State:
-        """The state before any token, [batch, *lanes, *dims]. Dims by name: `init_state(1, (16,), K=64, V=64)`."""
-        lanes = (lanes,) if isinstance(lanes, int) else tuple(lanes)
+        """The state before any token, [batch, *lanes, *dims]. Dims by name: `init_state(1, (16,), K=64, V=64)`.
+
+        Raises ArgumentError if a size is missing, or not one.
+        """
+        lanes = tuple(lanes) if isinstance(lanes, Iterable) else (lanes,)
         known = {**self.spec.sizes, **(sizes or {}), **dims}
-        stray = sorted(known.keys() - set(self.spec.dims))
-        if stray:
-            raise ArgumentError(
-                f"PSM603: {self.spec.name} has no dim {', '.join(stray)}; it has {', '.join(self.spec.dims) or 'none'}."
-            )
-        read = (*self.spec.components, *(s for s in self.spec.inputs if s.name in self.spec.taps))
-        missing = sorted({d for s in read for d in s.dims} - known.keys())
-        if missing:
-            raise ArgumentError(f"PSM603: {self.spec.name}: init_state needs the size of {', '.join(missing)}.")
+        check_sizes(self.spec, batch, lanes, known, dtype)
         call = Call({}, {}, known, (batch,), lanes, dtype, dtype, torch.device(device or "cpu"))
         state = self._start(call)
         for slot in self.spec.inputs:

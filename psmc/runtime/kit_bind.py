@@ -135,7 +135,7 @@ def _bind(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bo
         shape = x.shape
         end = len(shape) - len(slot.dims)
         if front and tuple(shape[:front]) != leading:
-            hint = tokens and end > 2 and shape[0] == leading[0] and shape[2] == leading[1]
+            hint = tokens and end > 2 and shape[0] == leading[0] and _heads_first(shape, given[first.name].shape)
             _refuse(spec, slot, x, lead, f"its leading sizes are not those of '{first.name}', {list(leading)}", hint)
         if x.device != device:
             raise ArgumentError(f"PSM602: {spec.name}: '{slot.name}' is on {x.device}, '{first.name}' on {device}.")
@@ -146,7 +146,9 @@ def _bind(spec: Spec, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: bo
             )
         for dim, size in zip(slot.dims, shape[end:], strict=True):
             if sizes.setdefault(dim, size) != size:
-                _refuse(spec, slot, x, lead, f"{dim} is {size} here, but {sizes[dim]} in {owner[dim]}", tokens)
+                _refuse(spec, slot, x, lead, f"{dim} is {size} here, but {sizes[dim]} in {owner[dim]}")
+            if not size:
+                _refuse(spec, slot, x, lead, f"{dim} is 0, but a dim has at least one position")
             owner.setdefault(dim, f"'{slot.name}'")
         for axis, size in enumerate(shape[front:end]):
             lanes[axis] = size if lanes[axis] == 1 else max(lanes[axis], size) if size else 0
@@ -201,20 +203,35 @@ def _lane_axes(spec: Spec, given: Mapping[str, Tensor], lead: int) -> int:
         is_param = slot in spec.params
         axes = x.dim() - len(slot.dims) - (0 if is_param else lead)
         if axes != rank and not (is_param and axes == 0):
-            why = f"it has {x.dim()} axes" if axes < 0 else f"it has {axes} lane axes"
+            why = f"it has {_axes(x.dim())}" if axes < 0 else f"it has {_axes(axes, 'lane ')}"
             _refuse(spec, slot, x, lead, why + ("" if slot is first else f", while '{first.name}' has {rank}"))
     return rank
 
 
+def _heads_first(shape: Sequence[int], first: Sequence[int]) -> bool:
+    """Whether [B, T, ...] reads as if heads were put before time, here or in both, here in groups."""
+    return shape[2] == first[1] or (shape[2:3] == first[2:3] and shape[1] > 0 and first[1] % shape[1] == 0)
+
+
+def _axes(count: int, kind: str = "") -> str:
+    return f"{count} {kind}{'axis' if count == 1 else 'axes'}"
+
+
 def _check_lanes(spec: Spec, given: Mapping[str, Tensor], lead: int, lanes: list[int]) -> None:
-    for slot in (*spec.inputs, *spec.params):
+    slots = (*spec.inputs, *spec.params)
+
+    def front(slot: Slot) -> tuple[int, ...]:
         x = given[slot.name]
-        here = x.shape[0 if slot in spec.params else lead : x.dim() - len(slot.dims)]
-        for axis, (size, whole) in enumerate(zip(here, lanes, strict=False)):
+        return tuple(x.shape[0 if slot in spec.params else lead : x.dim() - len(slot.dims)])
+
+    for slot in slots:
+        x = given[slot.name]
+        for axis, (size, whole) in enumerate(zip(front(slot), lanes, strict=False)):
             last = axis == len(lanes) - 1
             if size not in (1, whole) and not (last and size and whole % size == 0):
                 why = "does not divide" if last else "is neither 1 nor"
-                _refuse(spec, slot, x, lead, f"its lane axis of {size} {why} {whole}", lead == 2)
+                owner = next(s.name for s in slots if front(s)[axis : axis + 1] == (whole,))
+                _refuse(spec, slot, x, lead, f"its lane axis of {size} {why} {whole}, that of '{owner}'", lead == 2)
 
 
 def _refuse(spec: Spec, slot: Slot, x: Tensor, lead: int, why: str, hint: bool = False) -> NoReturn:
@@ -226,6 +243,27 @@ def _refuse(spec: Spec, slot: Slot, x: Tensor, lead: int, why: str, hint: bool =
         f"PSM602: {spec.name}: '{slot.name}' must be [{want}], but it is {list(x.shape)}: {why}."
         + (f" Did you pass [{', '.join(('B', 'H', 'T', *slot.dims))}]? Time comes before the lanes." if swapped else "")
     )
+
+
+def check_sizes(spec: Spec, batch: Any, lanes: Sequence[Any], dims: Mapping[str, Any], dtype: Any) -> None:
+    """What `init_state` makes tensors of: batch and lanes from 0 on, every dim from 1 on, a float dtype."""
+    where = f"PSM603: {spec.name}"
+    stray = sorted(dims.keys() - set(spec.dims))
+    if stray:
+        raise ArgumentError(f"{where} has no dim {', '.join(stray)}; it has {', '.join(spec.dims) or 'none'}.")
+    read = (*spec.components, *(s for s in spec.inputs if s.name in spec.taps))
+    missing = sorted({d for s in read for d in s.dims} - dims.keys())
+    if missing:
+        raise ArgumentError(f"{where}: init_state needs the size of {', '.join(missing)}.")
+    counts = ("batch", batch, 0), *(("lanes", n, 0) for n in lanes), *((k, n, 1) for k, n in dims.items())
+    for name, size, least in counts:
+        if not hasattr(size, "__index__") or size < least:
+            raise ArgumentError(f"{where}: init_state: {name} is a whole number from {least} on, not {size!r}.")
+    for name, size in spec.sizes.items():
+        if dims[name] != size:
+            raise ArgumentError(f"{where}: init_state: {name} is {size} in the spec, not {dims[name]!r}.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ArgumentError(f"{where}: init_state: dtype is a float dtype of torch, not {dtype!r}.")
 
 
 def spread(x: Tensor, axis: int, lanes: tuple[int, ...]) -> Tensor:

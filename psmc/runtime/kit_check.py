@@ -113,7 +113,9 @@ def _component(spec: Spec, call: Call, key: str, x: Any, slot: Slot, rows: int) 
     want = (rows, *call.lanes, *(call.sizes[d] for d in slot.dims))
     if tuple(x.shape) != want:
         shape = ", ".join(("rows", "*lanes", *slot.dims))
-        _refuse_state(spec, key, f"must be [{shape}] = {list(want)}, but it is {list(x.shape)}")
+        tokens = len(call.leading) == 1 and call.lanes and tuple(x.shape) == (rows, *want[2:])
+        hint = ". A step takes one token, without T: did you pass [B, T, ...]?" if tokens else ""
+        _refuse_state(spec, key, f"must be [{shape}] = {list(want)}, but it is {list(x.shape)}", hint)
     return _placed(spec, call, key, x, call.of_kind(slot.kind))
 
 
@@ -143,5 +145,5 @@ def _placed(spec: Spec, call: Call, key: str, x: Tensor, dtype: torch.dtype) -> 
     return x.to(dtype)
 
 
-def _refuse_state(spec: Spec, key: str, why: str) -> NoReturn:
-    raise ArgumentError(f"PSM605: {spec.name}: state '{key}' {why}.")
+def _refuse_state(spec: Spec, key: str, why: str, hint: str = "") -> NoReturn:
+    raise ArgumentError(f"PSM605: {spec.name}: state '{key}' {why}{hint or '.'}")
