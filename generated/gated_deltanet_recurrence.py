@@ -2496,7 +2496,7 @@ def _chunked(
     batch, length = call.leading
     lanes = prod(call.lanes) * prod(outer)
     start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
-    if kernels is not None:
+    if kernels is not None and not dtype.is_complex:
         begin = None if given.initial is None else start
         flags = given.mask, given.reset, given.cu_seqlens
         done = kernels.layer(call, layer, [*outer, key], widths, found, begin, *flags)
@@ -2811,7 +2811,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gated_deltanet_recurrence',
-    digest='adfddb6f15b0f6e8',
+    digest='894fa78f93d6c005',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('beta', within=(0.0, 1.0, '[]')), Slot('g', within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('A', ('K', 'K')), Slot('S', ('K', 'V')),),

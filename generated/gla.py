@@ -4840,7 +4840,7 @@ def _chunked(
     batch, length = call.leading
     lanes = prod(call.lanes) * prod(outer)
     start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
-    if kernels is not None:
+    if kernels is not None and not dtype.is_complex:
         begin = None if given.initial is None else start
         flags = given.mask, given.reset, given.cu_seqlens
         done = kernels.layer(call, layer, [*outer, key], widths, found, begin, *flags)
@@ -5357,7 +5357,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='1cdb012189fe308a',
+    digest='d02f859f4e908de7',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

@@ -24,6 +24,11 @@ if not INTERPRETED:
 else:
     import torch
     from chunk_cases import SMALL, Data, check, check_steps, check_whole_spec, counted, inputs, kernels, table
+    from contract.compare import compiled, errors, oracle
+    from contract.data import Case, make
+    from contract.examples import declared
+    from contract.matrices import text
+    from contract.texts import from_text
 
     import psmc
 
@@ -89,6 +94,13 @@ else:
     @pytest.mark.parametrize("name", SPECS)
     def test_whole_specs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check_whole_spec(psmc.load(EXAMPLES / f"{name}.psm"), monkeypatch)
+
+    @pytest.mark.parametrize("name", ["complex_state_real_log", "complex_beside_real"])
+    def test_complex_states_are_left_to_torch(name: str) -> None:
+        agg = from_text(text(name))
+        batch = make(declared(agg), Case(5, lanes=(2,), initial=True), torch.float32, live=agg.spec.live)
+        found = compiled(agg, batch.lower(torch.float32), torch.float32)
+        assert max(errors(found, oracle(agg, batch, torch.float32)).values()) < 1e-5
 
     @pytest.mark.parametrize("name", ["gla", "mamba2", "rwkv6", "linear_attention", "mlstm"])
     def test_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,7 @@ def test_refused_is_right_and_says_why(name: str):
         "decay_apart": "S: its decay does not come apart into one over the key times one over the value",
         "starts_elsewhere": "the state starts elsewhere than at the identity",
         "columns_apart": "S: its decay along the value, under a transition of low rank, would take a solve",
+        "real_through_complex": "output 'o' reads S, which is real, through complex vectors",
         "squares": "output 'o' reads S other than through vectors over the key",
         "one_reads_the_other": "R: it reads the matrix state S",
     }

@@ -92,6 +92,8 @@ def fuse(agg: Aggregator, structure: Structure) -> Fused | None:
         return None
     (stack,), (readout,) = stacks, structure.readout
     head = stack[0]
+    if agg.component(head.component).kind != "real":
+        return None
     single = [a.value is None for a in stack] in ([False], [False, True])
     if head.rank or head.outer or head.injection.rank != 1 or not single or head.decay.logs is None:
         return None

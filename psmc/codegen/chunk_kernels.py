@@ -43,7 +43,8 @@ _SAYS = {
 def print_chunk_kernels(agg: Aggregator, structure: Structure, tuned: Tuned | None = None) -> str:
     """Module text that defines CHUNK_KERNELS, the table of `runtime.kit_chunk_kernels`, and KERNELS; '' if no layer is
     one for these kernels."""
-    found = [x.affine for x in structure.layers if x.affine is not None and x.cls == "affine" and by_kernel(x.affine)]
+    affines = (x.affine for x in structure.layers if x.affine is not None and x.cls == "affine")
+    found = [a for a in affines if by_kernel(agg, a)]
     if not found:
         return ""
     wide, valued = (any(a.decay.kind in (side, "KV") for a in found) for side in "KV")
@@ -71,9 +72,11 @@ def kernel_text(sizes: ChunkTiles, fused: Fused, tuned: Tuned | None = None) -> 
     return "\n\n".join([*(_tidy(part) for part in parts), *tiles_class(tuned), table])
 
 
-def by_kernel(affine: Affine) -> bool:
-    """Whether these kernels run a layer: no transition of low rank, a decay that comes apart into key and value."""
-    return affine.rank == 0 and affine.decay.parts is not None
+def by_kernel(agg: Aggregator, affine: Affine) -> bool:
+    """Whether these kernels run a layer: of real numbers, no transition of low rank, a decay that comes apart into key
+    and value."""
+    real = agg.component(affine.component).kind == "real"
+    return real and affine.rank == 0 and affine.decay.parts is not None
 
 
 def plain(valued: bool) -> Fused:

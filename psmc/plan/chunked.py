@@ -27,6 +27,9 @@ def licensed(agg: Aggregator, structure: Structure) -> str | None:
         if reason is not None:
             return f"{', '.join(layer.components)}: {reason}"
     for readout in structure.readout:
+        turned = sorted(p.component for p in readout.linear if _is_turned(agg, p))
+        if turned:
+            return f"output '{readout.output}' reads {', '.join(turned)}, which is real, through complex vectors"
         whole = sorted(owners & set(readout.whole))
         if whole:
             return f"output '{readout.output}' reads {', '.join(whole)} other than through vectors over the key"
@@ -47,6 +50,11 @@ def split_layers(structure: Structure) -> tuple[tuple[Layer, ...], tuple[tuple[A
         if affine in stack and stack not in stacks:
             stacks.append(stack)
     return small, tuple(stacks)
+
+
+def _is_turned(agg: Aggregator, part: Linear) -> bool:
+    kinds = {x.value.kind for x in (part.query, part.previous) if x is not None}
+    return "complex" in kinds and agg.component(part.component).kind != "complex"
 
 
 def extra_indices(part: Linear, affine: Affine) -> tuple[Index, ...]:

@@ -186,7 +186,7 @@ def _chunked(
     batch, length = call.leading
     lanes = prod(call.lanes) * prod(outer)
     start = _matrix_start(call, layer, ordered, widths, given, lanes, dtype)
-    if kernels is not None:
+    if kernels is not None and not dtype.is_complex:
         begin = None if given.initial is None else start
         flags = given.mask, given.reset, given.cu_seqlens
         done = kernels.layer(call, layer, [*outer, key], widths, found, begin, *flags)

@@ -39,7 +39,7 @@ def analyse(agg: Aggregator) -> Structure:
             d.name for d in agg.dims if d.name in {agg.component(c).dims[n] for c in live for n in summed[c]}
         ),
         readout=readouts(agg, affines, context(agg)),
-        stacks=stacks(affines),
+        stacks=stacks(agg, affines),
     )
 
 
@@ -79,8 +79,8 @@ def _ring(agg: Aggregator, group: tuple[str, ...], step: Mapping[str, Assign]) -
     return None
 
 
-def stacks(affines: Sequence[Affine]) -> tuple[tuple[str, ...], ...]:
-    """Groups of two and more components that differ in their C alone."""
+def stacks(agg: Aggregator, affines: Sequence[Affine]) -> tuple[tuple[str, ...], ...]:
+    """Groups of two and more components, all real or all complex, that differ in their C alone."""
     groups: dict[tuple[object, ...], list[Affine]] = {}
     for a in affines:
         index = Index("key", a.key.dim)
@@ -88,7 +88,7 @@ def stacks(affines: Sequence[Affine]) -> tuple[tuple[str, ...], ...]:
         if a.decay.kind in ("V", "KV") or a.outer:
             continue
         same = tuple(rename(x.value, {a.key: index}) for x in (a.decay.value, *vectors))
-        groups.setdefault((index, len(a.transition.left), same), []).append(a)
+        groups.setdefault((agg.component(a.component).kind, index, len(a.transition.left), same), []).append(a)
     found = [sorted(g, key=lambda a: a.value is None) for g in groups.values() if len(g) > 1]
     return tuple(tuple(a.component for a in group) for group in found)
 

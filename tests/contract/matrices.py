@@ -125,6 +125,15 @@ TAKEN = {
       state S[K, V] : complex = 0
       recurrence { S[i, j] = exp(g) * S[i, j] + k[i] * v[j] }
       output o[j] = imag(sum[i] q[i] * S[i, j])""",
+    "complex_beside_real": """
+      dim K, V
+      input q[K], k[K], v[V], u[V] : complex, g in (-inf, 0]
+      state S[K, V] = 0, R[K, V] : complex = 0
+      recurrence {
+        S[i, j] = exp(g) * S[i, j] + k[i] * v[j]
+        R[i, j] = exp(g) * R[i, j] + k[i] * u[j]
+      }
+      output o[j] = sum[i] q[i] * S[i, j], p[j] = real(sum[i] q[i] * prev.R[i, j])""",
     "many_queries": """
       dim K, V
       dim H = 3
@@ -179,6 +188,12 @@ REFUSED = {
       input q[K], k[K], v[V], b[V] in [0, 1]
       state S[K, V] = 0
       recurrence { S[i, j] = b[j] * (S[i, j] - k[i] * sum[m] k[m] * S[m, j]) + k[i] * v[j] }
+      output o[j] = sum[i] q[i] * S[i, j]""",
+    "real_through_complex": """
+      dim K, V
+      input q[K] : complex, k[K], v[V], g in (-inf, 0]
+      state S[K, V] = 0
+      recurrence { S[i, j] = exp(g) * S[i, j] + k[i] * v[j] }
       output o[j] = sum[i] q[i] * S[i, j]""",
     "squares": """
       dim K, V
