@@ -14,7 +14,7 @@ from pathlib import Path
 MAX_SOURCE_BYTES = 1_000_000
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, limit: int = MAX_SOURCE_BYTES) -> bytes:
     """A file's content, and at most one byte more of it than is allowed. A pipe or a device is refused: reading one may
     wait for ever, or never end. Raises OSError; ValueError for a name with a NUL in it."""
 
@@ -27,7 +27,7 @@ def read_bytes(path: Path) -> bytes:
         return found
 
     with open(path, "rb", opener=opener) as handle:
-        return handle.read(MAX_SOURCE_BYTES + 1)
+        return handle.read(limit + 1)
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,19 @@ def test_what_is_no_file(psmc, tmp_path: Path, command: str) -> None:
     for path, why in said.items():
         ran = psmc(command, path)
         assert ran.code == 1 and re.search(rf"error\[PSM102\].*({why})", ran.err), ran.err
+    ran = psmc(command, "")
+    assert ran.code == 1 and "the name of a file is empty" in ran.err
+    for other in (["verify", pipe], ["compile", GLA, "-o", tmp_path, "--tuned", pipe]):
+        ran = psmc(*other)
+        assert ran.code == 1 and "is a pipe or a device, not a file" in ran.err
+
+
+def test_a_lone_cr_ends_a_line(psmc, tmp_path: Path) -> None:
+    """And the comment on it: no aggregator is lost in one."""
+    spec = tmp_path / "old.psm"
+    spec.write_bytes(LEAKY.read_bytes().replace(b"\n", b"\r"))
+    ran = psmc("check", spec)
+    assert ran.code == 1 and "old.psm:12:5: error[PSM301]" in ran.err, ran.err
 
 
 def test_a_used_file_that_cannot_be_read(psmc, tmp_path: Path) -> None:
@@ -393,6 +406,32 @@ def test_compile_to_a_place_that_cannot_be(psmc, tmp_path: Path) -> None:
     for place in (tmp_path / "file", tmp_path / "file" / "x.py", tmp_path / "file" / "below"):
         ran = psmc("compile", EXAMPLES / "ema.psm", "-o", place)
         assert ran.code == 1 and "PSM294" in ran.err
+
+
+def test_compile_leaves_what_it_did_not_write(psmc, tmp_path: Path) -> None:
+    own = tmp_path / "ema.py"
+    own.write_text("# a person's own\n")
+    ran = psmc("compile", EXAMPLES / "ema.psm", EXAMPLES / "cumsum.psm", "-o", tmp_path)
+    assert ran.code == 1 and "PSM295" in ran.err and "did not write it" in ran.err
+    assert own.read_text() == "# a person's own\n" and list(tmp_path.iterdir()) == [own]
+    own.write_text("")
+    for _ in range(2):
+        assert psmc("compile", EXAMPLES / "ema.psm", "-o", tmp_path).code == 0
+
+
+def test_no_spec_is_overwritten(psmc, tmp_path: Path) -> None:
+    spec, link = tmp_path / "gla.psm", tmp_path / "link.json"
+    spec.write_bytes(GLA.read_bytes())
+    link.symlink_to(spec)
+    for place in (spec, link, tmp_path / "other.psm"):
+        ran = psmc("check", spec, "--certificate", place)
+        assert ran.code == 1 and "PSM294" in ran.err, place
+    assert "PSM294" in psmc("tune", spec, "--out", link).err
+    assert spec.read_bytes() == GLA.read_bytes() and not (tmp_path / "other.psm").exists()
+    out = tmp_path / "c.json"
+    out.write_text("an older one")
+    ran = psmc("check", spec, tmp_path / "none.psm", "--certificate", out)
+    assert ran.code == 1 and f"{out} is not written" in ran.err and out.read_text() == "an older one"
 
 
 # --- explain --------------------------------------------------------------------------------------

@@ -94,6 +94,9 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def _usage(error: click.ClickException) -> None:
     context = error.ctx if isinstance(error, click.UsageError) else None
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        console.complain(error.format_message())
+        return
     if context is not None:
         console.complain(context.get_usage())
     console.complain(f"error: {error.format_message()}")

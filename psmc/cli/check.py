@@ -44,6 +44,7 @@ def command(files: tuple[str, ...], as_json: bool, budget: float, second: bool, 
     hand. The exit code is 1 if a claim does not hold.
     """
     paths = inputs.specs(files)
+    place = None if certificate is None else inputs.destination(certificate, paths)
     if second:
         _require_z3()
     rows: list[Row] = []
@@ -52,8 +53,9 @@ def command(files: tuple[str, ...], as_json: bool, budget: float, second: bool, 
             progress.step(path.name)
             rows += check_file(path, budget, second, lambda p: progress.detail(_doing(p)))
     failed = [d for row in rows for d in row.diagnostics]
-    if certificate is not None:
-        _write_certificate(Path(certificate), rows)
+    unread = sorted({row.file for row in rows if row.found is None})
+    if place is not None and not unread:
+        _write_certificate(place, rows)
     if as_json:
         _say_json(rows)
     else:
@@ -69,6 +71,8 @@ def command(files: tuple[str, ...], as_json: bool, budget: float, second: bool, 
     if failed:
         console.complain("")
         console.report(*failed)
+    if place is not None and unread:
+        console.complain(f"\n{place} is not written: it would lack {', '.join(unread)}.")
     return 1 if failed else 0
 
 

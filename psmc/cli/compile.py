@@ -11,12 +11,14 @@ import click
 
 from psmc.cli import console, inputs
 from psmc.diagnostics import Diagnostic, PsmcError, fail
+from psmc.source import read_bytes
 
 if TYPE_CHECKING:
     from psmc.pipeline import Compilation
     from psmc.plan.tuned import Tuned
 
 _SHOWN = 20  # lines of a diff
+_LARGEST = 100_000_000  # bytes of a module
 
 
 @click.command(
@@ -64,6 +66,8 @@ def command(
     modules = list(zip(places, texts, strict=True))
     if compare:
         return _compare(modules)
+    for place in places:
+        _replaceable(place)
     for place, text in modules:
         inputs.write(place, text)
         console.say(f"wrote {place}")
@@ -111,20 +115,36 @@ def _places(output: str | None, names: list[str]) -> list[Path]:
     return [target / f"{name}.py" for name in names]
 
 
+def _replaceable(place: Path) -> None:
+    """What is there may be replaced if psmc wrote it. Raises PsmcError PSM295 for a person's own file."""
+    there = _there(place)
+    if there and b"\nWritten by psmc; " not in there:
+        fail(
+            "PSM295", f"{place} exists already, and psmc did not write it.",
+            helps=("choose another place with -o, or remove it.",),
+        )  # fmt: skip
+
+
+def _there(place: Path) -> bytes | None:
+    """The file's content; None where there is none."""
+    try:
+        return read_bytes(place, _LARGEST)
+    except (OSError, ValueError):
+        return None
+
+
 def _compare(modules: list[tuple[Path, str]]) -> int:
     differing = 0
     for place, text in modules:
-        try:
-            there = place.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            there = None
-        if there == text:
+        found = _there(place)
+        if found == text.encode():
             console.say(f"{place}: up to date")
             continue
         differing += 1
-        if there is None:
+        if found is None:
             console.say(f"{place}: missing")
             continue
+        there = found.decode("utf-8", "replace")
         lines = list(
             difflib.unified_diff(there.splitlines(), text.splitlines(), str(place), "as compiled now", n=1, lineterm="")
         )

@@ -29,7 +29,7 @@ def specs(names: Iterable[str]) -> list[Path]:
     """The files that are meant: a directory stands for its *.psm, in order of name. Raises PsmcError PSM102."""
     out: list[Path] = []
     for name in names:
-        path = Path(name)
+        path = _named(name)
         if not os.path.isdir(path):
             out.append(path)
             continue
@@ -39,6 +39,13 @@ def specs(names: Iterable[str]) -> list[Path]:
             fail("PSM102", f"{path}: this directory holds no {SUFFIX} file", helps=helps)
         out += inside
     return list(dict.fromkeys(out))
+
+
+def _named(name: str) -> Path:
+    """Not the empty name, which an unset variable of the shell leaves, and pathlib takes for the current directory."""
+    if not name:
+        fail("PSM102", "the name of a file is empty", helps=("is a variable of the shell not set?",))
+    return Path(name)
 
 
 def existing(path: Path) -> Path:
@@ -70,10 +77,27 @@ def similar(path: Path) -> list[str]:
 
 def one_file(name: str) -> Path:
     """A file, not a directory."""
-    path = existing(Path(name))
+    path = existing(_named(name))
     if os.path.isdir(path):
         fail("PSM102", f"{path} is a directory", helps=(f"name one {SUFFIX} file in it.",))
     return path
+
+
+def destination(name: str, reads: Iterable[Path]) -> Path:
+    """Where a command may write. Raises PsmcError PSM294 for what it reads, under whatever name, and for any spec."""
+    path = Path(name)
+    if any(_same(path, source) for source in reads):
+        fail("PSM294", f"{path} is a file that this command reads", helps=("choose another place.",))
+    if path.suffix == SUFFIX:
+        fail("PSM294", f"{path} is named as a spec is", helps=("choose another place: what is written is no spec.",))
+    return path
+
+
+def _same(path: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):
+        return False
 
 
 def write(path: Path, text: str) -> None:
@@ -91,4 +115,7 @@ def say_json(data: Any) -> None:
     console.say(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-__all__ = ["PsmcError", "Seconds", "existing", "fail_missing", "one_file", "say_json", "similar", "specs", "write"]
+__all__ = [
+    "PsmcError", "Seconds", "destination", "existing", "fail_missing", "one_file", "say_json", "similar", "specs",
+    "write",
+]  # fmt: skip

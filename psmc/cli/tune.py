@@ -32,7 +32,7 @@ _HEADINGS = ("kernel", "tile", "error", "ms", "gain", "verdict")
 @click.option("--shape", "shapes", multiple=True, metavar="SHAPE", help="Rows, tokens, lanes, dims; may be repeated.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Of inputs.  [default: bf16]")
 @click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, metavar="N",
+    "--seconds", type=inputs.Seconds(0, min_open=True), default=60.0, show_default=True, metavar="N",
     help="Time for the search; what it does not reach is not tried.",
 )  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Checks at a time.  [default: at most 8]")
@@ -66,6 +66,7 @@ def command(
     path = inputs.one_file(file)
     found = pipeline.pick(pipeline.read(path), name, str(path))
     text = found.shipped
+    place = inputs.destination(out or f"{found.declared.name}.tuned.json", [path])
     _require_kernels(found)
     plan = "attention" if "ATTENTION_TILES = " in text else found.plan.name  # whose tiles they are
     _require_device(interpret)
@@ -94,8 +95,8 @@ def command(
             notes=("the checks compare with the sequential fold in fp64; the table says what was off.",),
             helps=("psmc test says more, and PSMC_DEBUG=1 shows what compilers print; please report it.",),
         )  # fmt: skip
-    tuned = _tuned(found, plan, result, Path(out or f"{found.declared.name}.tuned.json"))
-    inputs.write(Path(out or tuned.file), tuned.text())
+    tuned = _tuned(found, plan, result, place)
+    inputs.write(place, tuned.text())
     if not as_json:
         console.say(f"wrote {out or tuned.file}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def command(certificate: str, specs: tuple[str, ...], points: int, seed: int, as
     from psmc import checker
 
     path = inputs.existing(Path(certificate))
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never end, or never begin
+        why = "is a directory" if os.path.isdir(path) else "is a pipe or a device, not a file"
+        fail("PSM102", f"{path} {why}", helps=("psmc check FILE --certificate OUT.json writes one.",))
     try:
         document = checker.read(str(path))
     except checker.Refused as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -47,7 +48,8 @@ def read(path: str | Path, span: Span | None = None) -> SourceFile:
         line = data.count(b"\n", 0, error.start) + 1
         message = f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} on line {line}"
         fail("PSM102", message, span, helps=("save it as UTF-8",))
-    return SourceFile(str(name), text)
+    # A lone CR ends a line where the file was made, and a comment with it.
+    return SourceFile(str(name), re.sub("\r(?!\n)", "\n", text))
 
 
 def parse(source: SourceFile) -> surface.File:

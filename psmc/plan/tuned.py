@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from psmc.diagnostics import Diagnostic, fail
 from psmc.plan.tiles import FIELDS, Row, changed, disagreement, fault
+from psmc.source import read_bytes
 
 _TEXTS = ("aggregator", "device", "digest", "plan")
 
@@ -75,7 +76,7 @@ def read_files(paths: Iterable[str]) -> tuple[Tuned, ...]:
     found = []
     for path in map(Path, paths):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_bytes(path).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it is not UTF-8"
             _malformed(str(path), why)
