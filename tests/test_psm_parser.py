@@ -299,6 +299,7 @@ DEEP = 10_000
         "sum[i] " * DEEP + "x",
         "x + " * DEEP + "x",
         "x * " * DEEP + "x",
+        "x + " * 200_000 + "x",
         "x or " * DEEP + "x",
         "(x * (" * 150 + "x" + "+ x) - x)" * 150,
     ],
@@ -308,6 +309,24 @@ def test_deep_nesting_is_refused(text: str) -> None:
     start = time.perf_counter()
     refused(f"const c = {text}", "PSM502")
     assert time.perf_counter() - start < 10
+
+
+def test_too_much_is_refused_before_it_is_parsed() -> None:
+    start = time.perf_counter()
+    refused("aggregator a { lift { s = max(" + "x, " * 200_000 + ") } }", "PSM501")
+    refused("aggregator a { input x } " * 20_000, "PSM501")
+    assert time.perf_counter() - start < 5
+
+
+def test_rows_of_operators_that_are_no_chain() -> None:
+    """What begins anew at a bracket, a comparison, a looser operator or the next statement is as deep as it is."""
+    for text in (
+        "+".join(["2 * x"] * 190), "*".join(["-x"] * 190), "x * " * 150 + "sum[i] " + "x * " * 150 + "x",
+        "+".join(["-x ^ -2"] * 190), "x + " * 150 + "x < " + "x + " * 150 + "x",
+        "(" + "x + " * 150 + "x) * (" + "x + " * 150 + "x)", " or ".join(["not x < -y and y > 0"] * 100),
+    ):  # fmt: skip
+        value(text)
+    psm.parse(SourceFile("a.psm", "aggregator a { lift { " + "s = x + y * -y " * 300 + "} }"))
 
 
 def test_deep_blocks_are_refused() -> None:

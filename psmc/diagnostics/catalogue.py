@@ -132,7 +132,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "PSM292": ("missing rule", "'combine extern' takes its rule from Python: psmc.load(path, extern=my_combine)."),
     "PSM293": ("rule that is not wanted", "'extern' is for aggregators that say 'combine extern'."),
     "PSM294": ("file that cannot be written", "The place is no directory, is full, or may not be written to."),
-    "PSM295": ("file that exists", "psmc new never overwrites a file, except with --force."),
+    "PSM295": ("file that exists", "psmc new overwrites a file with --force only; psmc compile, a module of its own."),
     "PSM296": ("rule that fails", "What '--extern' names could not be loaded, or raised when it was called."),
     "PSM301": (
         "claim refuted",
@@ -156,7 +156,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "An affine recurrence may read another component only affinely, or as a scale exp(prev.m + f - m).",
     ),
     "PSM404": ("coupled components of different shapes", "Components that depend on each other have the same dims."),
-    "PSM501": ("source too large", "psmc reads files of at most a megabyte; a spec is some 10 to 20 lines."),
+    "PSM501": (
+        "source too large",
+        "psmc reads files of at most a megabyte, 100,000 words and signs, and 500 aggregators; a spec is some 10 to 20"
+        " lines.",
+    ),
     "PSM502": (
         "nested too deeply",
         "Brackets and expressions nest at most 200 deep; a chain a + b + … counts each operator.",

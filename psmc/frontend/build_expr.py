@@ -7,11 +7,11 @@ from typing import Any, Literal, TypeVar
 
 from lark import Token, Tree
 
-from psmc.diagnostics import Diagnostic, Label, PsmcError, fail
+from psmc.diagnostics import Diagnostic, Label, PsmcError
 from psmc.frontend import constants
 from psmc.frontend import surface as s
 from psmc.frontend.names import name_problem
-from psmc.frontend.tokens import MAX_NESTING
+from psmc.frontend.tokens import MAX_NESTING, refuse_depth
 from psmc.source import SourceFile, Span
 
 MAX_TAP = 64
@@ -69,13 +69,7 @@ class ExpressionBuilder:
         """Note the depth of an expression; refuse it beyond the bound that every later pass may recurse to."""
         depth = 1 + max((self._depth.get(id(c), (0,))[0] for c in children), default=0)
         if depth > MAX_NESTING:
-            fail(
-                "PSM502",
-                f"this expression is nested deeper than {MAX_NESTING}",
-                node.span,
-                notes=("a chain a + b + c + … nests once per operator",),
-                helps=("name parts of it with 'let', or use a reduction such as sum[i]",),
-            )
+            refuse_depth(node.span)
         self._depth[id(node)] = depth, node
         return node
 

@@ -15,9 +15,15 @@ from psmc.diagnostics import Label, fail
 from psmc.source import MAX_SOURCE_BYTES, SourceFile, Span
 
 MAX_NESTING = 200
+MAX_TOKENS = 100_000  # in a file: seconds to parse
+MAX_AGGREGATORS = 500  # in a file: each is proved by itself
 OPENERS = {"(": ")", "[": "]", "{": "}"}
 _CLOSERS = frozenset(OPENERS.values())
 _TRIVIA = frozenset({"COMMENT", "SPACE"})
+# How tightly operators in a row bind; signs, 'not', powers and reductions, which nest to the right, most of all.
+_TIGHTNESS = {"OR": 0, "AND": 1, "PLUS": 2, "MINUS": 2, "TIMES": 3, "DIVIDE": 3}
+_PREFIX = frozenset({"MINUS", "NOT", "POWER", "REDUCE"})
+_OPERANDS = frozenset({"NAME", "NUMBER", "INF", "DOT"})
 
 # What people type who come from other languages, and how it is written here. Longest first.
 _SLIPS = {
@@ -55,6 +61,47 @@ class Tokens:
     comments: tuple[Span, ...]
 
 
+class _Chains:
+    """Operators in a row between two brackets: a + b + … nests once each, and the parser would meet all of them before
+    it builds the first."""
+
+    def __init__(self) -> None:
+        self._start: int | None = None  # of the expression
+        self._counts = [0] * 5  # by tightness: how deep the operand at hand is at least
+        self.operand = False  # whether one has just ended, so that a minus is no sign
+
+    def add(self, source: SourceFile, kind: str, begin: int, at: int) -> None:
+        """The next token at these brackets. Raises PsmcError PSM502."""
+        if kind in _OPERANDS:
+            self.operand = True
+            self._start = begin if self._start is None else self._start
+            return
+        level = _TIGHTNESS.get(kind) if self.operand else None
+        self.operand = False
+        if kind == "COMPARE":
+            self._counts[2:] = [0, 0, 0]
+            return
+        if level is None and kind not in _PREFIX:
+            self._counts, self._start = [0] * 5, None
+            return
+        level = 4 if level is None else level
+        self._counts[level + 1 :] = [0] * (4 - level)
+        if kind == "REDUCE":  # takes what is left of the product
+            self._counts[3] = 0
+        self._counts[level] += 1
+        if self._counts[level] > MAX_NESTING:
+            refuse_depth(Span(source, begin if self._start is None else self._start, at))
+
+
+def refuse_depth(span: Span) -> NoReturn:
+    """Raises PsmcError PSM502."""
+    fail(
+        "PSM502", f"this expression is nested deeper than {MAX_NESTING}", span,
+        notes=("a chain a + b + c + … nests once per operator",),
+        helps=("name parts of it with 'let', or use a reduction such as sum[i]",),
+    )  # fmt: skip
+
+
 class Scanner:
     """One regular expression over the grammar's terminals; longer literals win, keywords win over NAME."""
 
@@ -81,6 +128,8 @@ class Scanner:
         code: list[Token] = []
         comments: list[Span] = []
         opened: list[Token] = []
+        chains = [_Chains()]
+        aggregators = 0
         at, match_at, words = start, self._regex.match, self.words
         while at < stop:
             match = match_at(text, at, stop)
@@ -101,8 +150,12 @@ class Scanner:
             elif kind == "STRING" and text.startswith('"""', begin):
                 _refuse_character(source, begin)
             token = Token(kind, value, begin, 0, 0, 0, 0, at)
+            aggregators += value == "aggregator"
+            if aggregators > MAX_AGGREGATORS or len(code) == MAX_TOKENS:
+                _refuse_length(Span(source, begin, at), aggregators > MAX_AGGREGATORS)
             if value in OPENERS:
                 opened.append(token)
+                chains.append(_Chains())
                 if len(opened) > MAX_NESTING:
                     fail(
                         "PSM502",
@@ -111,8 +164,13 @@ class Scanner:
                         labels=(Label(Span(source, opened[0].start_pos or 0, opened[0].end_pos or 0), "from here"),),
                         helps=("name parts of the expression with 'let'",),
                     )
-            elif value in _CLOSERS and opened:
-                opened.pop()
+            elif value in _CLOSERS:
+                if opened:
+                    opened.pop()
+                    chains.pop()
+                chains[-1].operand = True
+            else:
+                chains[-1].add(source, kind, begin, at)
             code.append(token)
         return Tokens(tuple(code), tuple(comments))
 
@@ -129,6 +187,13 @@ def check_size(source: SourceFile) -> None:
     nul = source.text.find("\0")
     if nul >= 0:
         fail("PSM102", "the text holds a NUL byte", Span(source, nul, nul + 1), helps=("save it as plain UTF-8 text",))
+
+
+def _refuse_length(span: Span, whole: bool) -> NoReturn:
+    """`whole`: it is aggregators that are too many, else tokens."""
+    count = f"{MAX_AGGREGATORS} aggregators" if whole else f"{MAX_TOKENS:,} words and signs"
+    helps = ("write several files; psmc check takes a directory.",)
+    fail("PSM501", f"{span.source.name} holds more than {count}", span, helps=helps)
 
 
 def _refuse_number(source: SourceFile, start: int) -> NoReturn:
