@@ -9,7 +9,7 @@ many tokens, the operands' rounding averages out, and rounding the result alone 
 the oracle on rounded tensors with its results rounded, which is what bf16 costs a perfect computation, and what is held
 to 1.5 there. fp32: at most 1e-5. Kinds of data: chunk_data.py, and "trained", the tensors that reach the scan in a byte
 model of two layers after some hundred steps on English text. "causal": the share of outputs before a token that change
-by a bit when tokens from it on do.
+by a bit when tokens from it on do. TRITON_INTERPRET=1 with --smoke: in the interpreter, without a GPU.
 """
 
 from __future__ import annotations
@@ -137,6 +137,16 @@ def short(x: float) -> float:
 
 
 def handle(cell: Cell) -> Iterator[Row]:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from benchmarks.interpreted_bf16 import bf16
+
+        with bf16():
+            yield from measured(cell)
+    else:
+        yield from measured(cell)
+
+
+def measured(cell: Cell) -> Iterator[Row]:
     name, kind, shape = cell["spec"], cell["data"], TINY if cell["tiny"] else BIG
     fixed = PARAMS.get(name, ())
     with tempfile.TemporaryDirectory() as folder:

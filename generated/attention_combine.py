@@ -40,21 +40,21 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
    82  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
   159  kernels: softmax attention over several sets of tokens at once, o = softmax(scale q [k0; k1; ..]ᵀ) [v0; v1; ...
   356  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
-  499  Calls of the attention kernels: softmax over several sets of tokens at once, with its gradients
-  762  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1041  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1198  The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token
- 1355  one tree ----------------------------------------------------------------------------------
- 1430  counters -----------------------------------------------------------------------------------
- 1480  Many trees: the tree plan over sequences with masks, restarts and packing
- 1596  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1866  The border, continued: states, flags and packing
- 2007  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2083  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2146  One checked call in PyTorch: lift, the scan of the plan, readout
- 2326  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2596  The public face of a compiled aggregator: a parallel call, a step, states
- 2821  the spec's border
+  518  Calls of the attention kernels: softmax over several sets of tokens at once, with its gradients
+  781  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1060  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1217  The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token
+ 1374  one tree ----------------------------------------------------------------------------------
+ 1449  counters -----------------------------------------------------------------------------------
+ 1499  Many trees: the tree plan over sequences with masks, restarts and packing
+ 1615  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1885  The border, continued: states, flags and packing
+ 2026  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2102  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2165  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2345  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 2615  The public face of a compiled aggregator: a parallel call, a step, states
+ 2840  the spec's border
 """
 
 from __future__ import annotations
@@ -373,6 +373,12 @@ class Kernel:
         self.fn = fn
         self._found: dict[Any, dict[Any, Any]] = {}
 
+    def prime(self, device: torch.device) -> None:
+        """Has triton make its memory of what it compiled for a device. Two threads at once would make two."""
+        driver = _driver(type(self.fn))
+        if driver is not None:
+            self.fn.device_caches[driver.get_current_device() if device.index is None else device.index]
+
     def launch(
         self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device,
         strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
@@ -455,10 +461,22 @@ class Launch:
         """Compiles without launching; a dtype stands for an aligned tensor."""
         if _driver(type(self.fn)) is not None:
             given = self._among([*map(_pairs, tensors)])
-            self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options)
+            _parsed(lambda: self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options))
 
     def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
-        return self.fn[self.grid](*self._among([*map(_pairs, tensors)]), *self.rest, **self.options)
+        given = self._among([*map(_pairs, tensors)])
+        return _parsed(lambda: self.fn[self.grid](*given, *self.rest, **self.options))
+
+
+def _parsed(run: Callable[[], Any]) -> Any:
+    """Runs what may compile. CPython's ast.parse counts its depth for all threads together: where others parse at the
+    same time, it may miscount, and raise SystemError."""
+    for _ in range(_PARSES):
+        try:
+            return run()
+        except SystemError:
+            continue
+    return run()
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
@@ -478,6 +496,7 @@ def _pairs(x: Any) -> Any:
     return torch.view_as_real(x) if x is not None and x.is_complex() else x
 
 
+_PARSES = 8  # tries
 _KNOWN = ((3, 4), (3, 7))  # versions of triton, first and last, whose compiled kernels take all arguments as they are
 _DIRECT: dict[type, bool] = {}  # kinds of kernel -> whether they are launched directly
 
@@ -745,7 +764,7 @@ ATTENTION_TILES = {  # kernel -> products -> ((largest width, (queries, keys, wa
 
 
 ATTENTION_KERNELS_0 = AttentionKernels(SimpleNamespace(
-    digest='7494a4fc64a8fcd6_0',
+    digest='0da3d37a323cb8a6_0',
     forward=attention_forward_kernel_0,
     query=attention_query_kernel_0,
     keys=(attention_keys_kernel_0_0, attention_keys_kernel_0_0,),
@@ -2822,7 +2841,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='attention_combine',
-    digest='9df57b6ab79d470d',
+    digest='07f312b591a9180c',
     inputs=(Slot('x', ('N', 'D')),),
     params=(Slot('query', ('D', 'D')), Slot('key', ('D', 'D')), Slot('value', ('D', 'D')),),
     components=(Slot('h', ('N', 'D')),),

@@ -30,30 +30,30 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    81  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
   123  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
- 1235  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1514  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1671  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1941  The border, continued: states, flags and packing
- 2065  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2141  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2204  One checked call in PyTorch: lift, the scan of the plan, readout
- 2370  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2433  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2638  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2818  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 3006  Matrix states a chunk of tokens at a time, as batched matrix products
- 3158  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 3301  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 3477  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3692  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
- 3878  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
- 3925  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 4307  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4575  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
- 4675  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 4954  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
- 5131  The public face of a compiled aggregator: a parallel call, a step, states
- 5356  the spec's border
+ 1249  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1528  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1685  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1955  The border, continued: states, flags and packing
+ 2079  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2155  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2218  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2384  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2447  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2652  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2832  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 3020  Matrix states a chunk of tokens at a time, as batched matrix products
+ 3172  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 3334  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 3510  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3725  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
+ 3923  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
+ 3970  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 4351  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4619  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 4719  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 4998  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
+ 5175  The public face of a compiled aggregator: a parallel call, a step, states
+ 5400  the spec's border
 """
 
 from __future__ import annotations
@@ -686,15 +686,14 @@ def chunk_prepare_kernel(
 
 @jit
 def prepare_far_read(
-    raw, p_p, b_b, to, row, i_g, length, o_k, G, SELF: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr,
-    K: tl.constexpr, BT: tl.constexpr,
+    raw, p_p, row, i_g, length, o_k, G, SELF: tl.constexpr, SHIFT: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):
-    """Sums over s < t of P[t, s] R(t - SHIFT, s) b[s], [BT, BK], by halves and steps as prepare_far makes A; SELF: s = t,
-    too. b_b: b scaled up to its half's end, to: 2**to from a half's start on."""
+    """Sums over s < t of P[t, s] R(t - SHIFT, s) b[s], [BT, BK], for t and s of the same half, step by step as prepare_far
+    makes A; SELF: s = t, too."""
     t = tl.arange(0, BT)
-    found = tl.where(late(BT), to * product(inner_pairs(p_p, row, i_g, length, G, BT // 2, BT), b_b, PREC), 0.0)
+    found = tl.zeros([BT, BK], tl.float32)
     p_p += (row * G + i_g) * BT
-    b_e = tl.zeros(to.shape, tl.float32)
+    b_e = tl.zeros([BT, BK], tl.float32)
     for j in tl.range(0, BT // 2, num_stages=1):
         s = t // (BT // 2) * (BT // 2) + BT // 2 - 1 - j
         b_a = tl.load(p_p + t * (G * BT) + s, mask=(s < t + SELF) & (t < length), other=0).to(tl.float32)[:, None]
@@ -707,14 +706,13 @@ def prepare_far_read(
 
 @jit
 def prepare_far_write(
-    raw, p_p, p_sums, b_q, down, row, i_g, length, o_k, G, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr,
-    BT: tl.constexpr,
+    raw, p_p, p_sums, row, i_g, length, o_k, G, SHIFT: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):
     """Sums over t > s of P[t, s] R(t - SHIFT, s) q[t], [BT, BK], likewise."""
     s = tl.arange(0, BT)
-    found = down * product(tl.trans(inner_pairs(p_p, row, i_g, length, G, BT // 2, BT)), b_q, PREC)
+    found = tl.zeros([BT, BK], tl.float32)
     p_p += (row * G + i_g) * BT
-    b_e = tl.zeros(down.shape, tl.float32)
+    b_e = tl.zeros([BT, BK], tl.float32)
     for j in tl.range(0, BT // 2, num_stages=1):
         x = s // (BT // 2) * (BT // 2) + j
         b_x = load_log_at(raw, row, i_g, length, tl.maximum(x - SHIFT, 0), o_k, K).to(tl.float32)
@@ -727,38 +725,48 @@ def prepare_far_write(
 @jit
 def prepare_back(
     raw, p_up, p_down, p_p, p_sums, b_q, b_b, b_dq, b_db, b_h, row, i_g, length, o_k, G, scale, inner,
-    SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+    FAR: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
 ):
-    """dq, db [BT, BK], self terms left out, and the log's gradient, of a decay over the key. b_dq, b_db: S dy and
-    G c, unscaled; p_p: P [t, s] = dy_t . c_s, inner: what it lacks of the scale; b_h [BK]: of paths through the whole chunk."""
+    """dq, db [BT, BK], self terms left out, and the log's gradient, of a decay over the key; and whether
+    the logs are within what one reference a chunk can scale: if not, call it again with FAR. b_dq, b_db: S dy and G c,
+    unscaled; p_p: P [t, s] = dy_t . c_s, inner: what it lacks of the scale; b_h [BK]: of paths through the whole chunk.
+    The log's gradient is made of operands as products have them, rounded: a pair is the same number in what t reads and in
+    what s gives, and cancels where s to t does not cross the log's token."""
     b_e = sums_up(p_up, row, i_g, length, o_k, G, 0, K, BT)
+    near = tl.max(tl.max(tl.abs(b_e), 1), 0) <= 60.0
     to = b_e
     if SHIFT:
         to = sums_up(p_up, row, i_g, length, o_k, G, 1, K, BT)
     first, second = half_totals(p_up, row, i_g, length, o_k, G, K, BT)
-    if tl.max(tl.max(tl.abs(b_e), 1), 0) <= 60.0:
+    if FAR:
+        to, down = tl.exp2(to), tl.exp2(sums_down(p_down, b_e, first, second, row, i_g, length, o_k, G, K, BT))
+        b_p = inner_pairs(p_p, row, i_g, length, G, BT // 2, BT)
+        b_r, b_w = operand(b_q * to, PREC), operand(b_b * down, PREC)
+        x_dq = tl.where(late(BT), product(b_p, b_w, PREC), 0.0) * inner
+        x_db = product(tl.trans(b_p), b_r, PREC) * inner
+        b_dq = b_dq * scale * to * tl.where(late(BT), tl.exp2(first)[None, :], 1.0)
+        b_dq += prepare_far_read(raw, p_p, row, i_g, length, o_k, G, 0, SHIFT, K, BT, to.shape[1]) * inner
+        b_db *= down * tl.where(late(BT), 1.0, tl.exp2(second)[None, :])
+        b_h += tl.sum(b_b * b_db, 0)
+        b_db += prepare_far_write(raw, p_p, p_sums, row, i_g, length, o_k, G, SHIFT, K, BT, to.shape[1]) * inner
+        b_read, b_fed = b_q * b_dq + b_r * x_dq, b_b * b_db + b_w * x_db
+        b_dq, b_db = b_dq + to * x_dq, b_db + down * x_db
+    else:
         whole, rest = meeting(first)
         to = tl.exp2(to + by_half(-whole, rest, BT))
         since = tl.exp2(by_half(whole, -rest, BT) - b_e)
         b_p = inner_pairs(p_p, row, i_g, length, G, 0, BT)
+        b_r, b_w = operand(b_q * to, PREC), operand(b_b * since, PREC)
         b_db *= tl.exp2(first + second - whole)[None, :]
-        b_h += tl.sum(b_b * (b_db * since), 0)  # and of those that leave it, as b_x will have them
-        b_dq = b_dq * (tl.exp2(whole) * scale)[None, :] + product(b_p, operand(b_b * since * inner, PREC), PREC)
-        b_db += product(tl.trans(b_p), operand(b_q * to * inner, PREC), PREC)
+        b_h += tl.sum(b_w * b_db, 0)  # and of those that leave it, as b_fed has them
+        b_dq = b_dq * (tl.exp2(whole) * scale)[None, :] + product(b_p, b_w, PREC) * inner
+        b_db += product(tl.trans(b_p), b_r, PREC) * inner
+        b_read, b_fed = b_r * b_dq, b_w * b_db
         b_dq, b_db = b_dq * to, b_db * since
-    else:
-        to, down = tl.exp2(to), tl.exp2(sums_down(p_down, b_e, first, second, row, i_g, length, o_k, G, K, BT))
-        x_dq = prepare_far_read(raw, p_p, b_b * down, to, row, i_g, length, o_k, G, 0, SHIFT, PREC, K, BT)
-        x_db = prepare_far_write(raw, p_p, p_sums, b_q * to, down, row, i_g, length, o_k, G, SHIFT, PREC, K, BT)
-        b_dq = b_dq * scale * to * tl.where(late(BT), tl.exp2(first)[None, :], 1.0) + x_dq * inner
-        b_db *= down * tl.where(late(BT), 1.0, tl.exp2(second)[None, :])
-        b_h += tl.sum(b_b * b_db, 0)
-        b_db += x_db * inner
-    b_x = b_q * b_dq - b_b * b_db  # where s to u does not cross t, both hold the same number: it cancels
-    b_dlog = chosen(later(SHIFT, True, BT), b_x, PREC) + b_h[None, :]
+    b_dlog = chosen(later(SHIFT, True, BT), b_read - b_fed, PREC) + b_h[None, :]
     if SHIFT:
-        b_dlog -= b_b * b_db
-    return b_dq, b_db, b_dlog
+        b_dlog -= b_fed
+    return b_dq, b_db, b_dlog, near
 
 
 @jit
@@ -1061,11 +1069,12 @@ def chunk_pairs_kernel(
 def chunk_key_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
     p_up, p_down, p_total, p_sums, p_do, p_seen, p_dw, p_dys, p_cs, p_p, p_vtotal, p_states, p_costates, p_zstates,
-    p_zcostates, p_dk0, p_dk1, p_dk2, p_cu, p_chunks, p_owner, T, G, scale,
+    p_zcostates, p_near, p_dk0, p_dk1, p_dk2, p_cu, p_chunks, p_owner, T, G, scale,
     OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, FAR: tl.constexpr,
 ):
-    """chunk_gradients_kernel for a decay over the key, of one chunk, lane and block of K."""
+    """chunk_gradients_kernel for a decay over the key, of one chunk, lane and block of K. Launched twice: FAR does again what
+    the first found to be too far apart for it (p_near [chunks, G, NK]), in registers that the first does not spend."""
     raw = (p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r)
     NK: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
@@ -1074,6 +1083,9 @@ def chunk_key_kernel(
     if length <= 0:
         return
     at, o_k, o_t = i_c * G + i_g, i_k * BK + tl.arange(0, BK), tl.arange(0, BT)
+    if FAR:
+        if tl.load(p_near + at * NK + i_k) != 0:
+            return
     b_dq = tl.zeros([BT, BK], tl.float32)
     b_db = tl.zeros([BT, BK], tl.float32)
     b_h = tl.zeros([BK], tl.float32)  # rowsum(G * S)
@@ -1091,8 +1103,10 @@ def chunk_key_kernel(
     b_q = load_q(raw, row, i_g, length, o_k, SHIFT, K, BT)
     b_b = load_b(raw, row, i_g, length, o_k, K, BT)
     inner = 1.0
-    b_dq, b_db, b_dlog = prepare_back(raw, p_up, p_down, p_p, p_sums, b_q, b_b, b_dq, b_db, b_h, row, i_g, length, o_k, G, scale,
-                                      inner, SHIFT, PREC, K, BT)
+    b_dq, b_db, b_dlog, near = prepare_back(raw, p_up, p_down, p_p, p_sums, b_q, b_b, b_dq, b_db, b_h, row, i_g, length, o_k, G,
+                                            scale, inner, FAR, SHIFT, PREC, K, BT)
+    if not FAR:
+        tl.store(p_near + at * NK + i_k, near.to(tl.int8))
     if SHIFT == 0:
         own = tl.load(p_p + ((row + o_t) * G + i_g) * BT + o_t, mask=o_t < length, other=0).to(tl.float32)[:, None] * inner
         b_dq += own * b_b
@@ -1104,9 +1118,9 @@ def chunk_key_kernel(
 def chunk_values_kernel(
     p_k0, p_k1, p_k2, p_c, p_log, p_n, p_code, k0_t, k0_g, k0_r, k1_t, k1_g, k1_r, k2_t, k2_g, k2_r, c_t, c_g, c_r, l_t, l_g, l_r, n_t, n_g, n_r,
     p_qs, p_bs, p_pairs, p_total, p_vup, p_vdown, p_vtotal, p_sums, p_do, p_seen, p_states, p_costates, p_dc,
-    p_cu, p_chunks, p_owner, T, G, scale,
+    p_near, p_cu, p_chunks, p_owner, T, G, scale,
     DECAY: tl.constexpr, OVER_V: tl.constexpr, SHIFT: tl.constexpr, PREC: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NS: tl.constexpr, FAR: tl.constexpr,
 ):
     """Gradients of c and of what the readout reads over the value, of one chunk, lane and block of V. With F = 2**after,
         dc = G' (F b) + A' dy
@@ -3175,6 +3189,12 @@ class Kernel:
         self.fn = fn
         self._found: dict[Any, dict[Any, Any]] = {}
 
+    def prime(self, device: torch.device) -> None:
+        """Has triton make its memory of what it compiled for a device. Two threads at once would make two."""
+        driver = _driver(type(self.fn))
+        if driver is not None:
+            self.fn.device_caches[driver.get_current_device() if device.index is None else device.index]
+
     def launch(
         self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device,
         strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
@@ -3257,10 +3277,22 @@ class Launch:
         """Compiles without launching; a dtype stands for an aligned tensor."""
         if _driver(type(self.fn)) is not None:
             given = self._among([*map(_pairs, tensors)])
-            self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options)
+            _parsed(lambda: self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options))
 
     def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
-        return self.fn[self.grid](*self._among([*map(_pairs, tensors)]), *self.rest, **self.options)
+        given = self._among([*map(_pairs, tensors)])
+        return _parsed(lambda: self.fn[self.grid](*given, *self.rest, **self.options))
+
+
+def _parsed(run: Callable[[], Any]) -> Any:
+    """Runs what may compile. CPython's ast.parse counts its depth for all threads together: where others parse at the
+    same time, it may miscount, and raise SystemError."""
+    for _ in range(_PARSES):
+        try:
+            return run()
+        except SystemError:
+            continue
+    return run()
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
@@ -3280,6 +3312,7 @@ def _pairs(x: Any) -> Any:
     return torch.view_as_real(x) if x is not None and x.is_complex() else x
 
 
+_PARSES = 8  # tries
 _KNOWN = ((3, 4), (3, 7))  # versions of triton, first and last, whose compiled kernels take all arguments as they are
 _DIRECT: dict[type, bool] = {}  # kinds of kernel -> whether they are launched directly
 
@@ -3756,6 +3789,17 @@ class ChunkPlans:
         launch, tensors = self.launcher(*args, **options)
         launch(*tensors)
 
+    def near_then_far(
+        self, name: str, a: ChunkCall, grid: int, before: tuple[Any, ...], behind: tuple[Any, ...],
+        numbers: tuple[float, ...], constants: tuple[Any, ...], decays: bool = True, **options: int,
+    ) -> None:  # fmt: skip
+        """Launches a kernel, and if it has `decays` to scale by, once more, for those of its programs that found the
+        decays beyond what one reference a chunk can scale: a way of its own, which would slow the usual one down.
+        before, behind: the tensors on either side of what programs found."""
+        near = torch.empty(grid, dtype=torch.int8, device=a.c.device) if decays else None
+        for far in (False, True)[: 1 + decays]:
+            self.run(name, a, grid, (*before, near, *behind), numbers, (*constants, far), **options)
+
     def launcher(
         self, name: str, a: ChunkCall, grid: int, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...],
         constants: tuple[Any, ...], own: str = "all", **options: int,
@@ -3777,6 +3821,7 @@ class ChunkPlans:
             device = self._home if dry else a.c.device
             launch = layout.launches[key] = kernel.launch(grid, numbers, constants, device, strides=strides, **options)
             if dry and self._pool is not None:
+                kernel.prime(device)
                 task = self._pool.submit(_compiled, launch, [x if x is None else x.dtype for x in given], device)
                 self._warming.setdefault(name, []).append(task)
             elif name in self._warming:
@@ -4098,14 +4143,14 @@ class ChunkKernels(ChunkPlans):
                 num_warps=how.warps, num_stages=how.stages,
             )  # fmt: skip
         own = self.plan("values", a, how.bt)
-        self.run(
+        self.near_then_far(
             "values", a, n.chunks * n.lanes * -(-n.value // own.bv),
             (made.q, made.b, made.pairs, made.total, made.vup, made.vdown, value.total, kept.sums, do, kept.seen,
-             None, costates, dc, *values, n.cu, n.first, n.owner),
-            (n.tokens, n.lanes, a.scale),
+             None, costates, dc, *values),
+            (n.cu, n.first, n.owner), (n.tokens, n.lanes, a.scale),
             (a.decay, a.over, a.shift, own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv,
              own.stages),
-            num_warps=own.warps, num_stages=own.stages,
+            a.over, num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
         if lifted:
             found = {"log": dlog, "n": dn, **{f"s{k}": x for k, x in enumerate(numbers)}}
@@ -4127,13 +4172,12 @@ class ChunkKernels(ChunkPlans):
             (how.precision, n.value, how.bt, own.bv), num_warps=4,
         )  # fmt: skip
         bk = min(own.bk, own.bks)
-        self.run(
+        self.near_then_far(
             "key", a, n.chunks * n.lanes * -(-n.key // bk),
-            (made.up, made.down, made.total, *reads, back.value.q, back.value.b, p, back.value.total, *states, *given,
-             n.cu, n.first, n.owner),
-            (n.tokens, n.lanes, a.scale),
-            (a.over, a.shift, own.precision, n.key, n.value, own.bt, bk, own.bv, own.stages), num_warps=own.warps,
-            num_stages=own.stages,
+            (made.up, made.down, made.total, *reads, back.value.q, back.value.b, p, back.value.total, *states),
+            (*given, n.cu, n.first, n.owner), (n.tokens, n.lanes, a.scale),
+            (a.over, a.shift, own.precision, n.key, n.value, own.bt, bk, own.bv, own.stages),
+            num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
 
     def _scalar_gradients(
@@ -5357,7 +5401,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='d02f859f4e908de7',
+    digest='2d2d1e95920fbf19',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

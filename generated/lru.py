@@ -32,18 +32,18 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
    98  kernels: a pointwise scan
  1055  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
  1179  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1322  One token at a time by the step kernel: what its shapes fix is worked out once
- 1450  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1849  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2128  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2285  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2555  The border, continued: states, flags and packing
- 2679  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2755  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2818  One checked call in PyTorch: lift, the scan of the plan, readout
- 2948  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3216  The public face of a compiled aggregator: a parallel call, a step, states
- 3416  the spec's border
+ 1341  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1469  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1868  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2147  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2304  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2574  The border, continued: states, flags and packing
+ 2698  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2774  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2837  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2967  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3235  The public face of a compiled aggregator: a parallel call, a step, states
+ 3435  the spec's border
 """
 
 from __future__ import annotations
@@ -1196,6 +1196,12 @@ class Kernel:
         self.fn = fn
         self._found: dict[Any, dict[Any, Any]] = {}
 
+    def prime(self, device: torch.device) -> None:
+        """Has triton make its memory of what it compiled for a device. Two threads at once would make two."""
+        driver = _driver(type(self.fn))
+        if driver is not None:
+            self.fn.device_caches[driver.get_current_device() if device.index is None else device.index]
+
     def launch(
         self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device,
         strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
@@ -1278,10 +1284,22 @@ class Launch:
         """Compiles without launching; a dtype stands for an aligned tensor."""
         if _driver(type(self.fn)) is not None:
             given = self._among([*map(_pairs, tensors)])
-            self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options)
+            _parsed(lambda: self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options))
 
     def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
-        return self.fn[self.grid](*self._among([*map(_pairs, tensors)]), *self.rest, **self.options)
+        given = self._among([*map(_pairs, tensors)])
+        return _parsed(lambda: self.fn[self.grid](*given, *self.rest, **self.options))
+
+
+def _parsed(run: Callable[[], Any]) -> Any:
+    """Runs what may compile. CPython's ast.parse counts its depth for all threads together: where others parse at the
+    same time, it may miscount, and raise SystemError."""
+    for _ in range(_PARSES):
+        try:
+            return run()
+        except SystemError:
+            continue
+    return run()
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
@@ -1301,6 +1319,7 @@ def _pairs(x: Any) -> Any:
     return torch.view_as_real(x) if x is not None and x.is_complex() else x
 
 
+_PARSES = 8  # tries
 _KNOWN = ((3, 4), (3, 7))  # versions of triton, first and last, whose compiled kernels take all arguments as they are
 _DIRECT: dict[type, bool] = {}  # kinds of kernel -> whether they are launched directly
 
@@ -3417,7 +3436,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='lru',
-    digest='fc735f4457a0dfdb',
+    digest='cce880e26ff32971',
     inputs=(Slot('u', (), 'complex'),),
     params=(Slot('nu'), Slot('theta'), Slot('gamma'),),
     components=(Slot('a', (), 'complex'), Slot('h', (), 'complex'),),

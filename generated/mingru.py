@@ -31,18 +31,18 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
    98  kernels: a pointwise scan
   797  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
   921  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1064  One token at a time by the step kernel: what its shapes fix is worked out once
- 1192  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1591  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1870  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2027  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2297  The border, continued: states, flags and packing
- 2421  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2497  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2560  One checked call in PyTorch: lift, the scan of the plan, readout
- 2690  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2958  The public face of a compiled aggregator: a parallel call, a step, states
- 3158  the spec's border
+ 1083  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1211  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1610  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1889  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2046  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2316  The border, continued: states, flags and packing
+ 2440  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2516  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2579  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2709  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 2977  The public face of a compiled aggregator: a parallel call, a step, states
+ 3177  the spec's border
 """
 
 from __future__ import annotations
@@ -938,6 +938,12 @@ class Kernel:
         self.fn = fn
         self._found: dict[Any, dict[Any, Any]] = {}
 
+    def prime(self, device: torch.device) -> None:
+        """Has triton make its memory of what it compiled for a device. Two threads at once would make two."""
+        driver = _driver(type(self.fn))
+        if driver is not None:
+            self.fn.device_caches[driver.get_current_device() if device.index is None else device.index]
+
     def launch(
         self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device,
         strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
@@ -1020,10 +1026,22 @@ class Launch:
         """Compiles without launching; a dtype stands for an aligned tensor."""
         if _driver(type(self.fn)) is not None:
             given = self._among([*map(_pairs, tensors)])
-            self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options)
+            _parsed(lambda: self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options))
 
     def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
-        return self.fn[self.grid](*self._among([*map(_pairs, tensors)]), *self.rest, **self.options)
+        given = self._among([*map(_pairs, tensors)])
+        return _parsed(lambda: self.fn[self.grid](*given, *self.rest, **self.options))
+
+
+def _parsed(run: Callable[[], Any]) -> Any:
+    """Runs what may compile. CPython's ast.parse counts its depth for all threads together: where others parse at the
+    same time, it may miscount, and raise SystemError."""
+    for _ in range(_PARSES):
+        try:
+            return run()
+        except SystemError:
+            continue
+    return run()
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
@@ -1043,6 +1061,7 @@ def _pairs(x: Any) -> Any:
     return torch.view_as_real(x) if x is not None and x.is_complex() else x
 
 
+_PARSES = 8  # tries
 _KNOWN = ((3, 4), (3, 7))  # versions of triton, first and last, whose compiled kernels take all arguments as they are
 _DIRECT: dict[type, bool] = {}  # kinds of kernel -> whether they are launched directly
 
@@ -3159,7 +3178,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='mingru',
-    digest='abc55d41a0640997',
+    digest='90c1dfc5fd12b73e',
     inputs=(Slot('z'), Slot('x'),),
     params=(),
     components=(Slot('a'), Slot('h'),),

@@ -35,18 +35,18 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
   124  kernels: a pointwise scan
  1111  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
  1235  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1378  One token at a time by the step kernel: what its shapes fix is worked out once
- 1506  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1905  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2184  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2341  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2611  The border, continued: states, flags and packing
- 2735  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2811  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2874  One checked call in PyTorch: lift, the scan of the plan, readout
- 3004  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3272  The public face of a compiled aggregator: a parallel call, a step, states
- 3472  the spec's border
+ 1397  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1525  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1924  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2203  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2360  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2630  The border, continued: states, flags and packing
+ 2754  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2830  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2893  One checked call in PyTorch: lift, the scan of the plan, readout
+ 3023  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3291  The public face of a compiled aggregator: a parallel call, a step, states
+ 3491  the spec's border
 """
 
 from __future__ import annotations
@@ -1252,6 +1252,12 @@ class Kernel:
         self.fn = fn
         self._found: dict[Any, dict[Any, Any]] = {}
 
+    def prime(self, device: torch.device) -> None:
+        """Has triton make its memory of what it compiled for a device. Two threads at once would make two."""
+        driver = _driver(type(self.fn))
+        if driver is not None:
+            self.fn.device_caches[driver.get_current_device() if device.index is None else device.index]
+
     def launch(
         self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device,
         strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
@@ -1334,10 +1340,22 @@ class Launch:
         """Compiles without launching; a dtype stands for an aligned tensor."""
         if _driver(type(self.fn)) is not None:
             given = self._among([*map(_pairs, tensors)])
-            self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options)
+            _parsed(lambda: self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options))
 
     def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
-        return self.fn[self.grid](*self._among([*map(_pairs, tensors)]), *self.rest, **self.options)
+        given = self._among([*map(_pairs, tensors)])
+        return _parsed(lambda: self.fn[self.grid](*given, *self.rest, **self.options))
+
+
+def _parsed(run: Callable[[], Any]) -> Any:
+    """Runs what may compile. CPython's ast.parse counts its depth for all threads together: where others parse at the
+    same time, it may miscount, and raise SystemError."""
+    for _ in range(_PARSES):
+        try:
+            return run()
+        except SystemError:
+            continue
+    return run()
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
@@ -1357,6 +1375,7 @@ def _pairs(x: Any) -> Any:
     return torch.view_as_real(x) if x is not None and x.is_complex() else x
 
 
+_PARSES = 8  # tries
 _KNOWN = ((3, 4), (3, 7))  # versions of triton, first and last, whose compiled kernels take all arguments as they are
 _DIRECT: dict[type, bool] = {}  # kinds of kernel -> whether they are launched directly
 
@@ -3473,7 +3492,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='softmax_average',
-    digest='8141ebdbc935c3e7',
+    digest='b33d28df9ed6b5d9',
     inputs=(Slot('score'), Slot('value'),),
     params=(),
     components=(Slot('m'), Slot('u'), Slot('w'),),

@@ -3,16 +3,15 @@ process of its own: triton must be imported with it switched on)."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from interpreted import INTERPRETED, run_interpreted
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROOT = Path(__file__).parent.parent
 
 if not INTERPRETED:
@@ -21,10 +20,7 @@ if not INTERPRETED:
     from psmc.pipeline import read_text
 
     def test_in_the_interpreter() -> None:
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_interpreted(__file__)
 
     def test_one_set_of_kernels_a_form() -> None:
         """Printed by how many sets there are and what masks them, not by rule; numbered as the combine has them."""
@@ -70,32 +66,20 @@ if not INTERPRETED:
         assert "attention_forward_kernel" not in found.text
 
 else:
-    import numpy as np
     import torch
-    import triton.language as tl
     from attention_cases import EXAMPLE, LAYER, MASKED, THREE, compare, draw, kernels
     from torch import Tensor
-    from triton.runtime import interpreter
 
     import psmc
+    from benchmarks.interpreted_bf16 import bf16
     from psmc import reference
 
     NEAR = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 8e-3}
 
     @pytest.fixture(autouse=True)
-    def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-        """The interpreter multiplies the bits of bf16 numbers; here their values."""
-        plain = interpreter.InterpreterBuilder.create_dot
-
-        def as_float(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
-            if x.dtype.scalar != tl.bfloat16:
-                return x
-            return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-        def dot(self: object, a: object, b: object, *rest: object) -> object:
-            return plain(self, as_float(a), as_float(b), *rest)
-
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    def bfloat16() -> Iterator[None]:
+        with bf16():
+            yield
 
     def held_to_the_oracle(
         text: str, folder: Path, length: int, lanes: tuple[int, ...] = (), dtype: torch.dtype = torch.float32,

@@ -36,10 +36,11 @@ NAMES = {2: "bf16", 4: "fp32"}
 
 def source(
     kernel: str, size: int, decay: int, key: int, value: int, spec: str | None = None, tile: ChunkTile | None = None,
-    over: bool = False,
+    over: bool = False, far: bool = False,
 ) -> tuple[ASTSource, dict[str, int]]:  # fmt: skip
     """A kernel as the host launches it on contiguous tensors of `size` bytes; of a spec's own kernels, if there is one;
-    with another tile than the shipped one, if there is one. over: the decay is over the value, too."""
+    with another tile than the shipped one, if there is one. over: the decay is over the value, too; far: of decays beyond
+    what one reference a chunk can scale."""
     fused = None if spec is None else fused_spec(spec)
     shift = 0 if fused is None else fused.shift
     over = over if fused is None else fused.log_value is not None
@@ -62,6 +63,7 @@ def source(
     absent |= {"p_total"} if decay == 0 and kernel != "prepare_value" else set()
     absent |= set() if decay == 1 else {"p_log", "p_dlog"}
     if not over:
+        absent |= {"p_near"} if kernel == "values" else set()
         absent |= {"p_dys", "p_cs", "p_vpairs", "p_vtotal", "p_vdecay", "p_vup", "p_vdown"}
     if fused is None:
         absent |= {"p_n", "p_dn"} | ({"p_dk2"} if decay < 2 else set())
@@ -80,7 +82,7 @@ def source(
     fixed = {
         "DECAY": decay, "OVER_V": over, "SHIFT": shift, "PREC": {2: "bf16", 4: "tf32x3"}[size], "K": side, "V": value,
         "BT": tokens, "BK": bk if kernel in ("forward", "step", "shares") else min(whole_k, bks), "BV": min(bv, whole_v),
-        "NS": stages, "BACK": True, "BG": 16, "BC": 32, "NK": 1, "NB": 1,
+        "NS": stages, "FAR": far, "BACK": True, "BG": 16, "BC": 32, "NK": 1, "NB": 1,
     }  # fmt: skip
     if kernel == "step":
         fixed["BV"] = min(64, whole_v)
@@ -92,7 +94,7 @@ def source(
             continue
         if name.startswith("p_"):
             number = name in whole or re.fullmatch(r"p_(d?s\d|g\w+)", name) is not None
-            signature[name] = "*" + ("fp32" if number else operand)
+            signature[name] = "*" + ("i8" if name == "p_near" else "fp32" if number else operand)
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
         if name not in ("T", "S", "SEG", "SHARE", "scale"):
@@ -110,10 +112,10 @@ def fused_spec(name: str) -> Fused:
 
 def resources(
     kernel: str, size: int, decay: int, key: int, value: int, target: str = "sm_90", spec: str | None = None,
-    tile: ChunkTile | None = None, over: bool = False,
+    tile: ChunkTile | None = None, over: bool = False, far: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Registers, bytes spilt and bytes of shared memory."""
-    built = triton.compile(*_arguments(source(kernel, size, decay, key, value, spec, tile, over), target))
+    built = triton.compile(*_arguments(source(kernel, size, decay, key, value, spec, tile, over, far), target))
     found = {"shared": built.metadata.shared}
     if target == "sm_90":
         ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -131,9 +133,8 @@ def _arguments(made: tuple[ASTSource, dict[str, int]], target: str) -> tuple[AST
     return made[0], TARGETS[target], made[1]
 
 
-def spills(kernel: str) -> int:
-    """Bytes allowed. What has a second way for decays beyond all bounds spills most in that."""
-    return 2560 if kernel in ("key", "values", "forward") else 512
+SPILLS = 704  # bytes of registers a kernel may spill
+FAR_SPILLS = 2048  # for decays beyond what one reference a chunk can scale: few chunks take that way
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def spills(kernel: str) -> int:
 def test_resources(kernel: str, decay: int) -> None:
     found = resources(kernel, 2, decay, 128, 128)
     assert found["shared"] <= SHARED
-    assert found["spilt"] <= spills(kernel), found
+    assert found["spilt"] <= SPILLS, found
 
 
 @pytest.mark.parametrize(
@@ -156,14 +157,21 @@ def test_resources(kernel: str, decay: int) -> None:
 def test_resources_over_the_value(kernel: str, spec: str, decay: int) -> None:
     found = resources(kernel, 2, decay, 128, 128, spec=spec)
     assert found["shared"] <= SHARED
-    assert found["spilt"] <= spills(kernel), found
+    assert found["spilt"] <= SPILLS, found
 
 
 @pytest.mark.parametrize(("kernel", "spec"), [("sums", "mlstm"), ("numbers", "mlstm"), ("step", "mamba2"), ("step", "mlstm")])
 def test_resources_of_numbers(kernel: str, spec: str) -> None:
     found = resources(kernel, 2, 1, 128, 128, spec=spec)
     assert found["shared"] <= SHARED
-    assert found["spilt"] <= 512, found
+    assert found["spilt"] <= SPILLS, found
+
+
+@pytest.mark.parametrize(("kernel", "spec"), [("key", "gla"), ("key", "grid_gate"), ("values", "grid_gate")])
+def test_resources_of_far_decays(kernel: str, spec: str) -> None:
+    found = resources(kernel, 2, 2, 128, 128, spec=spec, far=True)
+    assert found["shared"] <= SHARED
+    assert found["spilt"] <= FAR_SPILLS, found
 
 
 @pytest.mark.parametrize("target", ["sm_100", "gfx942"])

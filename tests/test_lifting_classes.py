@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +13,7 @@ from contract.cut import in_parts, in_steps
 from contract.data import Case, make
 from contract.examples import declared, scratch_cache
 from hypothesis import HealthCheck, given, settings
+from interpreted import INTERPRETED, run_interpreted
 from lifting_random import matrices, recurrences
 from lifting_specs import CLASSES
 from run_ir import draw, folded, spec, stepped
@@ -30,7 +27,6 @@ from psmc.ir import Aggregator
 from psmc.pipeline import pick, read_text
 
 torch.set_num_threads(1)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Some of them for kernels in the interpreter, and compiled; all under PSMC_FULL=1.
 KERNELS = ("from one on", "clamp, restarted", "leaky peak, two resets")
 COMPILED = (
@@ -124,10 +120,7 @@ if not INTERPRETED:
 
     def test_kernels_in_the_interpreter() -> None:
         pytest.importorskip("triton")
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_interpreted(__file__)
 
 else:
     import pointwise_cases

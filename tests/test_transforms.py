@@ -3,11 +3,7 @@ its own: triton must be imported with it switched on)."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +11,9 @@ import torch
 from contract.compare import error, named
 from contract.data import Batch, Case, make
 from contract.examples import declared, domain, example
+from interpreted import INTERPRETED, run_interpreted
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNELS = ("mingru", "pr_lstm")
 # Chunked with decays of each kind and a solve, pointwise, dense, one order, a tree, a tree whose output reads its levels.
 PLAIN = ("gla", "mamba2", "gated_deltanet_recurrence", "mlstm", "logsumexp", "mamba", "elman", "pr_lstm")
@@ -74,10 +70,7 @@ else:
 
     def test_in_the_interpreter() -> None:
         pytest.importorskip("triton")
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_interpreted(__file__)
 
     @pytest.mark.parametrize("name", PLAIN)
     def test_gradients_of_gradients(name: str) -> None:

@@ -3,25 +3,20 @@ with it switched on)."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpreted import INTERPRETED, run_interpreted
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:
     from psmc.pipeline import read, read_text
     from psmc.plan.tree import TreePlan
 
     def test_in_the_interpreter() -> None:
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_interpreted(__file__)
 
     SPEC = """aggregator a {{ dim D, K = {k} {more}
       combine (l, r) {{ h[d] = {value} }} associative: no {order} }}"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,12 @@ class Kernel:
     def __init__(self, fn: Any) -> None:
         self.fn = fn
         self._found: dict[Any, dict[Any, Any]] = {}
+
+    def prime(self, device: torch.device) -> None:
+        """Has triton make its memory of what it compiled for a device. Two threads at once would make two."""
+        driver = _driver(type(self.fn))
+        if driver is not None:
+            self.fn.device_caches[driver.get_current_device() if device.index is None else device.index]
 
     def launch(
         self, grid: int, numbers: Sequence[float], constants: Sequence[Any], device: torch.device,
@@ -109,10 +115,22 @@ class Launch:
         """Compiles without launching; a dtype stands for an aligned tensor."""
         if _driver(type(self.fn)) is not None:
             given = self._among([*map(_pairs, tensors)])
-            self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options)
+            _parsed(lambda: self.fn.warmup(*given, *self.rest, grid=self.grid, **self.options))
 
     def _jit(self, tensors: Sequence[Tensor | None]) -> Any:
-        return self.fn[self.grid](*self._among([*map(_pairs, tensors)]), *self.rest, **self.options)
+        given = self._among([*map(_pairs, tensors)])
+        return _parsed(lambda: self.fn[self.grid](*given, *self.rest, **self.options))
+
+
+def _parsed(run: Callable[[], Any]) -> Any:
+    """Runs what may compile. CPython's ast.parse counts its depth for all threads together: where others parse at the
+    same time, it may miscount, and raise SystemError."""
+    for _ in range(_PARSES):
+        try:
+            return run()
+        except SystemError:
+            continue
+    return run()
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
@@ -132,6 +150,7 @@ def _pairs(x: Any) -> Any:
     return torch.view_as_real(x) if x is not None and x.is_complex() else x
 
 
+_PARSES = 8  # tries
 _KNOWN = ((3, 4), (3, 7))  # versions of triton, first and last, whose compiled kernels take all arguments as they are
 _DIRECT: dict[type, bool] = {}  # kinds of kernel -> whether they are launched directly
 

@@ -188,14 +188,14 @@ class ChunkKernels(ChunkPlans):
                 num_warps=how.warps, num_stages=how.stages,
             )  # fmt: skip
         own = self.plan("values", a, how.bt)
-        self.run(
+        self.near_then_far(
             "values", a, n.chunks * n.lanes * -(-n.value // own.bv),
             (made.q, made.b, made.pairs, made.total, made.vup, made.vdown, value.total, kept.sums, do, kept.seen,
-             states if a.over else None, costates, dc, *values, n.cu, n.first, n.owner),
-            (n.tokens, n.lanes, a.scale),
+             states if a.over else None, costates, dc, *values),
+            (n.cu, n.first, n.owner), (n.tokens, n.lanes, a.scale),
             (a.decay, a.over, a.shift, own.precision, n.key, n.value, own.bt, min(own.bk, own.bks), own.bv,
              own.stages),
-            num_warps=own.warps, num_stages=own.stages,
+            a.over, num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
         if lifted:
             found = {"log": dlog, "n": dn, **{f"s{k}": x for k, x in enumerate(numbers)}}
@@ -218,13 +218,12 @@ class ChunkKernels(ChunkPlans):
                 (how.precision, n.value, how.bt, own.bv), num_warps=4,
             )  # fmt: skip
         bk = min(own.bk, own.bks)
-        self.run(
+        self.near_then_far(
             "key", a, n.chunks * n.lanes * -(-n.key // bk),
-            (made.up, made.down, made.total, *reads, back.value.q, back.value.b, p, back.value.total, *states, *given,
-             n.cu, n.first, n.owner),
-            (n.tokens, n.lanes, a.scale),
-            (a.over, a.shift, own.precision, n.key, n.value, own.bt, bk, own.bv, own.stages), num_warps=own.warps,
-            num_stages=own.stages,
+            (made.up, made.down, made.total, *reads, back.value.q, back.value.b, p, back.value.total, *states),
+            (*given, n.cu, n.first, n.owner), (n.tokens, n.lanes, a.scale),
+            (a.over, a.shift, own.precision, n.key, n.value, own.bt, bk, own.bv, own.stages),
+            num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
 
     def _scalar_gradients(

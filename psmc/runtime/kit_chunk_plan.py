@@ -78,6 +78,17 @@ class ChunkPlans:
         launch, tensors = self.launcher(*args, **options)
         launch(*tensors)
 
+    def near_then_far(
+        self, name: str, a: ChunkCall, grid: int, before: tuple[Any, ...], behind: tuple[Any, ...],
+        numbers: tuple[float, ...], constants: tuple[Any, ...], decays: bool = True, **options: int,
+    ) -> None:  # fmt: skip
+        """Launches a kernel, and if it has `decays` to scale by, once more, for those of its programs that found the
+        decays beyond what one reference a chunk can scale: a way of its own, which would slow the usual one down.
+        before, behind: the tensors on either side of what programs found."""
+        near = torch.empty(grid, dtype=torch.int8, device=a.c.device) if decays else None
+        for far in (False, True)[: 1 + decays]:
+            self.run(name, a, grid, (*before, near, *behind), numbers, (*constants, far), **options)
+
     def launcher(
         self, name: str, a: ChunkCall, grid: int, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...],
         constants: tuple[Any, ...], own: str = "all", **options: int,
@@ -99,6 +110,7 @@ class ChunkPlans:
             device = self._home if dry else a.c.device
             launch = layout.launches[key] = kernel.launch(grid, numbers, constants, device, strides=strides, **options)
             if dry and self._pool is not None:
+                kernel.prime(device)
                 task = self._pool.submit(_compiled, launch, [x if x is None else x.dtype for x in given], device)
                 self._warming.setdefault(name, []).append(task)
             elif name in self._warming:
