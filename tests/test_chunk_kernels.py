@@ -89,8 +89,11 @@ else:
     def test_whole_specs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check_whole_spec(psmc.load(EXAMPLES / f"{name}.psm"), monkeypatch)
 
-    @pytest.mark.parametrize("name", ["complex_state_real_log", "complex_beside_real"])
-    def test_complex_states_are_left_to_torch(name: str) -> None:
+    FLAT = tuple(f"{x}_without_a_gradient" for x in ("decay", "value_decay", "normaliser"))
+
+    @pytest.mark.parametrize("name", ["complex_state_real_log", "complex_beside_real", *FLAT])
+    def test_what_kernels_do_not_do(name: str) -> None:
+        """Complex states are left to torch; what has no gradient has no kernel's."""
         agg = from_text(text(name))
         batch = make(declared(agg), Case(5, lanes=(2,), initial=True), torch.float32, live=agg.spec.live)
         found = compiled(agg, batch.lower(torch.float32), torch.float32)

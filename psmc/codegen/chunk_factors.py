@@ -109,7 +109,14 @@ def fuse(agg: Aggregator, structure: Structure) -> Fused | None:
         return None
     if any(len(part.indices) != (part.component == head.component) for part in readout.linear):
         return None
-    return _Fusion(agg, head, stack, factors(stack, tuple(asked))).whole(readout.linear, readout.epilogue)
+    found = _Fusion(agg, head, stack, factors(stack, tuple(asked))).whole(readout.linear, readout.epilogue)
+    return found if found is not None and _reaches_back(found) else None
+
+
+def _reaches_back(f: Fused) -> bool:
+    """Whether the output's cotangent goes on to all that the kernels scan: not through 'stop', or a sign."""
+    met = {name for name, _ in transposed(f)[0]}
+    return f.readout is None or met >= ({"y", "w"} if f.norm else {"y"})
 
 
 class _Fusion:

@@ -113,6 +113,24 @@ TAKEN = {
       state S[K, V] : complex = 0
       recurrence { S[i, j] = a[i] * complex(cos(t[i]), sin(t[i])) * S[i, j] + k[i] * v[j] }
       output o[j] = real(sum[i] q[i] * S[i, j])""",
+    "decay_without_a_gradient": """
+      dim K, V
+      input q[K], k[K], v[V], f
+      state S[K, V] = 0
+      recurrence { S[i, j] = where(f > 0, 0.9, 0.5) * S[i, j] + stop(k[i]) * v[j] }
+      output o[j] = sum[i] sign(q[i]) * S[i, j]""",
+    "value_decay_without_a_gradient": """
+      dim K, V
+      input q[K], k[K], v[V], f[V]
+      state S[K, V] = 0
+      recurrence { S[i, j] = where(f[j] > 0, 0.9, 0.5) * S[i, j] + k[i] * v[j] }
+      output o[j] = sum[i] q[i] * S[i, j]""",
+    "normaliser_without_a_gradient": """
+      dim K, V
+      input q[K], k[K], v[V], g in (-inf, 0]
+      state S[K, V] = 0, z[K] = 0
+      recurrence { S[i, j] = exp(g) * S[i, j] + k[i] * v[j]; z[i] = exp(g) * z[i] + k[i] }
+      output o[j] = (sum[i] q[i] * S[i, j]) / (1 + stop(abs(sum[i] q[i] * z[i])))""",
     "complex_log": """
       dim K, V
       input q[K] : complex, k[K] : complex, v[V], g[K] in (-inf, 0], t[V]
