@@ -51,7 +51,7 @@ def kernel_rows(shapes: list[tuple[int, ...]], bandwidth: float) -> Iterator[Row
     """The cut itself: y and the last state from factors, without the spec's torch code."""
     for b, t, h, k, v in shapes:
         for decay in (0, 1, 2):
-            made = kernels(table(decay == 2))
+            made = kernels(table())
             q, key, val = normal(b, t, h, k, seed=1), normal(b, t, h, k, seed=2), normal(b, t, h, v, seed=3)
             log = None if not decay else log_gate(b, t, h) if decay == 1 else log_gate(b, t, h, k, dtype=OPERAND)
             tensors = tuple(x for x in (q, key, val, log) if x is not None)
@@ -86,7 +86,7 @@ def accuracy_rows(quick: bool = False) -> Iterator[Row]:
             for decay in (0, 1, 2):
                 for hard in (False, True):
                     for shift in (0, 1) if not hard else (0,):
-                        made = kernels(table(decay == 2))
+                        made = kernels(table())
                         row = {"dtype": str(dtype).removeprefix("torch."), "K": k, "V": v, "decay": decay, "hard": hard,
                                "shift": shift}  # fmt: skip
                         try:

@@ -42,9 +42,9 @@ def log_gate(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 7) -> 
     return torch.nn.functional.logsigmoid(normal(*shape, dtype=torch.float32, seed=seed) + 3).to(dtype)
 
 
-def grid_of(kernel: str, key: int, wide: bool) -> Iterator[ChunkTile]:
+def grid_of(kernel: str, key: int) -> Iterator[ChunkTile]:
     """The shipped tile, and what `psmc tune` tries instead."""
-    shipped = tiles(wide).data
+    shipped = tiles().data
     own = next(row for row in shipped if (row.kernel, row.size) == (kernel, 2) and key <= row.key)
     for each in candidates("chunked", shipped, {own.name}):
         yield from (ChunkTile(*row.numbers) for row in each.rows if row.kernel == kernel)
@@ -74,7 +74,7 @@ def call_of(made: Any, kernel: str, args: tuple[Any, ...], bt: int) -> Callable[
 
 def check(decay: int, kernel: str, tile: ChunkTile, key: int, value: int) -> Row:
     """Errors of one candidate on a small problem. Leaves what it compiled in triton's cache."""
-    made = kernels(one_tile(decay == 2, kernel, tile))
+    made = kernels(one_tile(kernel, tile))
     small = Data(1, 200 if device() == "cuda" else 70, 2, key, value, decay, dtype=OPERAND, device=device())
     errors = small.errors(made, backward=kernel != "forward")
     worst = max(errors, key=lambda n: errors[n] if errors[n] == errors[n] else 1e9)
@@ -88,7 +88,7 @@ def timed(decay: int, kernel: str, tile: ChunkTile, shape: tuple[int, ...]) -> f
     b, t, h, k, v = shape
     q, key, val = normal(b, t, h, k, seed=1), normal(b, t, h, k, seed=2), normal(b, t, h, v, seed=3)
     log = (None, log_gate(b, t, h), log_gate(b, t, h, k, dtype=OPERAND))[decay]
-    made = ChunkKernels(kernels(one_tile(decay == 2, kernel, tile)).table)
+    made = ChunkKernels(kernels(one_tile(kernel, tile)).table)
     return round(median_ms(call_of(made, kernel, (q, key, val, log, None), tile.tokens), rep=15), 4)
 
 
@@ -109,7 +109,7 @@ def row_of(cell: Cell) -> Row:
 def groups(decays: list[int], shape: tuple[int, ...], few: int | None, checks: bool) -> Iterator[Group]:
     for decay in decays:
         for kernel in (*(("prepare", "key") if decay == 2 else ("gradients",)), "forward", "states"):
-            found = list(dict.fromkeys(grid_of(kernel, shape[3], decay == 2)))[:few]
+            found = list(dict.fromkeys(grid_of(kernel, shape[3])))[:few]
             cells = [{"decay": decay, "kernel": kernel, "tile": t.numbers, "shape": shape, "check": checks}
                      for t in found]  # fmt: skip
             if checks:  # one process each

@@ -22,15 +22,15 @@ _MADE: dict[str, ChunkKernels] = {}
 SMALL = {"tokens": 32, "values": 16, "keys": 16}  # odd sizes take several blocks
 
 
-def table(wide: bool = False, valued: bool = False, **changes: int) -> ChunkTiles:
+def table(valued: bool = False, **changes: int) -> ChunkTiles:
     """The shipped sizes, or with some of them changed in every kernel."""
-    rows = tiles(wide, valued).rows
+    rows = tiles(valued).rows
     return ChunkTiles(tuple((k, s, key, replace(tile, **changes)) for k, s, key, tile in rows))
 
 
-def one_tile(wide: bool, kernel: str, tile: ChunkTile) -> ChunkTiles:
+def one_tile(kernel: str, tile: ChunkTile) -> ChunkTiles:
     """The shipped sizes with another tile for one kernel; its tokens a chunk are everyone's."""
-    rows = tiles(wide).rows
+    rows = tiles().rows
     return ChunkTiles(
         tuple((k, s, key, tile if k == kernel else replace(t, tokens=tile.tokens)) for k, s, key, t in rows)
     )

@@ -44,7 +44,7 @@ def source(
     fused = None if spec is None else fused_spec(spec)
     shift = 0 if fused is None else fused.shift
     over = over if fused is None else fused.log_value is not None
-    made = kernels(table(decay == 2, over) if tile is None else one_tile(decay == 2, kernel, tile), fused, over)
+    made = kernels(table(over) if tile is None else one_tile(kernel, tile), fused, over)
     function = getattr(made.table, kernel)
     bk = max(16, 1 << (key - 1).bit_length())
     tiled = {"normed": "gradients", "shares": "forward", "norms": "forward", "step": "forward", "prepare_value": "prepare",
@@ -194,7 +194,7 @@ def report() -> None:
                 shown = f"K {key} V {value} decay {decay}{' and over the value' if over else ''}"
                 print(NAMES[size], shown, kernel, found, flush=True)
     for decay in (1, 2):  # what psmc tune may try
-        shipped = tiles(decay == 2).data
+        shipped = tiles().data
         names = [f"{k}/2/128" for k in ("forward", "states", *(("prepare", "key") if decay == 2 else ("gradients",)))]
         for row in (r for c in candidates("chunked", shipped, names) for r in c.rows if r.name in names):
             try:

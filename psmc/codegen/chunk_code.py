@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from psmc.codegen.chunk_erase import erasers
-from psmc.codegen.torch_code import Signature, Source, print_block
+from psmc.codegen.torch_code import Signature, Source, inputs_like, print_block
 from psmc.codegen.torch_expr import ExprPrinter
 from psmc.codegen.torch_value import Like
 from psmc.derive.simplify import ONE, ZERO
@@ -47,10 +47,6 @@ def print_layers(
         entries.append(_entry(stack, asked, n, lying, scales, _shown(structure), taken))
     sources.append(_readout(agg, structure))
     return sources, "LAYERS = (\n" + "".join(f"    {entry},\n" for entry in entries) + ")\n"
-
-
-def inputs_like(agg: Aggregator) -> tuple[Like, ...]:
-    return tuple(Like(f"x.{t.name}", t.kind) for t in agg.leaf_inputs)
 
 
 def _small(agg: Aggregator, layers: tuple[Layer, ...]) -> Iterator[Source]:

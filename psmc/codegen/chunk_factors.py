@@ -1,19 +1,18 @@
-"""What the chunk kernels compute themselves, read off the structure: q, b and the logs of the decay from a token's
-inputs, the output from y, and the transposes of both.
+"""Which parts of a spec the chunk kernels compute themselves: q, b and the logs of the decay from a token's inputs, the
+output from y, and the gradients of all of these.
 
-A factor is fused where it is elementwise over its own index in inputs and params that have that index alone, a number a
-token where it is one of inputs, params and small components that have no index; what is neither, torch computes. The
-readout is fused where it is elementwise over
-the value in y, in w (what a normaliser gives), in sums over the key of elementwise terms, and in inputs, params and
-numbers.
+A factor is fused where it is elementwise over its own index, in inputs and params that have that index alone. A number
+a token is fused where it is computed from inputs, params and small components that have no index. PyTorch computes
+every other factor. The readout is fused where it is elementwise over the value in y, in w (the normaliser's readout),
+in sums over the key of elementwise terms, and in inputs, params and numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psmc.codegen.chunk_code import factors, inputs_like, number_text, queries, split_number
-from psmc.codegen.torch_code import Signature, Source, print_block
+from psmc.codegen.chunk_code import factors, number_text, queries, split_number
+from psmc.codegen.torch_code import Signature, Source, inputs_like, print_block
 from psmc.derive.simplify import ONE, make
 from psmc.derive.vjp import vjp
 from psmc.ir import Aggregator, Assign, Block, Const, DimValue, Expr, Index, Infinity, Op, Reduce, Ref, Space

@@ -47,9 +47,9 @@ def print_chunk_kernels(agg: Aggregator, structure: Structure, tuned: Tuned | No
     found = [a for a in affines if by_kernel(agg, a)]
     if not found:
         return ""
-    wide, valued = (any(a.decay.kind in (side, "KV") for a in found) for side in "KV")
+    valued = any(a.decay.kind in ("V", "KV") for a in found)
     fused = fuse(agg, structure) or plain(valued)
-    return kernel_text(tiles(wide, valued), fused, tuned) + "\n\nKERNELS = None\n"
+    return kernel_text(tiles(valued), fused, tuned) + "\n\nKERNELS = None\n"
 
 
 def kernel_text(sizes: ChunkTiles, fused: Fused, tuned: Tuned | None = None) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from psmc.codegen.paste import POINTWISE_KIT, paste
-from psmc.codegen.pointwise_fields import Field, Pointers, lane_fields
+from psmc.codegen.pointwise_fields import Field, Pointers, lane_fields, lane_maps
 from psmc.codegen.pointwise_lane import Backward, Lane, lane
 from psmc.codegen.pointwise_scan import component, flagged, listed, renamed, sides
 from psmc.codegen.pointwise_table import Arg, Tensors, table
@@ -141,17 +141,13 @@ def _forward(one: Lane, tensors: Tensors) -> dict[str, object]:
     ]
     return {
         "pointers": pointers.text(),
-        "maps": _maps(labels),
+        "maps": lane_maps(labels),
         "labels": labels,
         "params": params,
         "tokens": tokens,
         "outputs": outputs,
         "lane": _lane_context(one, live, {}),
     }
-
-
-def _maps(labels: list[str]) -> str:
-    return "".join(f"Q_{x}: tl.constexpr, D_{x}: tl.constexpr,\n    " for x in labels)
 
 
 def _segments(one: Lane, tensors: Tensors) -> dict[str, object]:
@@ -167,7 +163,7 @@ def _segments(one: Lane, tensors: Tensors) -> dict[str, object]:
     return {
         "fold_pointers": fold.text(),
         "carry_pointers": carry.text(),
-        "maps": _maps(labels),
+        "maps": lane_maps(labels),
         "labels": labels,
         "params": params,
         "tokens": tokens,
@@ -185,7 +181,7 @@ def _step(one: Lane, tensors: Tensors) -> dict[str, object]:
     return {
         "step_pointers": pointers.text(),
         "token_labels": tensors.labels(tensors.forward_inputs),
-        "maps": _maps(labels),
+        "maps": lane_maps(labels),
         "labels": labels,
         "params": params,
         "tokens": tokens,
@@ -229,8 +225,8 @@ def _backward(one: Lane, tensors: Tensors) -> dict[str, object]:
         "pointers": main.text(),
         "fold_pointers": fold.text(),
         "carry_pointers": carry.text(),
-        "maps": _maps(labels),
-        "fold_maps": _maps(fold_labels),
+        "maps": lane_maps(labels),
+        "fold_maps": lane_maps(fold_labels),
         "labels": labels,
         "fold_labels": fold_labels,
         "params": params,

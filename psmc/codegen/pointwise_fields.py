@@ -88,6 +88,11 @@ class Pointers:
         return ",\n    ".join(lines)
 
 
+def lane_maps(labels: Sequence[str]) -> str:
+    """Kernel parameters: for each tensor the two constants that take a lane to its place in the tensor."""
+    return "".join(f"Q_{x}: tl.constexpr, D_{x}: tl.constexpr,\n    " for x in labels)
+
+
 def token_fields(
     pointer: str, label: str, lag: int, scalars: Sequence[str], kind: Kind, space: str
 ) -> tuple[Field, ...]:

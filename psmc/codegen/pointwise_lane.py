@@ -21,7 +21,7 @@ from psmc.codegen.triton_expr import Key, LaneFunction, number, print_function, 
 from psmc.derive.adjoint import Adjoint, adjoint
 from psmc.derive.names import declared_names, fresh_name
 from psmc.derive.realify import realify
-from psmc.derive.simplify import ZERO, make, simplify_block
+from psmc.derive.simplify import ZERO, make, plus, simplify_block
 from psmc.derive.step import step
 from psmc.derive.vjp import vjp
 from psmc.ir import Aggregator, Assign, Block, Const, DimValue, Expr, Kind, Ref
@@ -201,7 +201,7 @@ def _backward(agg: Aggregator, live: tuple[str, ...], tokens: list[Key]) -> Back
 
     special = not linear and not any(c.initial is not None for c in agg.state)
     gradient: list[tuple[str, Expr]] = [
-        (names[c], _plus(a, b) or ZERO) for c, a, b in zip(smooth, through[: len(smooth)], by_prev, strict=True)
+        (names[c], plus(a, b) or ZERO) for c, a, b in zip(smooth, through[: len(smooth)], by_prev, strict=True)
     ]
     owners: dict[str, Key] = {}
     for key, at_first, later, direct in zip(wanted, lifted, through[len(smooth) :], by_token, strict=True):
@@ -210,7 +210,7 @@ def _backward(agg: Aggregator, live: tuple[str, ...], tokens: list[Key]) -> Back
             moved_share = make("where", _ref(flag, "bool"), at_first or ZERO, later or ZERO)
         name = fresh_name("g_" + key[1] + (f"_lag{key[2]}" if key[2] else ""), taken)
         owners[name] = key
-        gradient.append((name, _plus(moved_share, direct) or ZERO))
+        gradient.append((name, plus(moved_share, direct) or ZERO))
     direct_block = block((names[c], v) for c, v in zip(smooth, by_state, strict=True))
     back_block = Block(results=tuple(Assign(n, (), v) for n, v in gradient))
     entry_block = Block(results=entry)
@@ -252,10 +252,6 @@ def _entry(found: Adjoint, cotangents: Mapping[str, Key]) -> tuple[Assign, ...]:
 
     leaf = inline(found.aggregator.leaf)
     return tuple(replace(a, value=transform(a.value, own)) for a in leaf.results)
-
-
-def _plus(a: Expr | None, b: Expr | None) -> Expr | None:
-    return b if a is None else a if b is None else make("add", a, b)
 
 
 def _ref(key: Key, kind: Kind = "real") -> Ref:

@@ -50,7 +50,7 @@ class Source:
 
 def print_lift(agg: Aggregator) -> Source:
     """Inputs and params to an element with all components."""
-    return print_block(agg, agg.leaf, Signature("lift", "x, p, n", _inputs(agg)))
+    return print_block(agg, agg.leaf, Signature("lift", "x, p, n", inputs_like(agg)))
 
 
 def print_combine(agg: Aggregator) -> Source:
@@ -78,7 +78,7 @@ def print_output(agg: Aggregator) -> Source:
     """The state after (s) and before (prev) a token, its inputs and the params to the outputs; where they are read, the
     roots of a counter after (at) and before (prev_at) it, [..., levels, *dims]."""
     levels = ", at, prev_at" if level_dims(agg) else ""
-    return print_block(agg, agg.output, Signature("output", f"s, prev, x, p, n{levels}", _inputs(agg)))
+    return print_block(agg, agg.output, Signature("output", f"s, prev, x, p, n{levels}", inputs_like(agg)))
 
 
 def print_identity(agg: Aggregator) -> Source:
@@ -260,7 +260,8 @@ def _like(block: Block, signature: Signature) -> Like:
     return min((*(Like(slot(r), r.value_kind) for r in read), *signature.tensors), key=lambda t: preference[t.kind])
 
 
-def _inputs(agg: Aggregator) -> tuple[Like, ...]:
+def inputs_like(agg: Aggregator) -> tuple[Like, ...]:
+    """A spec's inputs, as tensors that new ones may be made like."""
     return tuple(Like(f"x.{t.name}", t.kind) for t in agg.leaf_inputs)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from psmc.codegen.paste import paste
+from psmc.codegen.pointwise_fields import lane_maps
 from psmc.codegen.render import render
 from psmc.codegen.tiles_code import tiles_class, tiles_text
 from psmc.codegen.tree_lane import TreeLane, tree_lane
@@ -178,13 +179,9 @@ def _shared(one: TreeLane, found: Unrolled, plan: TreePlan, slots: _Slots) -> di
         "shared": "".join(f" {f.value}," for f in params if f.key in merging),
         "params": params,
         "param_labels": [t.label for t in slots.params],
-        "param_maps": _maps([t.label for t in slots.params]),
+        "param_maps": lane_maps([t.label for t in slots.params]),
         "params_pointers": "".join(f"p_{t.label}, " for t in slots.params),
     }
-
-
-def _maps(labels: Sequence[str]) -> str:
-    return "".join(f"Q_{x}: tl.constexpr, D_{x}: tl.constexpr,\n    " for x in labels)
 
 
 def _tokens(
@@ -197,7 +194,7 @@ def _tokens(
     return {
         f"{prefix}tokens": fields,
         f"{prefix}labels": labels,
-        f"{prefix}maps": _maps(labels),
+        f"{prefix}maps": lane_maps(labels),
         f"{prefix}pointers": "".join(f"p_{t.label}, " for t in found),
         f"{prefix}places": tuple(t.place for t in found),
     }

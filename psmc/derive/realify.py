@@ -15,6 +15,7 @@ from psmc.derive.names import declared_names, fresh_name
 from psmc.derive.simplify import ONE, ZERO, make
 from psmc.diagnostics import fail
 from psmc.ir import Aggregator, Assign, Block, Component, Const, Expr, Op, Reduce, Ref, Tensor
+from psmc.ir.query import values
 from psmc.ir.rewrite import refs, walk, with_children
 from psmc.source import Span
 
@@ -72,7 +73,7 @@ def realify_block(
     spans            where each assignment was written, for the error
     """
     spans = spans or {}
-    taken = {a.name for a in (*block.lets, *block.results)} | {r.name for r in refs(*_values(block))}
+    taken = {a.name for a in (*block.lets, *block.results)} | {r.name for r in refs(*values(block))}
     taken |= {part for pair in names.values() for part in pair}
     lets = {
         a.name: (fresh_name(f"{a.name}_re", taken), fresh_name(f"{a.name}_im", taken))
@@ -228,12 +229,8 @@ def _pair(names: Names, name: str) -> tuple[str, str]:
     return names.get(name) or (f"{name}_re", f"{name}_im")
 
 
-def _values(block: Block) -> list[Expr]:
-    return [a.value for a in (*block.lets, *block.results)]
-
-
 def _has_complex(block: object) -> bool:
-    return isinstance(block, Block) and any(n.kind == "complex" for n in walk(*_values(block)))
+    return isinstance(block, Block) and any(n.kind == "complex" for n in walk(*values(block)))
 
 
 def _tensors(tensors: tuple[Tensor, ...], names: Names) -> tuple[Tensor, ...]:

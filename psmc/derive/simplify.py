@@ -15,7 +15,6 @@ from psmc.ir.rewrite import map_values, transform
 
 ZERO = Const(Fraction(0))
 ONE = Const(Fraction(1))
-TWO = Const(Fraction(2))
 HALF = Const(Fraction(1, 2))
 
 _MAX_EXPONENT = 64  # constants are folded exactly, so powers of them must stay small
@@ -44,6 +43,11 @@ def total(terms: Sequence[Expr]) -> Expr:
     for term in terms:
         out = make("add", out, term)
     return out
+
+
+def plus(a: Expr | None, b: Expr | None) -> Expr | None:
+    """a + b, where None stands for a term that is not there."""
+    return b if a is None else a if b is None else make("add", a, b)
 
 
 def sum_over(indices: Sequence[Index], body: Expr) -> Expr:

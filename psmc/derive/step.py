@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from psmc.derive.names import declared_names, fresh_name
-from psmc.derive.simplify import ZERO, make
+from psmc.derive.simplify import ZERO, make, plus
 from psmc.derive.vjp import vjp
 from psmc.ir import Aggregator, Assign, Block, Expr, Index, Kind, Op, Reduce, Ref
 from psmc.ir.canonical import Names, canonical_assign, prune
@@ -103,7 +103,7 @@ def step_backward(agg: Aggregator, live: Sequence[str], first: bool = False) -> 
         moved.append(cotangent)
     rows = [_aligned(update.result(c.name), c.identity.indices) for c in smooth]
     through = vjp(rows, moved, [*before, *tokens])
-    shares = [_plus(a, b) for a, b in zip(direct[len(after) :], through, strict=True)]
+    shares = [plus(a, b) for a, b in zip(direct[len(after) :], through, strict=True)]
 
     prev: dict[str, str] = {}
     inputs: dict[str, str] = {}
@@ -162,10 +162,6 @@ def _let(name: str, like: Assign, kind: Kind | None = None) -> Ref:
 
 def _aligned(assign: Assign, indices: tuple[Index, ...]) -> Expr:
     return instantiate(assign, indices)
-
-
-def _plus(a: Expr | None, b: Expr | None) -> Expr | None:
-    return b if a is None else a if b is None else make("add", a, b)
 
 
 def _indices(ref: Ref) -> tuple[Index, ...]:

@@ -12,6 +12,11 @@ from psmc.ir.rewrite import refs
 Terms = tuple[tuple[int, Expr], ...]
 
 
+def values(block: Block) -> list[Expr]:
+    """What the block's lets and then its results are defined as."""
+    return [a.value for a in (*block.lets, *block.results)]
+
+
 def taps(agg: Aggregator) -> dict[str, int]:
     """The largest lag at which each tapped input is read, by name, in declaration order."""
     blocks = [agg.leaf if agg.recurrence is None else agg.recurrence, agg.output]

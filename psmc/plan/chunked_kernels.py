@@ -48,21 +48,25 @@ class ChunkTiles:
         return "{\n" + "".join(lines) + "    }"
 
 
-def tiles(wide: bool, valued: bool = False) -> ChunkTiles:
-    """`wide`, `valued`: some decay runs over the key, over the value. All kernels of a module agree on the tokens of a
+def tiles(valued: bool = False) -> ChunkTiles:
+    """The shipped tiles. `valued`: some decay runs over the value. All kernels of a module agree on the tokens of a
     chunk."""
     rows = []
     for size in (2, 4):
         for key in _KEYS:
-            rows += [(k, size, key, _tile(k, size, key, wide, valued)) for k in KERNELS]
+            rows += [(k, size, key, _tile(k, size, key, valued)) for k in KERNELS]
     return ChunkTiles(tuple(rows))
 
 
-def _tile(kernel: str, size: int, key: int, wide: bool, valued: bool) -> ChunkTile:
-    """On chip: a state block K x BV of fp32 in registers (255 a thread), tiles in shared memory (227 KiB). What scales
-    by a decay over the value holds half a dozen tiles [BT, BV] at once; in bf16 Triton 3.6 gets those of 32 columns
-    wrong, and faults with blocks of the key of 32. What only accumulates over its loop takes one stage: it does not
-    wait for its products before it copies the next tiles over the last."""
+def _tile(kernel: str, size: int, key: int, valued: bool) -> ChunkTile:
+    """The tile of one kernel for operands of `size` bytes and key blocks of up to `key`.
+
+    What bounds it: a block K x BV of the state in fp32 lies in registers (255 a thread), tiles in shared memory
+    (227 KiB). Kernels that scale by a decay over the value hold half a dozen tiles [BT, BV] at once; in bf16 Triton 3.6
+    computes wrong results for those of 32 columns, and faults with key blocks of 32. A kernel whose loop only
+    accumulates takes one stage: with more, Triton copies the next tiles over the last before the products that read
+    those are done.
+    """
     tokens = 64 if size == 2 and key <= 128 else 32
     if kernel == "values" and valued:
         return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 4, 1)
@@ -74,8 +78,6 @@ def _tile(kernel: str, size: int, key: int, wide: bool, valued: bool) -> ChunkTi
         return ChunkTile(tokens, 64 if key <= 128 else 32, key, 4, 2 if size == 2 else 1)
     if kernel == "states":
         return ChunkTile(tokens, 64, 64, 4, 2 if size == 2 else 1)
-    if kernel == "key":
-        return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 4, 1)
-    if kernel == "gradients":
+    if kernel in ("key", "gradients"):
         return ChunkTile(tokens, 64 if size == 2 else 32, min(key, 64), 4, 1)
     return ChunkTile(tokens, 64, min(key, 64), 4, 1)

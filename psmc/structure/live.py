@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from psmc.derive.graph import closure
 from psmc.ir import Aggregator, Assign, Block, Expr, Extern, Eye, Index, IndexValue, Reduce, Ref
-from psmc.ir.query import restrict
+from psmc.ir.query import restrict, values
 from psmc.ir.rewrite import inline, refs, walk
 
 
@@ -31,7 +31,7 @@ def dependence(agg: Aggregator, spaces: tuple[str, ...]) -> dict[str, tuple[str,
 
 def live_state(agg: Aggregator) -> tuple[str, ...]:
     """What a prefix must carry: what `output` reads of it, closed over what the update reads of the earlier operand."""
-    wanted = [r.name for r in refs(*_values(agg.output)) if r.space in ("state", "prev", "level", "prev_level")]
+    wanted = [r.name for r in refs(*values(agg.output)) if r.space in ("state", "prev", "level", "prev_level")]
     found = closure(wanted, dependence(agg, ("left", "prev")))
     return tuple(c.name for c in agg.state if c.name in found)
 
@@ -40,10 +40,6 @@ def element_state(agg: Aggregator, live: Iterable[str]) -> tuple[str, ...]:
     """What elements must carry so that they can be combined with each other: `live`, closed over both operands."""
     found = closure(live, dependence(agg, ("left", "right", "prev")))
     return tuple(c.name for c in agg.state if c.name in found)
-
-
-def _values(block: Block) -> list[Expr]:
-    return [a.value for a in (*block.lets, *block.results)]
 
 
 def relevant(agg: Aggregator, element: tuple[str, ...]) -> tuple[Assign, ...]:
