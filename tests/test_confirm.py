@@ -196,3 +196,16 @@ def test_a_wrong_interval_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(prove(found.agg).associativity, Proved)
     assert found.diagnostic is not None and found.diagnostic.code == "PSM901"
     assert "the interval of 's' is not closed: lift misses [0, inf)" in found.diagnostic.notes[1]
+
+
+def test_entries_read_outside_of_a_dim() -> None:
+    """The oracle computes all entries, of which some have no value: the one that is looked at has."""
+    (found,) = read_text("""aggregator shifted {
+      dim N
+      input x[N]
+      state p[N] = 0
+      lift { p[i] = x[i] }
+      combine (l, r) { p[i] = l.p[i + 1] + r.p[i] }
+      associative: yes
+    }""")
+    assert isinstance(found.proof.associativity, Refuted) and found.diagnostic is not None

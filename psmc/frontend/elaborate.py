@@ -224,7 +224,9 @@ class Elaborator:
             if fn is None:
                 known = [*callable_ops(), "eye", *self.scope.library.fns]
                 hint = suggest(name, known)
-                if self.scope.knows(name):
+                if name == "prev":
+                    hint = ("the state before this token is prev.s",)
+                elif self.scope.knows(name):
                     hint = (f"'{name}' is a tensor; subscripts take square brackets: {name}[…]",)
                 fail("PSM201", f"unknown function '{name}'", node.fn.span, helps=hint)
             return expand(self, fn, node, env, depth)

@@ -32,6 +32,8 @@ def wrong_rank(node: sf.Access, handle: Handle, given: int, brackets: bool) -> N
     declared = f"{name}[{', '.join(handle.dims)}]" if handle.dims else f"the scalar {name}"
     rank = len(handle.dims)
     example = f"write {name}[{', '.join('ijmnpstu'[:rank])}]" if 0 < rank <= 8 else f"write {name} without brackets"
+    if handle.space == "input" and any(isinstance(s, (sf.Unary, sf.Binary)) for s in node.subs or ()):
+        example += f"; one token earlier is {name}{{-1}}"
     fail(
         "PSM203",
         f"'{name}' takes {rank or 'no'} subscript{'s' if rank != 1 else ''}, and "

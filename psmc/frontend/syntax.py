@@ -165,6 +165,14 @@ def _misused(code: tuple[Token, ...], at: int, previous: Token, accepts: set[str
             return "several subscripts share one pair of brackets: S[i, j]"
         case ("LSQB" | "COMMA", "NUMBER") if "NAME" in accepts:
             return "what is assigned or summed over has index names in its brackets, not numbers"
+        case ("LSQB" | "COMMA", "COLON"):
+            return "each dim has an index: s[i, j] = x[i, j]"
+        case ("ASSOCIATIVE" | "ORDER", "EQUAL"):
+            return f"write {previous}: {code[min(at + 1, len(code) - 1)]}"
+        case (_, "COMPARE") if accepts >= {"COMMA", "LIFT"}:
+            return "an interval says which values there are: x in (0, inf)"
+        case ("RPAR", _) if accepts == {"DOT"}:
+            return "functions stand by themselves: exp(x); a tree's level is at(c).S[i, j]"
         case ("COMBINE", _):
             return "name the two sides, the earlier one first: combine (l, r) { … }"
         case (_, "NAME") if accepts >= {"COMMA", "LIFT"}:

@@ -36,7 +36,7 @@ _SLIPS = {
     "->": "a definition is written 'name = expression'",
     "!": "write 'not'",
     "&": "write 'and'",
-    "|": "write 'or'",
+    "|": "write 'or'; an absolute value is abs(x)",
     "%": "there is no remainder operator",
     "@": "write the sum out: sum[k] A[i, k] * B[k, j]",
     "'": "strings are written in double quotes",
@@ -48,6 +48,9 @@ _SLIPS = {
     "≥": "write '>='",
     "≠": "write '!='",
     "∞": "write 'inf'",
+    "²": "a power is written x ^ 2",
+    "³": "a power is written x ^ 3",
+    "√": "write sqrt(x)",
     "\u00a0": "this is a no-break space: write a plain one",
     "\ufeff": "this is a byte order mark in the middle of the text: delete it",
 }
