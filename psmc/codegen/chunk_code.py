@@ -39,12 +39,12 @@ def print_layers(
         plain = {r.name: found for r in rows if (found := _plain(agg, r)) is not None}
         block = Block(results=tuple(r for r in rows if r.name not in plain))
         sources.append(print_block(agg, block, Signature(f"factors_{n}", "x, s, prev, p, n", inputs_like(agg))))
-        lying = {k: x for k, (x, _) in plain.items()}
+        inputs_read = {k: x for k, (x, _) in plain.items()}
         scales = {k: text for k, (_, text) in plain.items() if text}
         if fused is not None:
             sources.append(fused[0])
         taken = "None" if fused is None else fused[1]
-        entries.append(_entry(stack, asked, n, lying, scales, _shown(structure), taken))
+        entries.append(_entry(stack, asked, n, inputs_read, scales, _shown(structure), taken))
     sources.append(_readout(agg, structure))
     return sources, "LAYERS = (\n" + "".join(f"    {entry},\n" for entry in entries) + ")\n"
 
@@ -64,7 +64,11 @@ _Query = tuple[Assign | None, Assign | None]  # (q, p) over outer, extra, key
 
 
 def queries(stack: tuple[Affine, ...], parts: list[Linear]) -> dict[_Query, list[Linear]]:
-    """Linear parts by the vectors that they read with, in the first component's indices."""
+    """The linear parts of the outputs, grouped by the pair of vectors (q, p) with which they read a state.
+
+    The vectors are written in the indices of the stack's first component, so that parts of several components that
+    read with the same vectors meet in one group.
+    """
     found: dict[_Query, list[Linear]] = {}
     head = stack[0]
     for part in dict.fromkeys(parts):
@@ -83,7 +87,12 @@ def queries(stack: tuple[Affine, ...], parts: list[Linear]) -> dict[_Query, list
 
 
 def factors(stack: tuple[Affine, ...], asked: tuple[_Query, ...]) -> list[Assign]:
-    """Named results over (outer, key) or (outer, value): see `kit_layers.Chunked`."""
+    """A stack's factors as named results over (outer, key) or (outer, value).
+
+    log, log_key, log_value: logs of the decay (decay, ... where logs are not known); u0, w0, b0, c0, ...: the columns
+    of U, W, B and C, c0_1 that of the stack's second component; q0, p0, ...: the vectors of `asked` that read the state
+    after and before the token. `kit_layers.Chunked` says how they are used.
+    """
     rows: list[Assign] = []
     affine = stack[0]
     key = (*affine.outer, affine.key)
@@ -112,13 +121,13 @@ def factors(stack: tuple[Affine, ...], asked: tuple[_Query, ...]) -> list[Assign
 
 
 def _apart(row: Assign) -> list[Assign]:
-    """A vector b as one factor and the number a token `n` that multiplies it, if that is what it is."""
+    """The row itself, or a vector b and the number that multiplies it as two rows, if b is such a product."""
     split = split_number(row) if row.name[0] == "b" else None
     return [row] if split is None else list(split)
 
 
 def split_number(row: Assign) -> tuple[Assign, Assign] | None:
-    """A vector b as one factor and the number a token `n` that multiplies it; None if that is not what it is."""
+    """A vector b = n x as the rows of the vector x and of n, a number a token; None if b is not such a product."""
     over, under = _product(row.value)
     key = row.indices[-1]
     vectors = [x for x in over if key in x.free]
@@ -143,8 +152,8 @@ def _product(expr: Expr) -> tuple[list[Expr], list[Expr]]:
 
 
 def _plain(agg: Aggregator, row: Assign) -> tuple[str, str] | None:
-    """(the input that a factor is, the text of the number that multiplies it, if any): kernels read it where it lies.
-    Only queries may have a number."""
+    """(name, scale) of a factor that is an input, so that kernels read the input itself: the input's name, and the text
+    of the number that multiplies it, '' if there is none. Only queries may have such a number. None: it is computed."""
     value: Expr = row.value
     scale: Expr | None = None
     if row.name[0] in "qp" and isinstance(value, Op) and value.op in ("mul", "div"):
@@ -162,7 +171,7 @@ def _plain(agg: Aggregator, row: Assign) -> tuple[str, str] | None:
 
 
 def number_text(expr: Expr) -> str | None:
-    """A Python number of `n`; None if it takes a tensor."""
+    """The expression as Python text over the dim sizes `n`; None if it needs a tensor."""
     helpers: set[str] = set()
     shown = ExprPrinter(Like("n", "real"), {}, lambda ref: None, helpers).show(expr, ())
     return None if shown.axes is not None or helpers else shown.text
@@ -174,7 +183,7 @@ def _number(expr: Expr) -> bool:
 
 
 def _shown(structure: Structure) -> tuple[str, ...]:
-    """Linear parts that are outputs as they stand, and nothing else."""
+    """The names of the linear parts that are an output as they stand, and that no other output reads."""
     direct = {r.output: r.epilogue.value for r in structure.readout if isinstance(r.epilogue.value, Ref)}
     names = {x.name for x in direct.values() if isinstance(x, Ref) and x.space == "let"}
     others = [r.epilogue.value for r in structure.readout if r.output not in direct]
@@ -217,7 +226,8 @@ def _entry(
 
 
 def _readout(agg: Aggregator, structure: Structure) -> Source:
-    """The outputs over the linear parts, which stand in the namespace of prefixes; of small components, in full."""
+    """The torch function of the outputs. It reads the linear parts of matrix states by name, as if each were a state;
+    those of small components are written out as sums over the components."""
     small, _ = split_layers(structure)
     affines = {layer.affine.component: layer.affine for layer in small if layer.affine is not None}
     parts = {part.name: part for readout in structure.readout for part in readout.linear}
@@ -235,7 +245,7 @@ def _readout(agg: Aggregator, structure: Structure) -> Source:
 
 
 def _in_full(agg: Aggregator, part: Linear, affine: Affine) -> Assign:
-    """A linear part as sums over the prefixes themselves."""
+    """A linear part, written as a sum over the key of its vectors times the component."""
     indices, kind = affine.decay.value.indices, agg.component(part.component).kind
     sides: list[tuple[Assign | None, Space]] = [(part.query, "state"), (part.previous, "prev")]
     sums = [

@@ -26,8 +26,8 @@ Y, W, C, COTANGENT = "y", "w", "c", "do"
 
 @dataclass(frozen=True)
 class Raw:
-    """A tensor that kernels read: an input (with its lag), a param, a small component with or before its token (at,
-    before), or what torch computes of a token, by the name of its factor."""
+    """A tensor that kernels read: an input (with its lag), a param, a small component after its token (kind 'at') or
+    before it ('before'), or a factor that torch computes ('factor', under the factor's name)."""
 
     name: str
     kind: str  # input, param, at, before, factor
@@ -113,7 +113,7 @@ def fuse(agg: Aggregator, structure: Structure) -> Fused | None:
 
 
 def _reaches_back(f: Fused) -> bool:
-    """Whether the output's cotangent goes on to all that the kernels scan: not through 'stop', or a sign."""
+    """Whether the readout passes a gradient on to all that the kernels scan; 'stop' or a sign would not."""
     met = {name for name, _ in transposed(f)[0]}
     return f.readout is None or met >= ({"y", "w"} if f.norm else {"y"})
 
@@ -175,7 +175,7 @@ class _Fusion:
         return self._factor(vector)
 
     def _factor(self, row: Assign) -> Expr:
-        """An expression over `keys`; where it is not elementwise, a key of its own."""
+        """The row as an expression over `keys`; if it is not elementwise, torch computes it and it is a key itself."""
         return self._held(row, self.keys)
 
     def _held(self, row: Assign, held: list[Raw]) -> Expr:
@@ -320,7 +320,7 @@ class _Fusion:
 
 
 def _seen(readout: Expr) -> Expr:
-    """y again from the output, where that loses nothing; else y itself."""
+    """y as an expression over what backward keeps, `seen`: the output if y can be had from it without loss, else y."""
     y = scalar(Y)
     if isinstance(readout, Op) and readout.op == "div" and readout.args[0] == y and y not in walk(readout.args[1]):
         return make("mul", scalar("seen"), readout.args[1])
@@ -328,7 +328,7 @@ def _seen(readout: Expr) -> Expr:
 
 
 def print_fused(agg: Aggregator, structure: Structure) -> tuple[Source, str] | None:
-    """The torch function of what stays torch's, and the literal of `kit_layers.FusedLayer`."""
+    """The torch function of the factors that are not fused, and the literal of the `kit_layers.FusedLayer`."""
     f = fuse(agg, structure)
     if f is None:
         return None
@@ -347,8 +347,8 @@ _Pulled = tuple[tuple[str, Expr], ...]
 
 
 def transposed(f: Fused) -> tuple[_Pulled, _Pulled, _Pulled]:
-    """(of the readout, by what it is the cotangent of: y, w, c, values, sums, numbers; of the factors and sums, by
-    key; of the log over the value, by c and value): scalar expressions, those that are not 0."""
+    """Cotangents as (name, scalar expression), those that are not 0, in three groups: what the readout gives y, w, c,
+    values, sums, numbers; what the factors and sums give each key; what the log over the value gives c and values."""
     sums = [scalar(f"e{n}") for n in range(len(f.sums))]
     shown = [scalar(a.name) for a in f.numbers if a.name[0] == "s"]
     back: list[tuple[str, Expr]] = []
@@ -373,7 +373,7 @@ def transposed(f: Fused) -> tuple[_Pulled, _Pulled, _Pulled]:
 
 
 def numbers_transposed(f: Fused) -> _Pulled:
-    """From the cotangents of the numbers (glog, gn, gs0, ...) those of the scalars, those that are not 0."""
+    """The cotangents of the scalars x0, x1, ... that are not 0, over those of the numbers (glog, gn, gs0, ...)."""
     wrt = [scalar(f"x{n}") for n in range(len(f.scalars))]
     found = vjp([a.value for a in f.numbers], [scalar(f"g{a.name}") for a in f.numbers], wrt)
     return tuple((x.name, e) for x, e in zip(wrt, found, strict=True) if e is not None)
