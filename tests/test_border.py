@@ -224,6 +224,19 @@ def test_a_rule_that_is_none():
         psmc.load(ROOT / "examples" / "transformer_psm.psm", extern="blocks:join")
 
 
+def test_a_rule_that_returns_something_else():
+    x = torch.ones(2, 3, 3, 2)
+    for rule, message in (
+        (lambda l, r: None, "has to return a dict of s, not NoneType"),  # noqa: E741
+        (lambda l, r: {"t": l["s"]}, "has to return a dict of s, not of t"),  # noqa: E741
+        (lambda l, r: {"s": l["s"].sum()}, r"has to return 's' as \[2, 3, 2\], not \[\]"),  # noqa: E741
+        (lambda l, r: {"s": 1.0}, r"has to return 's' as \[2, 3, 2\], not float"),  # noqa: E741
+    ):
+        agg = psmc.load(ROOT / "examples" / "transformer_psm.psm", extern=rule)
+        with pytest.raises(agg.module.ArgumentError, match="PSM296: transformer_psm: the rule " + message):
+            agg(x)
+
+
 def test_states_of_taps_and_trees():
     agg = compiled_text("tap_lift")
     tensors = good(agg)

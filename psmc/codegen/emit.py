@@ -80,6 +80,7 @@ def emit(
         kernels = f"{attended}\n\n{kernels or 'KERNELS = None'}"
     written = "\n".join((functions, kernels, layers, f"dict({rules})"))
     roots = {"Aggregator", "Spec", "Slot", "Values", *names_read(ast.parse(written))}
+    roots |= {"check_rule"} if extern else set()
     pasted = paste(files, frozenset(roots), _never(agg, plan, names, layers, kernels, small))
     runtime = pasted.body
     digest = hashlib.sha256("\n".join((spec_text, functions, kernels, runtime, repr(plan))).encode()).hexdigest()[:16]

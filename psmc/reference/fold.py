@@ -218,7 +218,10 @@ class _Run:
         batch = next(iter(left.values())).shape[:1]
         if not isinstance(self.rule, Block):
             assert self.extern is not None
-            return self.components(self.extern(left, dict(right)), batch)
+            found, names = self.extern(left, dict(right)), [c.name for c in self.agg.state]
+            whole = isinstance(found, Mapping) and found.keys() == set(names)
+            require(whole, f"the rule has to return a dict of {', '.join(names)}")
+            return self.components(found, batch)
         if self.agg.recurrence is not None:
             env = {("prev", name, 0): value for name, value in left.items()} | dict(right)
         else:

@@ -94,6 +94,22 @@ def check_counter(spec: Spec, call: Call, state: Any, rows: int) -> dict[str, Te
     return {"position": position, **parts, **_tails(spec, call, state, rows)}
 
 
+def check_rule(spec: Spec, found: Any, l: Mapping[str, Tensor], r: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: E741
+    """What a rule from Python made of two elements: every component and no other, in their shape."""
+    names = [s.name for s in spec.components]
+    if not isinstance(found, Mapping) or set(found) != set(names):
+        given = type(found).__name__
+        if isinstance(found, Mapping):
+            given = f"of {', '.join(map(str, found)) or 'nothing'}"
+        raise ArgumentError(f"PSM296: {spec.name}: the rule has to return a dict of {', '.join(names)}, not {given}.")
+    for name in names:
+        want, x = torch.broadcast_shapes(l[name].shape, r[name].shape), found[name]
+        if not isinstance(x, Tensor) or x.shape != want:
+            given = str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+            raise ArgumentError(f"PSM296: {spec.name}: the rule has to return '{name}' as {list(want)}, not {given}.")
+    return {name: found[name] for name in names}
+
+
 def tail_names(spec: Spec) -> list[str]:
     """Keys of a state that hold the last tokens of an input."""
     return [f"{name}_tail" for name in spec.taps]
