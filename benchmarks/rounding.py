@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python benchmarks/rounding.py --out benchmarks/results/rounding.json
 
-Errors are relative (2-norm), against the oracle in fp64 on exact tensors. least: of that oracle on tensors rounded to bf16,
-its results rounded, too. A row has the output, and the gradient whose error is the largest multiple of its least.
+Errors are relative (2-norm), against the oracle in fp64 on exact tensors. least: of that oracle on tensors rounded to
+bf16, its results rounded, too. A row has the output, and the gradient whose error is the largest multiple of its least.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import measure  # noqa: E402
-from benchmarks.accuracy import called, derived, errors, lower, oracle, short  # noqa: E402
-from benchmarks.chunk_data import PARAMS, Shape, inputs, load  # noqa: E402
-from benchmarks.interpreted_bf16 import bf16  # noqa: E402
+from benchmarks import measure
+from benchmarks.accuracy import called, derived, errors, lower, oracle, short
+from benchmarks.chunk_data import PARAMS, Shape, inputs, load
+from benchmarks.interpreted_bf16 import bf16
 
-SPECS = ("linear_attention", "retnet", "mamba2", "gla", "hgrn2", "rwkv6", "gated_rfa", "mlstm", "value_gate", "grid_gate",
-         "two_writes")  # fmt: skip
+SPECS = ("linear_attention", "retnet", "mamba2", "gla", "hgrn2", "rwkv6", "gated_rfa", "mlstm", "value_gate",
+         "grid_gate", "two_writes")  # fmt: skip
 KINDS = ("iid", "gates")
 WHOLE, TINY = Shape(1, 192, 1, 64, 64, "float32"), Shape(1, 20, 1, 16, 16, "float32")
 

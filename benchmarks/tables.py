@@ -34,11 +34,13 @@ TITLES = {
     "training": "A language model of 50 M parameters, trained with psmc and with a reference",
     "cold": "First call of chunked specs, empty caches",
     "psm": "Prefix-scannable models",
+    "rounding": "bf16 in the chunk kernels, in Triton's interpreter",
 }
 # Where a topic's tables stand, if not in README.
 ELSEWHERE = {
     **dict.fromkeys(("fuzz", "proofs", "reassociation"), "docs/proofs.md"),
     **dict.fromkeys(("pointwise_tiles", "chunk_tiles"), "docs/measurements.md"),
+    "rounding": "docs/precision.md",
 }
 # Topics of which README has the tables that rows name, and docs/measurements.md the rows one by one.
 SUMMED = ("accuracy", "chunked_accuracy", "training")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 from dataclasses import astuple
 from pathlib import Path
@@ -214,3 +217,13 @@ def test_every_topic_has_its_script_and_words() -> None:
         text = (ROOT / "benchmarks" / topic.words[0]).read_text()
         for flag in (*topic.flags, topic.smoke, *(w for w in topic.words[1:] if w.startswith("--"))):
             assert f'"{flag}"' in text or "options(__doc__)" in text, f"{topic.name}: {flag}"
+
+
+def test_rounding(tmp_path: Path) -> None:
+    """In a process of its own: triton must be imported with its interpreter on."""
+    command = [sys.executable, "benchmarks/rounding.py", "--smoke", "--out", str(tmp_path / "rounding.json")]
+    if not importlib.util.find_spec("triton"):
+        pytest.skip("no triton")
+    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, check=True, capture_output=True)
+    (row,) = json.loads((tmp_path / "rounding.json").read_text())["rows"]
+    assert row["spec"] == "linear_attention" and row["output"] < 1e-2 and row["worst gradient"] in "qkv"
