@@ -128,12 +128,25 @@ def tables(aggregator: Any) -> list[Any]:
     return [x for x in (operator.kernels, getattr(operator.rules, "matrices", None)) if x is not None]
 
 
+def kernels(table: Any) -> list[Any]:
+    """Those that a table has launched."""
+    return list((vars(table).get("kernels") or vars(table).get("_kernels") or {}).values())
+
+
+def compilations(aggregator: Any) -> list[Any]:
+    """What threads compile or have compiled for an aggregator's kernels, ahead of their launches."""
+    found = [k._found for x in tables(aggregator) for k in kernels(x)]
+    return [task for variants in found for _, ahead in variants.values() for task in ahead.values()]
+
+
 def forget(aggregator: Any) -> None:
     """An aggregator's memory of launches, as if it had made none."""
+    for task in compilations(aggregator):
+        task.wait()
     for table in tables(aggregator):
         vars(table).update(_tuned=None)  # which has the next call plan anew
         vars(table).get("_kinds", set()).clear()
-        for kernel in (vars(table).get("kernels") or vars(table).get("_kernels") or {}).values():
+        for kernel in kernels(table):
             kernel._found.clear()
     if aggregator.operator.quick is not None:
         aggregator.operator.quick._known.clear()
@@ -155,6 +168,8 @@ def no_device(aggregator: Any = None, writes: bool = False) -> Iterator[NoDevice
             vars(table).update(interpreted=True, processors=PROCESSORS)
         yield fake
     finally:
+        for task in [] if aggregator is None else compilations(aggregator):
+            task.wait()
         driver._active, compiler.compile = before, compile_
         for fn in fake.seen:
             fn.device_caches.clear()

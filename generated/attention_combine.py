@@ -37,24 +37,25 @@ Plan: tree. not associative: the Blelloch tree is the meaning, one batched combi
 Written by psmc; regenerate with: psmc compile attention_combine.psm
 The runtime holds what this spec needs of it. Needs torch, and triton for tensors on a GPU; nothing else.
 
-   82  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
-  159  kernels: softmax attention over several sets of tokens at once, o = softmax(scale q [k0; k1; ..]ᵀ) [v0; v1; ...
-  356  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
-  518  Calls of the attention kernels: softmax over several sets of tokens at once, with its gradients
-  781  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1060  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1217  The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token
- 1374  one tree ----------------------------------------------------------------------------------
- 1449  counters -----------------------------------------------------------------------------------
- 1499  Many trees: the tree plan over sequences with masks, restarts and packing
- 1615  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1885  The border, continued: states, flags and packing
- 2026  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2102  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2165  One checked call in PyTorch: lift, the scan of the plan, readout
- 2345  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 2615  The public face of a compiled aggregator: a parallel call, a step, states
- 2840  the spec's border
+   84  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  161  kernels: softmax attention over several sets of tokens at once, o = softmax(scale q [k0; k1; ..]ᵀ) [v0; v1; ...
+  358  Kernels that threads compile ahead of a first call: most of its time, the compiler needs no interpreter
+  404  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+  591  Calls of the attention kernels: softmax over several sets of tokens at once, with its gradients
+  854  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1133  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1290  The tree plan: one fixed parenthesisation for rules that are not associative, in parallel and token by token
+ 1447  one tree ----------------------------------------------------------------------------------
+ 1522  counters -----------------------------------------------------------------------------------
+ 1572  Many trees: the tree plan over sequences with masks, restarts and packing
+ 1688  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1958  The border, continued: states, flags and packing
+ 2099  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2175  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2238  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2418  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 2688  The public face of a compiled aggregator: a parallel call, a step, states
+ 2913  the spec's border
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -353,6 +355,52 @@ def attention_keys_kernel_0_0(
     store_tile(p_dv + i_l * M * V, b_dv, o_m, M, o_v, V)
 
 
+# --- Kernels that threads compile ahead of a first call: most of its time, the compiler needs no interpreter.
+
+
+class _Dry(threading.local):
+    """Of the call that this thread runs over tensors without memory: the device that it is for."""
+
+    device: torch.device | None = None
+    room: threading.Semaphore | None = None
+
+
+_DRY = _Dry()
+
+
+class Compilation:
+    """Of one kernel, by a thread. What it raises is kept: the launch compiles again, and raises it."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.error: BaseException | None = None
+        self._done, self._process = threading.Event(), os.getpid()
+        device, room = _DRY.device, _DRY.room
+        assert device is not None and room is not None
+
+        def run() -> None:
+            try:
+                with room:
+                    if threading.main_thread().is_alive():  # else nobody is left to launch it
+                        if device.type == "cuda":
+                            torch.cuda.set_device(device)  # of this thread
+                        work()
+            except BaseException as error:
+                self.error = error
+            finally:
+                self._done.set()
+
+        try:
+            threading.Thread(target=run, name="psmc-compile").start()
+        except RuntimeError as error:  # no threads are left, or the interpreter ends
+            self.error = error
+            self._done.set()
+
+    def wait(self) -> None:
+        """A forked process does not have the thread."""
+        if self._process == os.getpid():
+            self._done.wait()
+
+
 # --- Launches of Triton kernels past the binder, which takes longer than a small kernel runs.
 
 _WORD = range(-(2**31), 2**31)
@@ -371,7 +419,7 @@ class Kernel:
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
-        self._found: dict[Any, dict[Any, Any]] = {}
+        self._found: dict[Any, tuple[dict[Any, Any], dict[Any, Compilation]]] = {}  # compiled, being compiled
 
     def prime(self, device: torch.device) -> None:
         """Has triton make its memory of what it compiled for a device. Two threads at once would make two."""
@@ -384,7 +432,8 @@ class Kernel:
         strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
     ) -> Launch:  # fmt: skip
         """What one shape of call fixes; the tensors, on `device`, are passed to the result. `strides`: after so many
-        tensors stand these numbers. `options`: num_warps, num_stages."""
+        tensors stand these numbers. `options`: num_warps, num_stages. On the device "meta" nothing is launched, but
+        compiled ahead."""
         kinds = [(type(x), x) for x in constants]
         params = getattr(self.fn, "params", None)
         if params is None:
@@ -393,21 +442,26 @@ class Kernel:
             end = len(params) - len(constants)
             of = [*params[strides[0] : strides[0] + len(strides[1])], *params[end - len(numbers) : end]]
             traits = [_traits(n, p) for n, p in zip((*strides[1], *numbers), of, strict=True)]
-        known = self._found.setdefault((*options.items(), *kinds, *traits), {})
-        return Launch(self.fn, grid, strides, (*numbers, *constants), device, options, known)
+        known, ahead = self._found.setdefault((*options.items(), *kinds, *traits), ({}, {}))
+        kind: type[Launch] = Launch
+        if device.type == "meta" and _DRY.device is not None:
+            kind = _Ahead
+            self.prime(_DRY.device)
+        return kind(self.fn, grid, strides, (*numbers, *constants), device, options, known, ahead)
 
 
 class Launch:
     """A kernel's launches of one shape: tensors of the same dtypes each time, None at the same places."""
 
-    __slots__ = ("first", "fn", "grid", "home", "known", "near", "options", "rest", "strides")
+    __slots__ = ("ahead", "first", "fn", "grid", "home", "known", "near", "options", "rest", "strides")
 
     def __init__(
         self, fn: Any, grid: int, strides: tuple[int, tuple[int, ...]], rest: tuple[Any, ...], device: torch.device,
-        options: dict[str, int], known: dict[Any, Any],
+        options: dict[str, int], known: dict[Any, Any], ahead: dict[Any, Compilation],
     ) -> None:  # fmt: skip
         self.fn, self.grid, self.rest, self.options, self.known = fn, (grid, 1, 1), rest, options, known
         self.first, self.strides = strides
+        self.ahead = ahead
         self.home = device.index  # None: wherever
         self.near: dict[Any, Any] = {}  # device, which pointers are aligned -> a compiled kernel on this grid
 
@@ -428,7 +482,7 @@ class Launch:
         for p in pointers:
             if p:
                 bits |= p
-        aligned = tuple([p is None or not p & 15 for p in pointers]) if bits & 15 else True
+        aligned = _aligned(pointers) if bits & 15 else True
         run = self.near.get((device, aligned))
         if run is None:
             self._find(tensors, device, aligned)
@@ -447,6 +501,9 @@ class Launch:
         key = (device, aligned, *[None if x is None else x.dtype for x in tensors])
         compiled = self.known.get(key)
         if compiled is None:
+            task = self.ahead.get(key[1:])
+            if task is not None:
+                task.wait()
             compiled = self._jit(tensors)
             if not hasattr(compiled, "packed_metadata"):
                 return
@@ -477,6 +534,22 @@ def _parsed(run: Callable[[], Any]) -> Any:
         except SystemError:
             continue
     return run()
+
+
+class _Ahead(Launch):
+    """Launches over tensors without memory: their kernels are compiled by threads, each once."""
+
+    __slots__ = ()
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        aligned = _aligned([None if x is None else x.data_ptr() for x in tensors])
+        key = (True if all(aligned) else aligned, *[None if x is None else x.dtype for x in tensors])
+        if key not in self.ahead:
+            self.ahead[key] = Compilation(lambda: self.warm(*tensors))
+
+
+def _aligned(pointers: Sequence[int | None]) -> tuple[bool, ...]:
+    return tuple([p is None or not p & 15 for p in pointers])
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
@@ -764,7 +837,7 @@ ATTENTION_TILES = {  # kernel -> products -> ((largest width, (queries, keys, wa
 
 
 ATTENTION_KERNELS_0 = AttentionKernels(SimpleNamespace(
-    digest='0da3d37a323cb8a6_0',
+    digest='61888788d29a3706_0',
     forward=attention_forward_kernel_0,
     query=attention_query_kernel_0,
     keys=(attention_keys_kernel_0_0, attention_keys_kernel_0_0,),
@@ -2841,7 +2914,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='attention_combine',
-    digest='07f312b591a9180c',
+    digest='9d9ef86902a73ad3',
     inputs=(Slot('x', ('N', 'D')),),
     params=(Slot('query', ('D', 'D')), Slot('key', ('D', 'D')), Slot('value', ('D', 'D')),),
     components=(Slot('h', ('N', 'D')),),

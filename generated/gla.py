@@ -28,32 +28,33 @@ Plan: chunked. S: chunks of tokens as batched matrix products.
 Written by psmc; regenerate with: psmc compile gla.psm
 The runtime holds what this spec needs of it. Needs torch, and triton for tensors on a GPU; nothing else.
 
-   81  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
-  123  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
- 1249  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1528  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1685  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1955  The border, continued: states, flags and packing
- 2079  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2155  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2218  One checked call in PyTorch: lift, the scan of the plan, readout
- 2384  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2447  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2652  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2832  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 3020  Matrix states a chunk of tokens at a time, as batched matrix products
- 3172  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 3334  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 3510  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3725  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
- 3923  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
- 3970  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 4351  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4619  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
- 4719  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 4998  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
- 5175  The public face of a compiled aggregator: a parallel call, a step, states
- 5400  the spec's border
+   82  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  124  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
+ 1250  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1529  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1686  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1956  The border, continued: states, flags and packing
+ 2080  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2156  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2219  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2385  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2448  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2653  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2833  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 3021  Matrix states a chunk of tokens at a time, as batched matrix products
+ 3173  Kernels that threads compile ahead of a first call: most of its time, the compiler needs no interpreter
+ 3251  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 3438  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 3605  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3820  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
+ 3991  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
+ 4038  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 4419  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4687  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 4787  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 5066  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
+ 5243  The public face of a compiled aggregator: a parallel call, a step, states
+ 5468  the spec's border
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -3169,6 +3170,84 @@ def _kept(x: Tensor, where: Tensor | None) -> Tensor:
     return x if where is None else torch.where(where.reshape(where.shape + (1,) * (x.dim() - where.dim())), x, 0.0)
 
 
+# --- Kernels that threads compile ahead of a first call: most of its time, the compiler needs no interpreter.
+
+_THREADS = 8  # of one call
+
+
+class _Dry(threading.local):
+    """Of the call that this thread runs over tensors without memory: the device that it is for."""
+
+    device: torch.device | None = None
+    room: threading.Semaphore | None = None
+
+
+_DRY = _Dry()
+
+
+class Compilation:
+    """Of one kernel, by a thread. What it raises is kept: the launch compiles again, and raises it."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.error: BaseException | None = None
+        self._done, self._process = threading.Event(), os.getpid()
+        device, room = _DRY.device, _DRY.room
+        assert device is not None and room is not None
+
+        def run() -> None:
+            try:
+                with room:
+                    if threading.main_thread().is_alive():  # else nobody is left to launch it
+                        if device.type == "cuda":
+                            torch.cuda.set_device(device)  # of this thread
+                        work()
+            except BaseException as error:
+                self.error = error
+            finally:
+                self._done.set()
+
+        try:
+            threading.Thread(target=run, name="psmc-compile").start()
+        except RuntimeError as error:  # no threads are left, or the interpreter ends
+            self.error = error
+            self._done.set()
+
+    def wait(self) -> None:
+        """A forked process does not have the thread."""
+        if self._process == os.getpid():
+            self._done.wait()
+
+
+@contextmanager
+def compiling_ahead(device: torch.device) -> Iterator[None]:
+    """Within, launches over tensors of the device "meta" are compiled by threads, for `device`."""
+    _DRY.device, _DRY.room = device, threading.Semaphore(_THREADS)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _DRY.device = _DRY.room = None
+
+
+def _ghost(x: Tensor) -> Tensor:
+    """Laid out like `x`, as far from a multiple of 16 bytes, and without memory."""
+    offset = x.data_ptr() % 16 // x.element_size()
+    span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    return torch.empty(offset + span, dtype=x.dtype, device="meta").as_strided(x.shape, x.stride(), offset)
+
+
+_COUNTS: dict[torch.device, int] = {}
+
+
+def _processors(device: torch.device) -> int:
+    """The GPU's number of multiprocessors; of the one that a dry call is for."""
+    if device.type == "meta" and _DRY.device is not None:
+        device = _DRY.device
+    if device not in _COUNTS:
+        _COUNTS[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _COUNTS[device]
+
+
 # --- Launches of Triton kernels past the binder, which takes longer than a small kernel runs.
 
 _WORD = range(-(2**31), 2**31)
@@ -3187,7 +3266,7 @@ class Kernel:
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
-        self._found: dict[Any, dict[Any, Any]] = {}
+        self._found: dict[Any, tuple[dict[Any, Any], dict[Any, Compilation]]] = {}  # compiled, being compiled
 
     def prime(self, device: torch.device) -> None:
         """Has triton make its memory of what it compiled for a device. Two threads at once would make two."""
@@ -3200,7 +3279,8 @@ class Kernel:
         strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
     ) -> Launch:  # fmt: skip
         """What one shape of call fixes; the tensors, on `device`, are passed to the result. `strides`: after so many
-        tensors stand these numbers. `options`: num_warps, num_stages."""
+        tensors stand these numbers. `options`: num_warps, num_stages. On the device "meta" nothing is launched, but
+        compiled ahead."""
         kinds = [(type(x), x) for x in constants]
         params = getattr(self.fn, "params", None)
         if params is None:
@@ -3209,21 +3289,26 @@ class Kernel:
             end = len(params) - len(constants)
             of = [*params[strides[0] : strides[0] + len(strides[1])], *params[end - len(numbers) : end]]
             traits = [_traits(n, p) for n, p in zip((*strides[1], *numbers), of, strict=True)]
-        known = self._found.setdefault((*options.items(), *kinds, *traits), {})
-        return Launch(self.fn, grid, strides, (*numbers, *constants), device, options, known)
+        known, ahead = self._found.setdefault((*options.items(), *kinds, *traits), ({}, {}))
+        kind: type[Launch] = Launch
+        if device.type == "meta" and _DRY.device is not None:
+            kind = _Ahead
+            self.prime(_DRY.device)
+        return kind(self.fn, grid, strides, (*numbers, *constants), device, options, known, ahead)
 
 
 class Launch:
     """A kernel's launches of one shape: tensors of the same dtypes each time, None at the same places."""
 
-    __slots__ = ("first", "fn", "grid", "home", "known", "near", "options", "rest", "strides")
+    __slots__ = ("ahead", "first", "fn", "grid", "home", "known", "near", "options", "rest", "strides")
 
     def __init__(
         self, fn: Any, grid: int, strides: tuple[int, tuple[int, ...]], rest: tuple[Any, ...], device: torch.device,
-        options: dict[str, int], known: dict[Any, Any],
+        options: dict[str, int], known: dict[Any, Any], ahead: dict[Any, Compilation],
     ) -> None:  # fmt: skip
         self.fn, self.grid, self.rest, self.options, self.known = fn, (grid, 1, 1), rest, options, known
         self.first, self.strides = strides
+        self.ahead = ahead
         self.home = device.index  # None: wherever
         self.near: dict[Any, Any] = {}  # device, which pointers are aligned -> a compiled kernel on this grid
 
@@ -3244,7 +3329,7 @@ class Launch:
         for p in pointers:
             if p:
                 bits |= p
-        aligned = tuple([p is None or not p & 15 for p in pointers]) if bits & 15 else True
+        aligned = _aligned(pointers) if bits & 15 else True
         run = self.near.get((device, aligned))
         if run is None:
             self._find(tensors, device, aligned)
@@ -3263,6 +3348,9 @@ class Launch:
         key = (device, aligned, *[None if x is None else x.dtype for x in tensors])
         compiled = self.known.get(key)
         if compiled is None:
+            task = self.ahead.get(key[1:])
+            if task is not None:
+                task.wait()
             compiled = self._jit(tensors)
             if not hasattr(compiled, "packed_metadata"):
                 return
@@ -3293,6 +3381,22 @@ def _parsed(run: Callable[[], Any]) -> Any:
         except SystemError:
             continue
     return run()
+
+
+class _Ahead(Launch):
+    """Launches over tensors without memory: their kernels are compiled by threads, each once."""
+
+    __slots__ = ()
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        aligned = _aligned([None if x is None else x.data_ptr() for x in tensors])
+        key = (True if all(aligned) else aligned, *[None if x is None else x.dtype for x in tensors])
+        if key not in self.ahead:
+            self.ahead[key] = Compilation(lambda: self.warm(*tensors))
+
+
+def _aligned(pointers: Sequence[int | None]) -> tuple[bool, ...]:
+    return tuple([p is None or not p & 15 for p in pointers])
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
@@ -3496,15 +3600,6 @@ def _folded(x: Tensor, like: Tensor) -> Tensor:
 def _block(n: int) -> int:
     """The least power of two that is not below n, and 16 at least."""
     return max(16, 1 << (n - 1).bit_length())
-
-
-_MULTIPROCESSORS: dict[torch.device, int] = {}
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device not in _MULTIPROCESSORS:
-        _MULTIPROCESSORS[device] = torch.cuda.get_device_properties(device).multi_processor_count
-    return _MULTIPROCESSORS[device]
 
 
 # --- One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states.
@@ -3724,19 +3819,8 @@ class LayerFactors:
 
 # --- What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches.
 
-_THREADS = 8
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 _MOST_LAYOUTS = 256  # remembered
-
-
-def _left_out(*tensors: Any) -> None:
-    pass
-
-
-def _compiled(launch: Any, tensors: list[Any], device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # of this thread
-    launch.warm(*tensors)
 
 
 class Layout:
@@ -3765,9 +3849,6 @@ class ChunkPlans:
         self._kernels: dict[str, Kernel] = {}
         self._layouts: dict[Any, Layout] = {}
         self._kinds = set[Any]()  # of calls, whose kernels are compiled
-        self._warming: dict[str, list[Future[Any]]] = {}  # kernels that threads compile
-        self._pool: ThreadPoolExecutor | None = None
-        self._home = torch.device("meta")  # of the calls
         self._tuned: Any = None
 
     def layout(self, a: ChunkCall) -> Layout:
@@ -3817,16 +3898,9 @@ class ChunkPlans:
         if launch is None:
             kernel = self._kernels.get(name) or self._kernels.setdefault(name, Kernel(getattr(self.table, name)))
             strides = len(first), layout.strides[own]
-            dry = a.c.device.type == "meta"
-            device = self._home if dry else a.c.device
-            launch = layout.launches[key] = kernel.launch(grid, numbers, constants, device, strides=strides, **options)
-            if dry and self._pool is not None:
-                kernel.prime(device)
-                task = self._pool.submit(_compiled, launch, [x if x is None else x.dtype for x in given], device)
-                self._warming.setdefault(name, []).append(task)
-            elif name in self._warming:
-                wait(self._warming.pop(name))
-        return (_left_out if a.c.device.type == "meta" else launch), given
+            launch = kernel.launch(grid, numbers, constants, a.c.device, strides=strides, **options)
+            layout.launches[key] = launch
+        return launch, given
 
     def lifted(self, a: ChunkCall, how: SimpleNamespace) -> tuple[ChunkCall, Tensor | None]:
         """The call with its numbers a token computed; for a decay of one a token the sums of its logs, [chunks, G, 2,
@@ -3853,21 +3927,15 @@ class ChunkPlans:
             whole = whole._replace(layout=layout.lifted)
         return whole, total
 
+    def compiles(self, device: torch.device) -> bool:
+        """Whether a first call on this device waits for the compiler."""
+        return device.type == "cuda" and not self.interpreted
+
     def warm(self, a: ChunkCall, run: Callable[[ChunkCall], None]) -> None:
-        """Has threads compile what `run` launches of the call, which it does over tensors without memory: most of its
-        time, the compiler needs no interpreter. A launch waits for its own kernel."""
-
-        def ghost(x: Tensor | None) -> Tensor | None:
-            return x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-        self._home = a.c.device
-        self._pool = ThreadPoolExecutor(_THREADS)
-        try:
-            with torch.no_grad():
-                run(a.of([ghost(x) for x in a.tensors])._replace(layout=None, code=ghost(a.code)))
-        finally:
-            self._pool.shutdown(wait=False)
-            self._pool = None
+        """Has threads compile what `run` launches of the call, which it does over tensors without memory."""
+        with compiling_ahead(a.c.device):
+            code = None if a.code is None else _ghost(a.code)
+            run(a.of([None if x is None else _ghost(x) for x in a.tensors])._replace(layout=None, code=code))
 
     def plan(self, kernel: str, a: ChunkCall, bt: int = 0) -> SimpleNamespace:
         """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
@@ -3910,7 +3978,7 @@ class ChunkPlans:
     def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
         """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise. Two programs a
         processor run at once; one more than that would be a second wave of its own."""
-        processors = self.processors or _multiprocessors(self._home if like.device.type == "meta" else like.device)
+        processors = self.processors or _processors(like.device)
         segments = 1
         if 0 < programs < processors:
             segments = min(2 * processors // programs, tokens // (8 * bt))
@@ -4012,7 +4080,7 @@ class ChunkKernels(ChunkPlans):
         """The output [B, T, G, V], the last states [N, G, K, V] and [N, G, K] of z in fp32. Differentiable."""
         a = a if a.layout is not None else a._replace(layout=self.layout(a))
         wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in a.tensors)
-        if not a.layout.warm[wanted] and not self.interpreted and a.c.device.type == "cuda":
+        if not a.layout.warm[wanted] and self.compiles(a.c.device):
             a.layout.warm[wanted] = True
             self._warm(a, wanted)
         if wanted:
@@ -5401,7 +5469,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='2d2d1e95920fbf19',
+    digest='f56963862ade4166',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

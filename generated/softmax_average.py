@@ -31,22 +31,23 @@ Plan: pointwise. pointwise: 3 scalars an element, 3 carried; lanes are independe
 Written by psmc; regenerate with: psmc compile softmax_average.psm
 The runtime holds what this spec needs of it. Needs torch, and triton for tensors on a GPU; nothing else.
 
-   72  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
-  124  kernels: a pointwise scan
- 1111  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
- 1235  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1397  One token at a time by the step kernel: what its shapes fix is worked out once
- 1525  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1924  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2203  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2360  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2630  The border, continued: states, flags and packing
- 2754  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2830  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2893  One checked call in PyTorch: lift, the scan of the plan, readout
- 3023  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3291  The public face of a compiled aggregator: a parallel call, a step, states
- 3491  the spec's border
+   74  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
+  126  kernels: a pointwise scan
+ 1113  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
+ 1228  Kernels that threads compile ahead of a first call: most of its time, the compiler needs no interpreter
+ 1306  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 1493  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1621  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 2044  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2323  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2480  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2750  The border, continued: states, flags and packing
+ 2874  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2950  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 3013  One checked call in PyTorch: lift, the scan of the plan, readout
+ 3143  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3411  The public face of a compiled aggregator: a parallel call, a step, states
+ 3611  the spec's border
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -1223,10 +1225,79 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+# --- Kernels that threads compile ahead of a first call: most of its time, the compiler needs no interpreter.
+
+_THREADS = 8  # of one call
+
+
+class _Dry(threading.local):
+    """Of the call that this thread runs over tensors without memory: the device that it is for."""
+
+    device: torch.device | None = None
+    room: threading.Semaphore | None = None
+
+
+_DRY = _Dry()
+
+
+class Compilation:
+    """Of one kernel, by a thread. What it raises is kept: the launch compiles again, and raises it."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.error: BaseException | None = None
+        self._done, self._process = threading.Event(), os.getpid()
+        device, room = _DRY.device, _DRY.room
+        assert device is not None and room is not None
+
+        def run() -> None:
+            try:
+                with room:
+                    if threading.main_thread().is_alive():  # else nobody is left to launch it
+                        if device.type == "cuda":
+                            torch.cuda.set_device(device)  # of this thread
+                        work()
+            except BaseException as error:
+                self.error = error
+            finally:
+                self._done.set()
+
+        try:
+            threading.Thread(target=run, name="psmc-compile").start()
+        except RuntimeError as error:  # no threads are left, or the interpreter ends
+            self.error = error
+            self._done.set()
+
+    def wait(self) -> None:
+        """A forked process does not have the thread."""
+        if self._process == os.getpid():
+            self._done.wait()
+
+
+@contextmanager
+def compiling_ahead(device: torch.device) -> Iterator[None]:
+    """Within, launches over tensors of the device "meta" are compiled by threads, for `device`."""
+    _DRY.device, _DRY.room = device, threading.Semaphore(_THREADS)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _DRY.device = _DRY.room = None
+
+
+def _ghost(x: Tensor) -> Tensor:
+    """Laid out like `x`, as far from a multiple of 16 bytes, and without memory."""
+    offset = x.data_ptr() % 16 // x.element_size()
+    span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    return torch.empty(offset + span, dtype=x.dtype, device="meta").as_strided(x.shape, x.stride(), offset)
+
+
 _COUNTS: dict[torch.device, int] = {}
 
 
 def _processors(device: torch.device) -> int:
+    """The GPU's number of multiprocessors; of the one that a dry call is for."""
+    if device.type == "meta" and _DRY.device is not None:
+        device = _DRY.device
     if device not in _COUNTS:
         _COUNTS[device] = torch.cuda.get_device_properties(device).multi_processor_count
     return _COUNTS[device]
@@ -1250,7 +1321,7 @@ class Kernel:
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
-        self._found: dict[Any, dict[Any, Any]] = {}
+        self._found: dict[Any, tuple[dict[Any, Any], dict[Any, Compilation]]] = {}  # compiled, being compiled
 
     def prime(self, device: torch.device) -> None:
         """Has triton make its memory of what it compiled for a device. Two threads at once would make two."""
@@ -1263,7 +1334,8 @@ class Kernel:
         strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
     ) -> Launch:  # fmt: skip
         """What one shape of call fixes; the tensors, on `device`, are passed to the result. `strides`: after so many
-        tensors stand these numbers. `options`: num_warps, num_stages."""
+        tensors stand these numbers. `options`: num_warps, num_stages. On the device "meta" nothing is launched, but
+        compiled ahead."""
         kinds = [(type(x), x) for x in constants]
         params = getattr(self.fn, "params", None)
         if params is None:
@@ -1272,21 +1344,26 @@ class Kernel:
             end = len(params) - len(constants)
             of = [*params[strides[0] : strides[0] + len(strides[1])], *params[end - len(numbers) : end]]
             traits = [_traits(n, p) for n, p in zip((*strides[1], *numbers), of, strict=True)]
-        known = self._found.setdefault((*options.items(), *kinds, *traits), {})
-        return Launch(self.fn, grid, strides, (*numbers, *constants), device, options, known)
+        known, ahead = self._found.setdefault((*options.items(), *kinds, *traits), ({}, {}))
+        kind: type[Launch] = Launch
+        if device.type == "meta" and _DRY.device is not None:
+            kind = _Ahead
+            self.prime(_DRY.device)
+        return kind(self.fn, grid, strides, (*numbers, *constants), device, options, known, ahead)
 
 
 class Launch:
     """A kernel's launches of one shape: tensors of the same dtypes each time, None at the same places."""
 
-    __slots__ = ("first", "fn", "grid", "home", "known", "near", "options", "rest", "strides")
+    __slots__ = ("ahead", "first", "fn", "grid", "home", "known", "near", "options", "rest", "strides")
 
     def __init__(
         self, fn: Any, grid: int, strides: tuple[int, tuple[int, ...]], rest: tuple[Any, ...], device: torch.device,
-        options: dict[str, int], known: dict[Any, Any],
+        options: dict[str, int], known: dict[Any, Any], ahead: dict[Any, Compilation],
     ) -> None:  # fmt: skip
         self.fn, self.grid, self.rest, self.options, self.known = fn, (grid, 1, 1), rest, options, known
         self.first, self.strides = strides
+        self.ahead = ahead
         self.home = device.index  # None: wherever
         self.near: dict[Any, Any] = {}  # device, which pointers are aligned -> a compiled kernel on this grid
 
@@ -1307,7 +1384,7 @@ class Launch:
         for p in pointers:
             if p:
                 bits |= p
-        aligned = tuple([p is None or not p & 15 for p in pointers]) if bits & 15 else True
+        aligned = _aligned(pointers) if bits & 15 else True
         run = self.near.get((device, aligned))
         if run is None:
             self._find(tensors, device, aligned)
@@ -1326,6 +1403,9 @@ class Launch:
         key = (device, aligned, *[None if x is None else x.dtype for x in tensors])
         compiled = self.known.get(key)
         if compiled is None:
+            task = self.ahead.get(key[1:])
+            if task is not None:
+                task.wait()
             compiled = self._jit(tensors)
             if not hasattr(compiled, "packed_metadata"):
                 return
@@ -1356,6 +1436,22 @@ def _parsed(run: Callable[[], Any]) -> Any:
         except SystemError:
             continue
     return run()
+
+
+class _Ahead(Launch):
+    """Launches over tensors without memory: their kernels are compiled by threads, each once."""
+
+    __slots__ = ()
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        aligned = _aligned([None if x is None else x.data_ptr() for x in tensors])
+        key = (True if all(aligned) else aligned, *[None if x is None else x.dtype for x in tensors])
+        if key not in self.ahead:
+            self.ahead[key] = Compilation(lambda: self.warm(*tensors))
+
+
+def _aligned(pointers: Sequence[int | None]) -> tuple[bool, ...]:
+    return tuple([p is None or not p & 15 for p in pointers])
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:
@@ -1652,11 +1748,35 @@ class PointwiseKernels:
             batch, length = inputs[0].shape[:2]
             rows = batch if cu is None else packed - 1
             plan = self._plans[key] = make(inputs, params, initial is not None, flagged, rows, length, packed > 0, save)
+            if inputs[0].device.type == "meta":
+                return plan
             family = (kind, *[(x.shape[2:], x.dtype) for x in inputs], *[(p.shape, p.dtype) for p in params])
             self._families[family] = count = self._families.get(family, 0) + 1
-            if count == 2 and plan.launch is not None:
+            if plan.launch is None:
+                return plan
+            if count == 2:
                 self._warm(make, plan, inputs, params, initial is not None, flagged)
+            elif count == 1 and make == self._forward_plan and self.compiles(inputs[0].device):
+                self._ahead(inputs, params, initial, flagged, cu, save)
         return plan
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether a first call on this device waits for the compiler."""
+        return device.type == "cuda" and not self.interpreted
+
+    def _ahead(
+        self, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: Sequence[Tensor] | None, flagged: bool,
+        cu: Tensor | None, save: bool,
+    ) -> None:  # fmt: skip
+        """Has threads compile what a call launches, and its backward, if something is saved for one."""
+        with compiling_ahead(inputs[0].device):
+            xs, ps = ([_ghost(x) for x in part] for part in (inputs, params))
+            code = torch.empty(inputs[0].shape[:2], dtype=torch.int8, device="meta") if flagged else None
+            offsets = None if cu is None else _ghost(cu)
+            begin = None if initial is None else [_ghost(x) for x in initial]
+            outputs, finals, saved = self.scan_forward(xs, ps, begin, code, offsets, save)
+            if save:
+                self.scan_backward(outputs, finals, xs, ps, begin, saved, code, offsets)
 
     def _basis(
         self, direction: str, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: bool, flagged: bool,
@@ -3492,7 +3612,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='softmax_average',
-    digest='b33d28df9ed6b5d9',
+    digest='8b88532a6b41f7e9',
     inputs=(Slot('score'), Slot('value'),),
     params=(),
     components=(Slot('m'), Slot('u'), Slot('w'),),

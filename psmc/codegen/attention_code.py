@@ -18,7 +18,7 @@ from psmc.plan.tiles import rows
 from psmc.plan.tuned import Tuned
 from psmc.structure.attention import Attention
 
-ATTENTION_KIT = ("kit_calls", "kit_attention")
+ATTENTION_KIT = ("kit_ahead", "kit_calls", "kit_attention")
 _LN2 = "0.6931471805599453"
 _PLACES = ("n", "m", "N", "M")  # what a mask reads: the places of a query and a key, how many there are
 

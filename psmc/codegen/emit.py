@@ -49,7 +49,7 @@ def emit(
     small = small_scan(agg, structure) if structure is not None and matrices else None
     files = KIT
     if plan.name == "chunked":
-        more = POINTWISE_KIT if small else ("kit_calls",)
+        more = POINTWISE_KIT if small else ("kit_ahead", "kit_calls")
         views = ("kit_chunk_views", "kit_chunk_layer", "kit_chunk_plan", "kit_chunk_made", "kit_chunk_kernels")
         more = (*more, *views) if matrices else ()
         chunks = ("kit_cut", "kit_halves", "kit_decay", "kit_walk", "kit_chunk")

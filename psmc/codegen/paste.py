@@ -25,7 +25,7 @@ KIT = (
     "kit_op",
     "kit",
 )
-POINTWISE_KIT = ("kit_lanes", "kit_calls", "kit_step", "kit_launch")
+POINTWISE_KIT = ("kit_lanes", "kit_ahead", "kit_calls", "kit_step", "kit_launch")
 
 
 @dataclass(frozen=True)

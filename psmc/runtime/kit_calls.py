@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from psmc.runtime.kit_ahead import _DRY, Compilation
+
 _WORD = range(-(2**31), 2**31)
 
 
@@ -25,7 +27,7 @@ class Kernel:
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
-        self._found: dict[Any, dict[Any, Any]] = {}
+        self._found: dict[Any, tuple[dict[Any, Any], dict[Any, Compilation]]] = {}  # compiled, being compiled
 
     def prime(self, device: torch.device) -> None:
         """Has triton make its memory of what it compiled for a device. Two threads at once would make two."""
@@ -38,7 +40,8 @@ class Kernel:
         strides: tuple[int, tuple[int, ...]] = (0, ()), **options: int,
     ) -> Launch:  # fmt: skip
         """What one shape of call fixes; the tensors, on `device`, are passed to the result. `strides`: after so many
-        tensors stand these numbers. `options`: num_warps, num_stages."""
+        tensors stand these numbers. `options`: num_warps, num_stages. On the device "meta" nothing is launched, but
+        compiled ahead."""
         kinds = [(type(x), x) for x in constants]
         params = getattr(self.fn, "params", None)
         if params is None:
@@ -47,21 +50,26 @@ class Kernel:
             end = len(params) - len(constants)
             of = [*params[strides[0] : strides[0] + len(strides[1])], *params[end - len(numbers) : end]]
             traits = [_traits(n, p) for n, p in zip((*strides[1], *numbers), of, strict=True)]
-        known = self._found.setdefault((*options.items(), *kinds, *traits), {})
-        return Launch(self.fn, grid, strides, (*numbers, *constants), device, options, known)
+        known, ahead = self._found.setdefault((*options.items(), *kinds, *traits), ({}, {}))
+        kind: type[Launch] = Launch
+        if device.type == "meta" and _DRY.device is not None:
+            kind = _Ahead
+            self.prime(_DRY.device)
+        return kind(self.fn, grid, strides, (*numbers, *constants), device, options, known, ahead)
 
 
 class Launch:
     """A kernel's launches of one shape: tensors of the same dtypes each time, None at the same places."""
 
-    __slots__ = ("first", "fn", "grid", "home", "known", "near", "options", "rest", "strides")
+    __slots__ = ("ahead", "first", "fn", "grid", "home", "known", "near", "options", "rest", "strides")
 
     def __init__(
         self, fn: Any, grid: int, strides: tuple[int, tuple[int, ...]], rest: tuple[Any, ...], device: torch.device,
-        options: dict[str, int], known: dict[Any, Any],
+        options: dict[str, int], known: dict[Any, Any], ahead: dict[Any, Compilation],
     ) -> None:  # fmt: skip
         self.fn, self.grid, self.rest, self.options, self.known = fn, (grid, 1, 1), rest, options, known
         self.first, self.strides = strides
+        self.ahead = ahead
         self.home = device.index  # None: wherever
         self.near: dict[Any, Any] = {}  # device, which pointers are aligned -> a compiled kernel on this grid
 
@@ -82,7 +90,7 @@ class Launch:
         for p in pointers:
             if p:
                 bits |= p
-        aligned = tuple([p is None or not p & 15 for p in pointers]) if bits & 15 else True
+        aligned = _aligned(pointers) if bits & 15 else True
         run = self.near.get((device, aligned))
         if run is None:
             self._find(tensors, device, aligned)
@@ -101,6 +109,9 @@ class Launch:
         key = (device, aligned, *[None if x is None else x.dtype for x in tensors])
         compiled = self.known.get(key)
         if compiled is None:
+            task = self.ahead.get(key[1:])
+            if task is not None:
+                task.wait()
             compiled = self._jit(tensors)
             if not hasattr(compiled, "packed_metadata"):
                 return
@@ -131,6 +142,22 @@ def _parsed(run: Callable[[], Any]) -> Any:
         except SystemError:
             continue
     return run()
+
+
+class _Ahead(Launch):
+    """Launches over tensors without memory: their kernels are compiled by threads, each once."""
+
+    __slots__ = ()
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        aligned = _aligned([None if x is None else x.data_ptr() for x in tensors])
+        key = (True if all(aligned) else aligned, *[None if x is None else x.dtype for x in tensors])
+        if key not in self.ahead:
+            self.ahead[key] = Compilation(lambda: self.warm(*tensors))
+
+
+def _aligned(pointers: Sequence[int | None]) -> tuple[bool, ...]:
+    return tuple([p is None or not p & 15 for p in pointers])
 
 
 def _traits(number: float, parameter: Any) -> tuple[Any, ...]:

@@ -57,7 +57,7 @@ class ChunkKernels(ChunkPlans):
         """The output [B, T, G, V], the last states [N, G, K, V] and [N, G, K] of z in fp32. Differentiable."""
         a = a if a.layout is not None else a._replace(layout=self.layout(a))
         wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in a.tensors)
-        if not a.layout.warm[wanted] and not self.interpreted and a.c.device.type == "cuda":
+        if not a.layout.warm[wanted] and self.compiles(a.c.device):
             a.layout.warm[wanted] = True
             self._warm(a, wanted)
         if wanted:

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from psmc.runtime.kit_ahead import _ghost, _processors, compiling_ahead
 from psmc.runtime.kit_calls import Kernel
-from psmc.runtime.kit_chunk_views import ChunkCall, Lanes, _block, _multiprocessors, _settled
+from psmc.runtime.kit_chunk_views import ChunkCall, Lanes, _block, _settled
 
-_THREADS = 8
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 _MOST_LAYOUTS = 256  # remembered
-
-
-def _left_out(*tensors: Any) -> None:
-    pass
-
-
-def _compiled(launch: Any, tensors: list[Any], device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # of this thread
-    launch.warm(*tensors)
 
 
 class Layout:
@@ -54,9 +43,6 @@ class ChunkPlans:
         self._kernels: dict[str, Kernel] = {}
         self._layouts: dict[Any, Layout] = {}
         self._kinds = set[Any]()  # of calls, whose kernels are compiled
-        self._warming: dict[str, list[Future[Any]]] = {}  # kernels that threads compile
-        self._pool: ThreadPoolExecutor | None = None
-        self._home = torch.device("meta")  # of the calls
         self._tuned: Any = None
 
     def layout(self, a: ChunkCall) -> Layout:
@@ -106,16 +92,9 @@ class ChunkPlans:
         if launch is None:
             kernel = self._kernels.get(name) or self._kernels.setdefault(name, Kernel(getattr(self.table, name)))
             strides = len(first), layout.strides[own]
-            dry = a.c.device.type == "meta"
-            device = self._home if dry else a.c.device
-            launch = layout.launches[key] = kernel.launch(grid, numbers, constants, device, strides=strides, **options)
-            if dry and self._pool is not None:
-                kernel.prime(device)
-                task = self._pool.submit(_compiled, launch, [x if x is None else x.dtype for x in given], device)
-                self._warming.setdefault(name, []).append(task)
-            elif name in self._warming:
-                wait(self._warming.pop(name))
-        return (_left_out if a.c.device.type == "meta" else launch), given
+            launch = kernel.launch(grid, numbers, constants, a.c.device, strides=strides, **options)
+            layout.launches[key] = launch
+        return launch, given
 
     def lifted(self, a: ChunkCall, how: SimpleNamespace) -> tuple[ChunkCall, Tensor | None]:
         """The call with its numbers a token computed; for a decay of one a token the sums of its logs, [chunks, G, 2,
@@ -142,21 +121,15 @@ class ChunkPlans:
             whole = whole._replace(layout=layout.lifted)
         return whole, total
 
+    def compiles(self, device: torch.device) -> bool:
+        """Whether a first call on this device waits for the compiler."""
+        return device.type == "cuda" and not self.interpreted
+
     def warm(self, a: ChunkCall, run: Callable[[ChunkCall], None]) -> None:
-        """Has threads compile what `run` launches of the call, which it does over tensors without memory: most of its
-        time, the compiler needs no interpreter. A launch waits for its own kernel."""
-
-        def ghost(x: Tensor | None) -> Tensor | None:
-            return x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-        self._home = a.c.device
-        self._pool = ThreadPoolExecutor(_THREADS)
-        try:
-            with torch.no_grad():
-                run(a.of([ghost(x) for x in a.tensors])._replace(layout=None, code=ghost(a.code)))
-        finally:
-            self._pool.shutdown(wait=False)
-            self._pool = None
+        """Has threads compile what `run` launches of the call, which it does over tensors without memory."""
+        with compiling_ahead(a.c.device):
+            code = None if a.code is None else _ghost(a.code)
+            run(a.of([None if x is None else _ghost(x) for x in a.tensors])._replace(layout=None, code=code))
 
     def plan(self, kernel: str, a: ChunkCall, bt: int = 0) -> SimpleNamespace:
         """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
@@ -199,7 +172,7 @@ class ChunkPlans:
     def _split(self, like: Tensor, programs: int, tokens: int, bt: int) -> tuple[int, int]:
         """(segments, tokens in each): a second reading pays where the GPU would stand idle otherwise. Two programs a
         processor run at once; one more than that would be a second wave of its own."""
-        processors = self.processors or _multiprocessors(self._home if like.device.type == "meta" else like.device)
+        processors = self.processors or _processors(like.device)
         segments = 1
         if 0 < programs < processors:
             segments = min(2 * processors // programs, tokens // (8 * bt))

@@ -170,12 +170,3 @@ def _folded(x: Tensor, like: Tensor) -> Tensor:
 def _block(n: int) -> int:
     """The least power of two that is not below n, and 16 at least."""
     return max(16, 1 << (n - 1).bit_length())
-
-
-_MULTIPROCESSORS: dict[torch.device, int] = {}
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device not in _MULTIPROCESSORS:
-        _MULTIPROCESSORS[device] = torch.cuda.get_device_properties(device).multi_processor_count
-    return _MULTIPROCESSORS[device]

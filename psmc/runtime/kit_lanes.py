@@ -125,12 +125,3 @@ def _plain(x: Tensor) -> Tensor:
 def _power_of_two(n: int) -> int:
     """The least one that is not below n."""
     return 1 << (n - 1).bit_length()
-
-
-_COUNTS: dict[torch.device, int] = {}
-
-
-def _processors(device: torch.device) -> int:
-    if device not in _COUNTS:
-        _COUNTS[device] = torch.cuda.get_device_properties(device).multi_processor_count
-    return _COUNTS[device]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from psmc.runtime.kit_ahead import _ghost, _processors, compiling_ahead
 from psmc.runtime.kit_calls import Kernel, Launch
-from psmc.runtime.kit_lanes import LaneShape, _plain, _processors, real_dtype
+from psmc.runtime.kit_lanes import LaneShape, _plain, real_dtype
 from psmc.runtime.kit_step import Steps
 
 _SHAPES = 1024  # remembered shapes
@@ -142,11 +143,35 @@ class PointwiseKernels:
             batch, length = inputs[0].shape[:2]
             rows = batch if cu is None else packed - 1
             plan = self._plans[key] = make(inputs, params, initial is not None, flagged, rows, length, packed > 0, save)
+            if inputs[0].device.type == "meta":
+                return plan
             family = (kind, *[(x.shape[2:], x.dtype) for x in inputs], *[(p.shape, p.dtype) for p in params])
             self._families[family] = count = self._families.get(family, 0) + 1
-            if count == 2 and plan.launch is not None:
+            if plan.launch is None:
+                return plan
+            if count == 2:
                 self._warm(make, plan, inputs, params, initial is not None, flagged)
+            elif count == 1 and make == self._forward_plan and self.compiles(inputs[0].device):
+                self._ahead(inputs, params, initial, flagged, cu, save)
         return plan
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether a first call on this device waits for the compiler."""
+        return device.type == "cuda" and not self.interpreted
+
+    def _ahead(
+        self, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: Sequence[Tensor] | None, flagged: bool,
+        cu: Tensor | None, save: bool,
+    ) -> None:  # fmt: skip
+        """Has threads compile what a call launches, and its backward, if something is saved for one."""
+        with compiling_ahead(inputs[0].device):
+            xs, ps = ([_ghost(x) for x in part] for part in (inputs, params))
+            code = torch.empty(inputs[0].shape[:2], dtype=torch.int8, device="meta") if flagged else None
+            offsets = None if cu is None else _ghost(cu)
+            begin = None if initial is None else [_ghost(x) for x in initial]
+            outputs, finals, saved = self.scan_forward(xs, ps, begin, code, offsets, save)
+            if save:
+                self.scan_backward(outputs, finals, xs, ps, begin, saved, code, offsets)
 
     def _basis(
         self, direction: str, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: bool, flagged: bool,
