@@ -132,7 +132,7 @@ def chunk_step(kernels: Any, a: ChunkCall, states: list[Tensor], slots: Tensor |
     """One token by kernel: the output [B, 1, G, V] as S [rows, G, K, V] and z [rows, G, K, 1] move on in place, in the
     rows that `slots` [B] names."""
     out = torch.empty(*a.shape, states[0].shape[3], dtype=a.dtype, device=a.c.device)
-    launch, given = step_launch(kernels, kernels.settled(a), states, slots, out)
+    launch, given = step_launch(kernels, kernels.readable(a), states, slots, out)
     launch(*given)
     return out
 

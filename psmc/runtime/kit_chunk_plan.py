@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psmc.runtime.kit_ahead import _ghost, _processors, compiling_ahead
 from psmc.runtime.kit_calls import Kernel
-from psmc.runtime.kit_chunk_views import ChunkCall, Lanes, _block, _settled
+from psmc.runtime.kit_chunk_views import ChunkCall, Lanes, _block, _is_readable
 
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 _MOST_LAYOUTS = 256  # remembered
@@ -22,10 +22,10 @@ class Layout:
     of what kernels begin with, blocks by kernel, launches by kernel and arguments, and the layout that has its numbers
     computed."""
 
-    __slots__ = ("blocks", "launches", "lifted", "settled", "strides", "warm")
+    __slots__ = ("blocks", "launches", "lifted", "readable", "strides", "warm")
 
     def __init__(self, a: ChunkCall) -> None:
-        self.settled = all(x is None or _settled(at, x) for at, x in enumerate(a.tensors))
+        self.readable = all(x is None or _is_readable(at, x) for at, x in enumerate(a.tensors))
         self.strides = {"all": a.strides, "scaled": a.scaled.strides, "scalars": a.scalar_strides, "none": ()}
         self.lifted: Layout | None = None
         self.warm = [False, False]  # whether kernels of calls without and with gradients have been asked for
@@ -96,21 +96,21 @@ class ChunkPlans:
             layout.launches[key] = launch
         return launch, given
 
-    def lifted(self, a: ChunkCall, how: SimpleNamespace) -> tuple[ChunkCall, Tensor | None]:
+    def lifted(self, a: ChunkCall, plan: SimpleNamespace) -> tuple[ChunkCall, Tensor | None]:
         """The call with its numbers a token computed; for a decay of one a token the sums of its logs, [chunks, G, 2,
         BT]."""
-        n, few = how.lanes, {"dtype": torch.float32, "device": a.c.device}
+        n, few = plan.lanes, {"dtype": torch.float32, "device": a.c.device}
         names = self.table.lifted
         if a.decay != 1 and not names:
             return a, None
         made = {x: torch.empty(a.shape, **few) for x in names if x != "log"}  # type: ignore[call-overload]
         total = None
         if a.decay == 1:
-            total = torch.empty(n.chunks, n.lanes, 2, how.bt, **few)  # type: ignore[call-overload]
+            total = torch.empty(n.chunks, n.lanes, 2, plan.bt, **few)  # type: ignore[call-overload]
         self.run(
-            "sums", a, n.chunks * -(-n.lanes // how.lane_block), (*made.values(), total, n.cu, n.first, n.owner),
-            (n.tokens, n.lanes), (how.precision, n.key, n.value, how.bt, how.lane_block), "scalars" if names else "all",
-            num_warps=4,
+            "sums", a, n.chunks * -(-n.lanes // plan.lane_block), (*made.values(), total, n.cu, n.first, n.owner),
+            (n.tokens, n.lanes), (plan.precision, n.key, n.value, plan.bt, plan.lane_block),
+            "scalars" if names else "all", num_warps=4,
         )  # fmt: skip
         if not names:
             return a, total
@@ -134,17 +134,17 @@ class ChunkPlans:
     def plan(self, kernel: str, a: ChunkCall, bt: int = 0) -> SimpleNamespace:
         """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
         blocks = (a.layout or self.layout(a)).blocks
-        how = blocks.get((kernel, bt))
-        if how is None:
-            how = blocks[kernel, bt] = self._blocks(kernel, a, bt)
+        plan = blocks.get((kernel, bt))
+        if plan is None:
+            plan = blocks[kernel, bt] = self._blocks(kernel, a, bt)
         if a.cu is None:
-            return how
-        lengths = (a.cu[1:] - a.cu[:-1] + how.bt - 1) // how.bt
+            return plan
+        lengths = (a.cu[1:] - a.cu[:-1] + plan.bt - 1) // plan.bt
         ends = lengths.cumsum(0)
-        owner = torch.searchsorted(ends, torch.arange(how.lanes.chunks, device=a.cu.device), right=True)
-        owner = torch.where(owner < how.lanes.sequences, owner, -1)
-        lanes = how.lanes._replace(cu=a.cu, first=ends - lengths, owner=owner)
-        return SimpleNamespace(**{**vars(how), "lanes": lanes})
+        owner = torch.searchsorted(ends, torch.arange(plan.lanes.chunks, device=a.cu.device), right=True)
+        owner = torch.where(owner < plan.lanes.sequences, owner, -1)
+        lanes = plan.lanes._replace(cu=a.cu, first=ends - lengths, owner=owner)
+        return SimpleNamespace(**{**vars(plan), "lanes": lanes})
 
     def _blocks(self, kernel: str, a: ChunkCall, bt: int) -> SimpleNamespace:
         (batch, tokens, lanes), cu = a.shape, a.cu

@@ -137,7 +137,7 @@ class Kept(NamedTuple):
         return Kept(seen, sums, states, zstates, made if any(x is not None for x in made) else None)
 
 
-def _settled(at: int, x: Tensor) -> bool:
+def _is_readable(at: int, x: Tensor) -> bool:
     """Whether the kernels read the tensor at this place as it lies: a start in fp32 and contiguous; of others rows
     (b, t) evenly spaced, vectors contiguous, and nothing of a chunk of tokens further than 32 bits reach (where an axis
     of lanes lies outside of time, it may be)."""
@@ -148,9 +148,9 @@ def _settled(at: int, x: Tensor) -> bool:
     return even and solid and _near((64, *x.shape[2:]), x.stride()[1:])
 
 
-def _laid(at: int, x: Tensor | None) -> Tensor | None:
-    """The tensor, or one of the same values that is settled."""
-    if x is None or _settled(at, x):
+def _readable(at: int, x: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy that the kernels read as it lies."""
+    if x is None or _is_readable(at, x):
         return x
     return (x.float() if at < 2 else x).contiguous()
 

@@ -181,7 +181,7 @@ class FusedCalls:
         placed = [None if p is None else tensors[p[0]] if p[1] is None else tensors[p[0]].view(p[1]) for p in read]
         a = empty.of((None, None, None, None, *placed))
         a = a._replace(layout=self.kernels.layout(a))
-        if not a.layout.settled:
+        if not a.layout.readable:
             return
         named = {id(x): p[0] for x, p in zip(placed, read, strict=True) if p is not None}
         launch, given = step_launch(self.kernels, a, states, slots)
