@@ -48,13 +48,13 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
  3605  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
  3820  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
  3991  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
- 4038  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 4419  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4687  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
- 4787  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 5066  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
- 5243  The public face of a compiled aggregator: a parallel call, a step, states
- 5468  the spec's border
+ 4039  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 4421  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4689  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 4789  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 5068  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
+ 5245  The public face of a compiled aggregator: a parallel call, a step, states
+ 5470  the spec's border
 """
 
 from __future__ import annotations
@@ -3567,7 +3567,7 @@ class Kept(NamedTuple):
         return Kept(seen, sums, states, zstates, made if any(x is not None for x in made) else None)
 
 
-def _settled(at: int, x: Tensor) -> bool:
+def _is_readable(at: int, x: Tensor) -> bool:
     """Whether the kernels read the tensor at this place as it lies: a start in fp32 and contiguous; of others rows
     (b, t) evenly spaced, vectors contiguous, and nothing of a chunk of tokens further than 32 bits reach (where an axis
     of lanes lies outside of time, it may be)."""
@@ -3578,9 +3578,9 @@ def _settled(at: int, x: Tensor) -> bool:
     return even and solid and _near((64, *x.shape[2:]), x.stride()[1:])
 
 
-def _laid(at: int, x: Tensor | None) -> Tensor | None:
-    """The tensor, or one of the same values that is settled."""
-    if x is None or _settled(at, x):
+def _readable(at: int, x: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy that the kernels read as it lies."""
+    if x is None or _is_readable(at, x):
         return x
     return (x.float() if at < 2 else x).contiguous()
 
@@ -3724,7 +3724,7 @@ def chunk_step(kernels: Any, a: ChunkCall, states: list[Tensor], slots: Tensor |
     """One token by kernel: the output [B, 1, G, V] as S [rows, G, K, V] and z [rows, G, K, 1] move on in place, in the
     rows that `slots` [B] names."""
     out = torch.empty(*a.shape, states[0].shape[3], dtype=a.dtype, device=a.c.device)
-    launch, given = step_launch(kernels, kernels.settled(a), states, slots, out)
+    launch, given = step_launch(kernels, kernels.readable(a), states, slots, out)
     launch(*given)
     return out
 
@@ -3828,10 +3828,10 @@ class Layout:
     of what kernels begin with, blocks by kernel, launches by kernel and arguments, and the layout that has its numbers
     computed."""
 
-    __slots__ = ("blocks", "launches", "lifted", "settled", "strides", "warm")
+    __slots__ = ("blocks", "launches", "lifted", "readable", "strides", "warm")
 
     def __init__(self, a: ChunkCall) -> None:
-        self.settled = all(x is None or _settled(at, x) for at, x in enumerate(a.tensors))
+        self.readable = all(x is None or _is_readable(at, x) for at, x in enumerate(a.tensors))
         self.strides = {"all": a.strides, "scaled": a.scaled.strides, "scalars": a.scalar_strides, "none": ()}
         self.lifted: Layout | None = None
         self.warm = [False, False]  # whether kernels of calls without and with gradients have been asked for
@@ -3902,21 +3902,21 @@ class ChunkPlans:
             layout.launches[key] = launch
         return launch, given
 
-    def lifted(self, a: ChunkCall, how: SimpleNamespace) -> tuple[ChunkCall, Tensor | None]:
+    def lifted(self, a: ChunkCall, plan: SimpleNamespace) -> tuple[ChunkCall, Tensor | None]:
         """The call with its numbers a token computed; for a decay of one a token the sums of its logs, [chunks, G, 2,
         BT]."""
-        n, few = how.lanes, {"dtype": torch.float32, "device": a.c.device}
+        n, few = plan.lanes, {"dtype": torch.float32, "device": a.c.device}
         names = self.table.lifted
         if a.decay != 1 and not names:
             return a, None
         made = {x: torch.empty(a.shape, **few) for x in names if x != "log"}  # type: ignore[call-overload]
         total = None
         if a.decay == 1:
-            total = torch.empty(n.chunks, n.lanes, 2, how.bt, **few)  # type: ignore[call-overload]
+            total = torch.empty(n.chunks, n.lanes, 2, plan.bt, **few)  # type: ignore[call-overload]
         self.run(
-            "sums", a, n.chunks * -(-n.lanes // how.lane_block), (*made.values(), total, n.cu, n.first, n.owner),
-            (n.tokens, n.lanes), (how.precision, n.key, n.value, how.bt, how.lane_block), "scalars" if names else "all",
-            num_warps=4,
+            "sums", a, n.chunks * -(-n.lanes // plan.lane_block), (*made.values(), total, n.cu, n.first, n.owner),
+            (n.tokens, n.lanes), (plan.precision, n.key, n.value, plan.bt, plan.lane_block),
+            "scalars" if names else "all", num_warps=4,
         )  # fmt: skip
         if not names:
             return a, total
@@ -3940,17 +3940,17 @@ class ChunkPlans:
     def plan(self, kernel: str, a: ChunkCall, bt: int = 0) -> SimpleNamespace:
         """Blocks, warps and the split of time for one kernel of a call; `bt`: tokens a chunk, if set already."""
         blocks = (a.layout or self.layout(a)).blocks
-        how = blocks.get((kernel, bt))
-        if how is None:
-            how = blocks[kernel, bt] = self._blocks(kernel, a, bt)
+        plan = blocks.get((kernel, bt))
+        if plan is None:
+            plan = blocks[kernel, bt] = self._blocks(kernel, a, bt)
         if a.cu is None:
-            return how
-        lengths = (a.cu[1:] - a.cu[:-1] + how.bt - 1) // how.bt
+            return plan
+        lengths = (a.cu[1:] - a.cu[:-1] + plan.bt - 1) // plan.bt
         ends = lengths.cumsum(0)
-        owner = torch.searchsorted(ends, torch.arange(how.lanes.chunks, device=a.cu.device), right=True)
-        owner = torch.where(owner < how.lanes.sequences, owner, -1)
-        lanes = how.lanes._replace(cu=a.cu, first=ends - lengths, owner=owner)
-        return SimpleNamespace(**{**vars(how), "lanes": lanes})
+        owner = torch.searchsorted(ends, torch.arange(plan.lanes.chunks, device=a.cu.device), right=True)
+        owner = torch.where(owner < plan.lanes.sequences, owner, -1)
+        lanes = plan.lanes._replace(cu=a.cu, first=ends - lengths, owner=owner)
+        return SimpleNamespace(**{**vars(plan), "lanes": lanes})
 
     def _blocks(self, kernel: str, a: ChunkCall, bt: int) -> SimpleNamespace:
         (batch, tokens, lanes), cu = a.shape, a.cu
@@ -3991,46 +3991,47 @@ class ChunkPlans:
 # --- What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens.
 
 
-def chunk_made(kernels: Any, a: ChunkCall, how: SimpleNamespace, sums: Tensor | None, total: Tensor | None) -> Made:
+def chunk_made(kernels: Any, a: ChunkCall, plan: SimpleNamespace, sums: Tensor | None, total: Tensor | None) -> Made:
     """total: sums of the logs of a decay of a number a token."""
-    n = how.lanes
+    n = plan.lanes
     made = Made(total=total)
     if a.decay == 2:
-        made = _made_side(kernels, "", a, how, n.key, *_log_sums(kernels, "", a, how, n.key), sums)
+        made = _made_side(kernels, "", a, plan, n.key, *_log_sums(kernels, "", a, plan, n.key), sums)
     return made
 
 
-def chunk_made_value(kernels: Any, a: ChunkCall, how: SimpleNamespace, made: Made, back: SimpleNamespace) -> Made:
+def chunk_made_value(kernels: Any, a: ChunkCall, plan: SimpleNamespace, made: Made, back: SimpleNamespace) -> Made:
     """For a decay over the value what is made of dy, c and P."""
     return Made()
 
 
 def _made_side(
-    kernels: Any, side: str, a: ChunkCall, how: SimpleNamespace, width: int, up: Tensor | None, down: Tensor | None,
+    kernels: Any, side: str, a: ChunkCall, plan: SimpleNamespace, width: int, up: Tensor | None, down: Tensor | None,
     *given: Tensor | None,
 ) -> Made:  # fmt: skip
-    n = how.lanes
+    n = plan.lanes
     device = a.c.device
-    q, b = (torch.empty(*a.shape, width, dtype=how.operand, device=device) for _ in range(2))
-    pairs = torch.empty(*a.shape, how.bt, dtype=how.operand, device=device)
+    q, b = (torch.empty(*a.shape, width, dtype=plan.operand, device=device) for _ in range(2))
+    pairs = torch.empty(*a.shape, plan.bt, dtype=plan.operand, device=device)
     total = torch.empty(n.chunks, n.lanes, width, dtype=torch.float32, device=device)
-    own = kernels.plan("prepare", a, how.bt)
+    own = kernels.plan("prepare", a, plan.bt)
     kernels.run(
         f"prepare{side}", a, n.chunks * n.lanes, (up, down, q, b, pairs, total, *given, n.cu, n.first, n.owner),
-        (n.tokens, n.lanes), (a.shift, how.precision, width, how.bt, min(_block(width), own.bks)), num_warps=own.warps,
+        (n.tokens, n.lanes), (a.shift, plan.precision, width, plan.bt, min(_block(width), own.bks)),
+        num_warps=own.warps,
     )  # fmt: skip
     return Made(up=up, down=down, q=q, b=b, pairs=pairs, total=total)
 
 
-def _log_sums(kernels: Any, side: str, a: ChunkCall, how: SimpleNamespace, width: int) -> tuple[Tensor, Tensor | None]:
+def _log_sums(kernels: Any, side: str, a: ChunkCall, plan: SimpleNamespace, width: int) -> tuple[Tensor, Tensor | None]:
     """Up to each token and, for precise operands, behind it."""
-    n = how.lanes
+    n = plan.lanes
     up = torch.empty(*a.shape, width, dtype=torch.float32, device=a.c.device)
-    down = None if how.precision == "bf16" else torch.empty_like(up)
+    down = None if plan.precision == "bf16" else torch.empty_like(up)
     block = min(_block(width), 256)
     kernels.run(
         f"logs{side}", a, n.chunks * n.lanes * -(-width // block), (up, down, n.cu, n.first, n.owner),
-        (n.tokens, n.lanes), (width, how.bt, block), num_warps=max(1, block // 128),
+        (n.tokens, n.lanes), (width, plan.bt, block), num_warps=max(1, block // 128),
     )  # fmt: skip
     return up, down
 
@@ -4086,7 +4087,7 @@ class ChunkKernels(ChunkPlans):
         if wanted:
             found = _ChunkScan.apply(self, a, *a.tensors)  # type: ignore[no-untyped-call]
             return found[0], found[1], found[2]
-        return self.forward(self.settled(a))[:3]
+        return self.forward(self.readable(a))[:3]
 
     def _warm(self, a: ChunkCall, wanted: bool) -> None:
         """Compiles the kernels of a kind of call that is new, those of its backward, too, if one is `wanted`."""
@@ -4099,27 +4100,27 @@ class ChunkKernels(ChunkPlans):
         self._kinds.add(kind)
 
         def run(a: ChunkCall) -> None:
-            a = self.settled(a)
+            a = self.readable(a)
             out, _, _, kept = self.forward(a, wanted)
             if wanted:
                 self.backward(a, kept, torch.empty_like(out), None, None, flags)
 
         self.warm(a, run)
 
-    def settled(self, a: ChunkCall) -> ChunkCall:
+    def readable(self, a: ChunkCall) -> ChunkCall:
         """The call over tensors that kernels read as they lie."""
         a = a if a.layout is not None else a._replace(layout=self.layout(a))
-        if a.layout.settled:
+        if a.layout.readable:
             return a
-        a = a.of([_laid(at, x) for at, x in enumerate(a.tensors)])
+        a = a.of([_readable(at, x) for at, x in enumerate(a.tensors)])
         return a._replace(layout=self.layout(a))
 
     # --- launches
 
     def forward(self, a: ChunkCall, keep: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Kept]:
         """`call`, and what its backward needs, if `keep`."""
-        how = self.plan("forward", a)
-        n = how.lanes
+        plan = self.plan("forward", a)
+        n = plan.lanes
         out = torch.empty(*a.shape, n.value, dtype=a.dtype, device=a.c.device)
         final, zfinal = self._matrices(n, n.sequences, a)
         if not out.numel():
@@ -4128,22 +4129,22 @@ class ChunkKernels(ChunkPlans):
                     x.zero_() if start is None else x.copy_(start)
             return out, final, zfinal, Kept(None, None, None, None, None)
         sums = self._sums(a)
-        a, total = self.lifted(a, how)
-        made = self._prepared(a, how, sums, total)
-        zstates = self._norms(a, made, None, how, a.zstart, zfinal)
-        begin, last = a.start, final if how.segments == 1 else None
-        if how.segments > 1:
-            begin = self._starts(a, made, begin, final, None, how)
+        a, total = self.lifted(a, plan)
+        made = self._prepared(a, plan, sums, total)
+        zstates = self._norms(a, made, None, plan, a.zstart, zfinal)
+        begin, last = a.start, final if plan.segments == 1 else None
+        if plan.segments > 1:
+            begin = self._starts(a, made, begin, final, None, plan)
         y = torch.empty_like(out) if keep and self.table.seen == "y" else None
-        worth = self._worth(n, how.bt, made) if keep else (False, False)
-        states = self._states(n, how.operand, a) if worth[1] else None
+        worth = self._worth(n, plan.bt, made) if keep else (False, False)
+        states = self._states(n, plan.operand, a) if worth[1] else None
         self.run(
-            "forward", a, n.sequences * n.lanes * how.segments * -(-n.value // how.bv),
+            "forward", a, n.sequences * n.lanes * plan.segments * -(-n.value // plan.bv),
             (made.q, made.b, made.pairs, made.total, made.vup, made.vdown, sums, begin, zstates, out, y, last, states,
              n.cu, n.first),
-            (n.tokens, how.segments, how.segment, n.lanes, a.scale),
-            (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, how.bk, how.bv, how.stages),
-            "scaled" if a.decay == 2 else "all", num_warps=how.warps, num_stages=how.stages,
+            (n.tokens, plan.segments, plan.segment, n.lanes, a.scale),
+            (a.decay, a.over, a.shift, plan.precision, n.key, n.value, plan.bt, plan.bk, plan.bv, plan.stages),
+            "scaled" if a.decay == 2 else "all", num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
         seen = out if self.table.seen == "output" else y
         if not keep:
@@ -4155,8 +4156,8 @@ class ChunkKernels(ChunkPlans):
         wanted: tuple[bool, ...],
     ) -> list[Tensor | None]:  # fmt: skip
         """Gradients of `a.tensors`, of those that are `wanted`."""
-        how = self.plan("gradients", a)
-        n = how.lanes
+        plan = self.plan("gradients", a)
+        n = plan.lanes
         d_start, d_zstart = self._matrices(n, n.sequences, a)
         given = a.of(wanted)
         keys, values = (
@@ -4167,7 +4168,7 @@ class ChunkKernels(ChunkPlans):
                 (a.values, self.table.params[1], self.table.grads[1], given.values),
             )
         )  # fmt: skip
-        bk = min(how.bk, how.bks)
+        bk = min(plan.bk, plan.bks)
         blocks = -(-n.key // bk)
         few = {"dtype": torch.float32, "device": a.c.device}
         lifted = self.table.lifted if any(given.scalars) else ()
@@ -4184,33 +4185,33 @@ class ChunkKernels(ChunkPlans):
                     x.zero_() if d is None else x.copy_(d)
             return [d_start, d_zstart, None, None, dc, *keys, *values, *([None] * (len(a.numbers) + len(a.scalars)))]
         do = do.contiguous()
-        raw, (a, total) = a, self.lifted(a, how)
-        made = kept.made or self._prepared(a, how, kept.sums, total)
+        raw, (a, total) = a, self.lifted(a, plan)
+        made = kept.made or self._prepared(a, plan, kept.sums, total)
         dw = None
         if self.table.norm:
             dw = torch.empty(a.shape, **few)  # type: ignore[call-overload]
             self.run(
                 "normed", a, n.chunks * n.lanes, (do, kept.seen, kept.sums, dw, n.cu, n.first, n.owner),
-                (n.tokens, n.lanes), (n.value, how.bt, how.bv),
+                (n.tokens, n.lanes), (n.value, plan.bt, plan.bv),
             )  # fmt: skip
-        states = self.states(a, made, None, how.bt) if kept.states is None else kept.states
+        states = self.states(a, made, None, plan.bt) if kept.states is None else kept.states
         back = SimpleNamespace(do=do, seen=kept.seen, dw=dw, sums=kept.sums, begin=d_final, end=d_start)
-        back.value = value = self._prepared_value(a, how, made, back)
-        costates = self.states(a, made, back, how.bt)
-        zcostates = self._norms(a, made, back, how, d_zfinal, d_zstart)
+        back.value = value = self._prepared_value(a, plan, made, back)
+        costates = self.states(a, made, back, plan.bt)
+        zcostates = self._norms(a, made, back, plan, d_zfinal, d_zstart)
         reached = [x for x, stored in zip(numbers, self.table.grads[2], strict=True) if stored]
         if a.decay == 2:
-            self._key_gradients(a, how, made, back, (states, costates, kept.zstates, zcostates), *keys, *reached)
+            self._key_gradients(a, plan, made, back, (states, costates, kept.zstates, zcostates), *keys, *reached)
         else:
             self.run(
                 "gradients", a, n.chunks * n.lanes * blocks,
                 (made.total, kept.sums, do, kept.seen, dw, value.q, value.b, value.pairs, value.total, states, costates,
                  kept.zstates, zcostates, *keys, *reached, dlog, dn, n.cu, n.first, n.owner),
                 (n.tokens, n.batch * n.tokens, n.lanes, a.scale),
-                (a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages),
-                num_warps=how.warps, num_stages=how.stages,
+                (a.decay, a.over, a.shift, plan.precision, n.key, n.value, plan.bt, bk, plan.bv, plan.stages),
+                num_warps=plan.warps, num_stages=plan.stages,
             )  # fmt: skip
-        own = self.plan("values", a, how.bt)
+        own = self.plan("values", a, plan.bt)
         self.near_then_far(
             "values", a, n.chunks * n.lanes * -(-n.value // own.bv),
             (made.q, made.b, made.pairs, made.total, made.vup, made.vdown, value.total, kept.sums, do, kept.seen,
@@ -4222,22 +4223,22 @@ class ChunkKernels(ChunkPlans):
         )  # fmt: skip
         if lifted:
             found = {"log": dlog, "n": dn, **{f"s{k}": x for k, x in enumerate(numbers)}}
-            scalars = self._scalar_gradients(raw, how, [found[x] for x in lifted], blocks, given.scalars)
+            scalars = self._scalar_gradients(raw, plan, [found[x] for x in lifted], blocks, given.scalars)
             return [d_start, d_zstart, None, None, dc, *keys, *values, *([None] * len(numbers)), *scalars]
         dlog, dn = (None if x is None else x[0] if blocks == 1 else x.sum(0) for x in (dlog, dn))
         return [d_start, d_zstart, dlog, dn, dc, *keys, *values, *numbers, *([None] * len(raw.scalars))]
 
     def _key_gradients(
-        self, a: ChunkCall, how: SimpleNamespace, made: Made, back: SimpleNamespace, states: Any, *given: Tensor | None
+        self, a: ChunkCall, plan: SimpleNamespace, made: Made, back: SimpleNamespace, states: Any, *given: Tensor | None
     ) -> None:
         """For a decay over the key. given: what the gradients of keys and of numbers go to."""
-        n, p = how.lanes, back.value.pairs
+        n, p = plan.lanes, back.value.pairs
         reads = back.sums, back.do, back.seen, back.dw
-        own = self.plan("key", a, how.bt)
-        p = torch.empty(*a.shape, how.bt, dtype=how.operand, device=a.c.device)
+        own = self.plan("key", a, plan.bt)
+        p = torch.empty(*a.shape, plan.bt, dtype=plan.operand, device=a.c.device)
         self.run(
             "pairs", a, n.chunks * n.lanes, (*reads, p, n.cu, n.first, n.owner), (n.tokens, n.lanes, a.scale),
-            (how.precision, n.value, how.bt, own.bv), num_warps=4,
+            (plan.precision, n.value, plan.bt, own.bv), num_warps=4,
         )  # fmt: skip
         bk = min(own.bk, own.bks)
         self.near_then_far(
@@ -4249,10 +4250,10 @@ class ChunkKernels(ChunkPlans):
         )  # fmt: skip
 
     def _scalar_gradients(
-        self, a: ChunkCall, how: SimpleNamespace, given: list[Tensor | None], blocks: int, wanted: tuple[Any, ...]
+        self, a: ChunkCall, plan: SimpleNamespace, given: list[Tensor | None], blocks: int, wanted: tuple[Any, ...]
     ) -> list[Tensor | None]:
         """Gradients of what numbers a token are computed of, from theirs; of a param: each chunk's share."""
-        n = how.lanes
+        n = plan.lanes
         made: list[Tensor | None] = []
         for (param, stored), x, asked in zip(self.table.scalars, a.scalars, wanted, strict=True):
             if not stored or not asked:
@@ -4263,70 +4264,71 @@ class ChunkKernels(ChunkPlans):
                 made.append(torch.empty(a.shape, dtype=x.dtype, device=x.device))
         stored_ones = [x for x, (_, stored) in zip(made, self.table.scalars, strict=True) if stored]
         self.run(
-            "numbers", a, n.chunks * -(-n.lanes // how.lane_block),
+            "numbers", a, n.chunks * -(-n.lanes // plan.lane_block),
             (*given, *stored_ones, n.cu, n.first, n.owner), (n.tokens, n.batch * n.tokens, n.lanes),
-            (blocks, n.key, n.value, how.bt, how.lane_block), "scalars", num_warps=4,
+            (blocks, n.key, n.value, plan.bt, plan.lane_block), "scalars", num_warps=4,
         )  # fmt: skip
         return made
 
     def states(self, a: ChunkCall, made: Made, back: SimpleNamespace | None, bt: int = 0) -> Tensor:
         """The state before each chunk, [chunks, G, K, V] as operands; with `back` the costate behind it."""
-        how = self.plan("states", a, bt)
-        n = how.lanes
-        found = self._states(n, how.operand, a)
+        plan = self.plan("states", a, bt)
+        n = plan.lanes
+        found = self._states(n, plan.operand, a)
         begin, end = (a.start, None) if back is None else (back.begin, back.end)
-        if how.segments > 1:
-            begin, end = self._starts(a, made, begin, end, back, how), None
-        self._walk(a, made, begin, end, (None, None), found, back, how)
+        if plan.segments > 1:
+            begin, end = self._starts(a, made, begin, end, back, plan), None
+        self._walk(a, made, begin, end, (None, None), found, back, plan)
         return found
 
     def _starts(
         self, a: ChunkCall, made: Made, first: Tensor | None, last: Tensor | None,
-        back: SimpleNamespace | None, how: SimpleNamespace,
+        back: SimpleNamespace | None, plan: SimpleNamespace,
     ) -> Tensor:  # fmt: skip
         """What each segment starts from, [N, S, G, K, V]; into `last`: where the last ends."""
-        n = how.lanes
+        n = plan.lanes
         few: Any = {"dtype": torch.float32, "device": a.c.device}
-        each = n.sequences, how.segments, n.lanes
+        each = n.sequences, plan.segments, n.lanes
         ends, starts = (torch.empty(*each, n.key, n.value, **few) for _ in range(2))
         widths = n.key if a.decay == 2 else 1, 0
         left = [torch.empty(*each, w, **few) if w else None for w in widths]
-        own = SimpleNamespace(**vars(self.plan("states", a, how.bt)))
-        own.segments, own.segment = how.segments, how.segment
+        own = SimpleNamespace(**vars(self.plan("states", a, plan.bt)))
+        own.segments, own.segment = plan.segments, plan.segment
         self._walk(a, made, None, ends, left, None, back, own)
         block = min(1024, _block(n.key * n.value))
         self.run(
             "join", a, n.sequences * n.lanes * -(-n.key * n.value // block), (first, ends, *left, starts, last),
-            (how.segments, n.lanes), (back is not None, a.decay, n.key, n.value, block), "none",
+            (plan.segments, n.lanes), (back is not None, a.decay, n.key, n.value, block), "none",
         )  # fmt: skip
         return starts
 
     def _walk(
         self, a: ChunkCall, made: Made, begin: Tensor | None, end: Tensor | None, left: Any,
-        states: Tensor | None, back: SimpleNamespace | None, how: SimpleNamespace,
+        states: Tensor | None, back: SimpleNamespace | None, plan: SimpleNamespace,
     ) -> None:  # fmt: skip
-        n = how.lanes
-        bk = min(how.bk, how.bks)
-        blocks = -(-n.key // bk) * -(-n.value // how.bv)
+        n = plan.lanes
+        bk = min(plan.bk, plan.bks)
+        blocks = -(-n.key // bk) * -(-n.value // plan.bv)
         given = back or SimpleNamespace(do=None, seen=None, sums=None, value=Made())
         self.run(
-            "states", a, n.sequences * n.lanes * how.segments * blocks,
+            "states", a, n.sequences * n.lanes * plan.segments * blocks,
             (made.q, made.b, made.total, made.vup, made.vdown, given.sums, given.do, given.seen, given.value.q,
              given.value.total, begin, end, *left, states, n.cu, n.first),
-            (n.tokens, how.segments, how.segment, n.lanes, a.scale),
-            (back is not None, a.decay, a.over, a.shift, how.precision, n.key, n.value, how.bt, bk, how.bv, how.stages),
-            "scaled" if a.decay == 2 else "all", num_warps=how.warps, num_stages=how.stages,
+            (n.tokens, plan.segments, plan.segment, n.lanes, a.scale),
+            (back is not None, a.decay, a.over, a.shift, plan.precision, n.key, n.value, plan.bt, bk, plan.bv,
+             plan.stages),
+            "scaled" if a.decay == 2 else "all", num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
 
     def _norms(
-        self, a: ChunkCall, made: Made, back: SimpleNamespace | None, how: SimpleNamespace,
+        self, a: ChunkCall, made: Made, back: SimpleNamespace | None, plan: SimpleNamespace,
         first: Tensor | None, last: Tensor | None,
     ) -> Tensor | None:  # fmt: skip
         """z before each chunk, [chunks, G, K] in fp32, if there is a z; with `back` its costate behind it. From `first`
         on; into `last` [N, G, K]: where it ends."""
         if not self.table.norm:
             return None
-        n = how.lanes
+        n = plan.lanes
         shares, found = (
             torch.empty(n.chunks, n.lanes, n.key, dtype=torch.float32, device=a.c.device) for _ in range(2)
         )
@@ -4334,14 +4336,14 @@ class ChunkKernels(ChunkPlans):
             "shares", a, n.chunks * n.lanes,
             (made.q, made.b, made.total, None if back is None else back.dw, shares, n.cu, n.first, n.owner),
             (n.tokens, n.lanes, a.scale),
-            (back is not None, a.decay, a.shift, how.precision, n.key, how.bt, how.bk),
+            (back is not None, a.decay, a.shift, plan.precision, n.key, plan.bt, plan.bk),
             "scaled" if a.decay == 2 else "all",
         )  # fmt: skip
-        block = min(how.bk, 32)
+        block = min(plan.bk, 32)
         self.run(
             "norms", a, n.sequences * n.lanes * -(-n.key // block),
             (made.total, shares, first, found, last, n.cu, n.first), (n.tokens, n.lanes),
-            (back is not None, a.decay, how.precision, n.key, how.bt, block, 32), "none",
+            (back is not None, a.decay, plan.precision, n.key, plan.bt, block, 32), "none",
         )  # fmt: skip
         return found
 
@@ -4383,7 +4385,7 @@ class _ChunkScan(torch.autograd.Function):
     def forward(
         ctx: Any, kernels: ChunkKernels, a: ChunkCall, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        a = kernels.settled(a)
+        a = kernels.readable(a)
         out, final, zfinal, kept = kernels.forward(a, True)
         ctx.kernels, ctx.plain = kernels, a.of([None] * len(tensors))
         ctx.save_for_backward(*a.tensors, *kept.tensors)
@@ -5230,7 +5232,7 @@ class FusedCalls:
         placed = [None if p is None else tensors[p[0]] if p[1] is None else tensors[p[0]].view(p[1]) for p in read]
         a = empty.of((None, None, None, None, *placed))
         a = a._replace(layout=self.kernels.layout(a))
-        if not a.layout.settled:
+        if not a.layout.readable:
             return
         named = {id(x): p[0] for x, p in zip(placed, read, strict=True) if p is not None}
         launch, given = step_launch(self.kernels, a, states, slots)
@@ -5469,7 +5471,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='f56963862ade4166',
+    digest='13bc3ee40b4a37b9',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),
