@@ -30,7 +30,7 @@ demo: $(VENV)/.demo
 
 # One thread of torch a worker: the workers are the parallelism.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 15
 
 # What takes hours: texts at random, all mutants and generated rules, every example's proof checked by two others.
 NIGHTLY := build/nightly

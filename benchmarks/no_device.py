@@ -57,7 +57,7 @@ class NoDevice:
     def __init__(self, writes: bool = False) -> None:
         self.writes = writes
         self.device, self.stream, self.compiled = 0, 0, list[str]()
-        self.seen: set[Any] = set()  # functions of triton.jit, which remember what compiled them
+        self.seen: dict[int, Any] = {}  # functions of triton.jit, which remember what compiled them; to hash one parses it
         self.launches: list[Launch] | None = None
         properties = {"max_shared_mem": 232448, "multiprocessor_count": PROCESSORS}
         self.utils = SimpleNamespace(
@@ -89,7 +89,7 @@ class NoDevice:
     def compile(self, source: Any, target: Any = None, options: Any = None, **rest: Any) -> Any:
         """In place of triton's: notes the kernel, and makes no code unless `writes`."""
         self.compiled.append(source.fn.__name__)
-        self.seen.add(source.fn)
+        self.seen[id(source.fn)] = source.fn
         if self.writes:
             return compiler.compiler.compile(source, target=target, options=options, **rest)
         return Unwritten(source, self.launcher_cls(source, None))
@@ -171,7 +171,7 @@ def no_device(aggregator: Any = None, writes: bool = False) -> Iterator[NoDevice
         for task in [] if aggregator is None else compilations(aggregator):
             task.wait()
         driver._active, compiler.compile = before, compile_
-        for fn in fake.seen:
+        for fn in fake.seen.values():
             fn.device_caches.clear()
         for table, had in kept:
             vars(table).update({k: had.get(k) for k in ("interpreted", "processors")})

@@ -84,7 +84,8 @@ def kernels(text: str = EXAMPLE) -> list:
     (found,) = read_text(text)
     code = print_attention(found.agg)
     if code not in _MADE:
-        head = "from __future__ import annotations\nimport math, sys, torch\nfrom collections.abc import Sequence\n"
+        head = "from __future__ import annotations\nimport math, os, sys, threading, torch\n"
+        head += "from collections.abc import Callable, Iterator, Sequence\nfrom contextlib import contextmanager\n"
         head += "from types import SimpleNamespace\nfrom typing import Any, NamedTuple\nfrom torch import Tensor\n"
         head += "from torch.autograd.function import once_differentiable\n"
         file = _FOLDER / f"attention_{len(_MADE)}.py"

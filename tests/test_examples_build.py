@@ -33,7 +33,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SIZE = 64  # of every dim
-SPILT = 1024  # bytes a thread: the far path of decays over the key, which few chunks take, spills
+SPILT, FAR_SPILT = 1024, 2048  # bytes a thread; where decays are beyond what one reference a chunk can scale, in few chunks
 SHARED = 227 * 1024
 # A combine and its recurrence are one algebra (the tests of plans hold them to the same structure): one of them compiles.
 # The rule of transformer_psm is a module of Python's.
@@ -78,7 +78,8 @@ def test_builds(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None
         built = triton.compile(fresh, target=TARGETS[target], options=options)
         assert built.metadata.shared <= SHARED, source.fn.__name__
         if target == "sm_90":
-            assert spilt(built) <= SPILT, source.fn.__name__
+            far = source.constants.get((source.fn.arg_names.index("FAR"),)) if "FAR" in source.fn.arg_names else False
+            assert spilt(built) <= (FAR_SPILT if far else SPILT), source.fn.__name__
 
 
 @pytest.mark.parametrize(("name", "least"), [("mingru", 2), ("gla", 5), ("linear_attention", 9), ("pr_lstm", 4)])
