@@ -57,7 +57,7 @@ class NoDevice:
     def __init__(self, writes: bool = False) -> None:
         self.writes = writes
         self.device, self.stream, self.compiled = 0, 0, list[str]()
-        self.seen: dict[int, Any] = {}  # functions of triton.jit, which remember what compiled them; to hash one parses it
+        self.seen: dict[int, Any] = {}  # functions of triton.jit, by id: to hash one is to parse it
         self.launches: list[Launch] | None = None
         properties = {"max_shared_mem": 232448, "multiprocessor_count": PROCESSORS}
         self.utils = SimpleNamespace(
