@@ -148,6 +148,7 @@ def forget(aggregator: Any) -> None:
         vars(table).get("_kinds", set()).clear()
         for kernel in kernels(table):
             kernel._found.clear()
+            getattr(kernel.fn, "device_caches", {}).clear()  # and which compiler it has
     if aggregator.operator.quick is not None:
         aggregator.operator.quick._known.clear()
 

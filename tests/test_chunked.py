@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from psmc.api import realise
 from psmc.pipeline import pick, read_text
-from psmc.runtime.kit_chunk_views import _laid, _near
+from psmc.runtime.kit_chunk_views import _near, _readable
 
 LENGTHS = (0, 1, 2, 15, 16, 17, 63, 64, 65, 199)
 GRID = tuple(product(range(len(LENGTHS)), range(len(OPTIONS))))
@@ -316,12 +316,12 @@ def test_offsets_fit_in_32_bits() -> None:
     """Kernels compute offsets within a row in 32 bits: tensors whose lanes or tokens lie further apart are copied. Seen
     on shapes, without memory."""
     outside = torch.empty(1, 17, 2**20, 128, device="meta").transpose(1, 2)  # lanes outside of time
-    assert _laid(4, outside).is_contiguous() and not outside.is_contiguous()
+    assert _readable(4, outside).is_contiguous() and not outside.is_contiguous()
     fewer = outside[:, :, :15]
-    assert _laid(4, fewer) is fewer
+    assert _readable(4, fewer) is fewer
     by_token = torch.empty(2**15, 1, 2**14, 2**11, device="meta").transpose(0, 1)
-    assert _laid(4, by_token) is by_token
-    assert _laid(4, by_token.expand(1, -1, -1, -1)[:, ::2]).is_contiguous()
+    assert _readable(4, by_token) is by_token
+    assert _readable(4, by_token.expand(1, -1, -1, -1)[:, ::2]).is_contiguous()
     state = torch.empty(2, 129, 2**12, 2**12, device="meta")
     assert not _near(state.shape[1:], state.stride()[1:])
     assert _near(state[:, :128].shape[1:], state.stride()[1:])
