@@ -30,31 +30,31 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
 
    82  the spec's mathematics: tensors are [..., *dims], leading axes broadcast
   124  kernels: a matrix state in chunks of tokens, S_t = D_t S_(t-1) + b_t c_t', y_t = q_t' S_t (or q_t' S_(t-1))
- 1250  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 1529  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 1686  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 1956  The border, continued: states, flags and packing
- 2080  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2156  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2219  One checked call in PyTorch: lift, the scan of the plan, readout
- 2385  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
- 2448  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
- 2653  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
- 2833  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
- 3021  Matrix states a chunk of tokens at a time, as batched matrix products
- 3173  Kernels that threads compile ahead of a first call: most of its time, the compiler needs no interpreter
- 3251  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 3438  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
- 3605  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
- 3820  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
- 3991  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
- 4039  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
- 4421  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 4689  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
- 4789  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
- 5068  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
- 5245  The public face of a compiled aggregator: a parallel call, a step, states
- 5470  the spec's border
+ 1257  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 1536  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 1693  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 1963  The border, continued: states, flags and packing
+ 2087  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2163  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2226  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2392  Sequences cut into chunks of tokens, so that no chunk holds tokens of two: dense batches, and packed ones
+ 2455  Decays between the tokens of a chunk, by halving: products of steps alone, never a ratio of two
+ 2660  Decays between the tokens of a chunk: of one number a token by running sums, of vectors by ratios or by ...
+ 2840  States from chunk to chunk, and the triangular solve of a low-rank transition; both with a backward by hand
+ 3028  Matrix states a chunk of tokens at a time, as batched matrix products
+ 3180  Kernels that threads compile ahead of a first call: most of its time, the compiler needs no interpreter
+ 3267  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 3454  How a chunk kernel sees its tensors: rows and strides, and what a call's kernels share
+ 3621  One layer of a spec as calls of the chunk kernels: its factors as they lie, its readouts, its last states
+ 3836  What the shape of a chunked call fixes, worked out once: blocks, the split of time, strides, launches
+ 4003  What is made ready of a call before the chunk kernels walk: sums of logs, factors, pairs of a chunk's tokens
+ 4051  Calls of the chunk kernels: one matrix state per lane, its readout and its last state, with their gradients
+ 4433  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 4701  The small layers of a chunked spec: what is scanned before its matrix states, and read by them as numbers a ...
+ 4801  A spec layer by layer: matrix states in chunks, what is small by the blocked scan, then the readout
+ 5080  Calls of specs that one fused layer makes up, straight to its kernels, once a call of their shapes was checked
+ 5257  The public face of a compiled aggregator: a parallel call, a step, states
+ 5482  the spec's border
 """
 
 from __future__ import annotations
@@ -732,7 +732,8 @@ def prepare_back(
     the logs are within what one reference a chunk can scale: if not, call it again with FAR. b_dq, b_db: S dy and G c,
     unscaled; p_p: P [t, s] = dy_t . c_s, inner: what it lacks of the scale; b_h [BK]: of paths through the whole chunk.
     The log's gradient is made of operands as products have them, rounded: a pair is the same number in what t reads and in
-    what s gives, and cancels where s to t does not cross the log's token."""
+    what s gives, and cancels where s to t does not cross the log's token. Nothing comes through a decay below 2**-24: what
+    precise operands leave there is rounding of the sums, which a steep gate makes large; bf16 rounds more elsewhere."""
     b_e = sums_up(p_up, row, i_g, length, o_k, G, 0, K, BT)
     near = tl.max(tl.max(tl.abs(b_e), 1), 0) <= 60.0
     to = b_e
@@ -767,6 +768,9 @@ def prepare_back(
     b_dlog = chosen(later(SHIFT, True, BT), b_read - b_fed, PREC) + b_h[None, :]
     if SHIFT:
         b_dlog -= b_fed
+    if PREC != "bf16":
+        b_e = sums_up(p_up, row, i_g, length, o_k, G, 0, K, BT) - sums_up(p_up, row, i_g, length, o_k, G, 1, K, BT)
+        b_dlog = tl.where(b_e <= -24.0, 0.0, b_dlog)
     return b_dq, b_db, b_dlog, near
 
 
@@ -1038,6 +1042,9 @@ def chunk_gradients_kernel(
         if SHIFT:
             b_d -= read + tl.sum(b_q * x_dq, 1)
         b_d += up_to(w_e, f_e, PREC) * tl.sum(b_h, 0)
+        if PREC != "bf16":  # nothing comes through a decay below 2**-24: see the decays over the key
+            w_b, f_b, w_s, f_s, w_e, f_e = number_sums(p_total, at, 1, PREC, BT)
+            b_d = tl.where((w_s - w_b) + (f_s - f_b) <= -24.0, 0.0, b_d)
         b_d = tl.where(code_of(p_code, row, length, BT) == 1, b_d, 0.0)
         tl.store(p_dlog + share, b_d, mask=o_t < length)
     b_dq += x_dq + (own * b_n)[:, None] * b_b
@@ -3218,6 +3225,15 @@ class Compilation:
             self._done.wait()
 
 
+class Compiling:
+    """Kernels whose first call on a GPU waits for the compiler; not in Triton's interpreter."""
+
+    interpreted: bool
+
+    def compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" and not self.interpreted
+
+
 @contextmanager
 def compiling_ahead(device: torch.device) -> Iterator[None]:
     """Within, launches over tensors of the device "meta" are compiled by threads, for `device`."""
@@ -3839,7 +3855,7 @@ class Layout:
         self.launches: dict[Any, Any] = {}
 
 
-class ChunkPlans:
+class ChunkPlans(Compiling):
     """Of one table of kernels. `processors` is the GPU's number of multiprocessors."""
 
     def __init__(self, table: Any) -> None:
@@ -3926,10 +3942,6 @@ class ChunkPlans:
             layout.lifted = self.layout(whole)
             whole = whole._replace(layout=layout.lifted)
         return whole, total
-
-    def compiles(self, device: torch.device) -> bool:
-        """Whether a first call on this device waits for the compiler."""
-        return device.type == "cuda" and not self.interpreted
 
     def warm(self, a: ChunkCall, run: Callable[[ChunkCall], None]) -> None:
         """Has threads compile what `run` launches of the call, which it does over tensors without memory."""
@@ -5471,7 +5483,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='gla',
-    digest='13bc3ee40b4a37b9',
+    digest='d474f606b955f9c6',
     inputs=(Slot('q', ('K',)), Slot('k', ('K',)), Slot('v', ('V',)), Slot('g', ('K',), within=(None, 0.0, '(]')),),
     params=(),
     components=(Slot('a', ('K',)), Slot('S', ('K', 'V')),),

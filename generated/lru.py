@@ -32,19 +32,19 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
   100  kernels: a pointwise scan
  1057  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
  1172  Kernels that threads compile ahead of a first call: most of its time, the compiler needs no interpreter
- 1250  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1437  One token at a time by the step kernel: what its shapes fix is worked out once
- 1565  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1988  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2267  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2424  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2694  The border, continued: states, flags and packing
- 2818  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2894  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2957  One checked call in PyTorch: lift, the scan of the plan, readout
- 3087  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3355  The public face of a compiled aggregator: a parallel call, a step, states
- 3555  the spec's border
+ 1259  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 1446  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1574  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1993  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2272  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2429  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2699  The border, continued: states, flags and packing
+ 2823  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2899  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2962  One checked call in PyTorch: lift, the scan of the plan, readout
+ 3092  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3360  The public face of a compiled aggregator: a parallel call, a step, states
+ 3560  the spec's border
 """
 
 from __future__ import annotations
@@ -1217,6 +1217,15 @@ class Compilation:
             self._done.wait()
 
 
+class Compiling:
+    """Kernels whose first call on a GPU waits for the compiler; not in Triton's interpreter."""
+
+    interpreted: bool
+
+    def compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" and not self.interpreted
+
+
 @contextmanager
 def compiling_ahead(device: torch.device) -> Iterator[None]:
     """Within, launches over tensors of the device "meta" are compiled by threads, for `device`."""
@@ -1568,7 +1577,7 @@ _SHAPES = 1024  # remembered shapes
 _DTYPES = {"real": torch.float32, "complex": torch.complex64, "int": torch.int64, "bool": torch.bool}
 
 
-class PointwiseKernels:
+class PointwiseKernels(Compiling):
     """The kernels of one spec behind tensors in the spec's own order.
 
     Inputs are [B, T, *lanes, *dims] (declared ones, then taps), params [*lanes, *dims] or [*dims], states
@@ -1703,10 +1712,6 @@ class PointwiseKernels:
             elif count == 1 and make == self._forward_plan and self.compiles(inputs[0].device):
                 self._ahead(inputs, params, initial, flagged, cu, save)
         return plan
-
-    def compiles(self, device: torch.device) -> bool:
-        """Whether a first call on this device waits for the compiler."""
-        return device.type == "cuda" and not self.interpreted
 
     def _ahead(
         self, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: Sequence[Tensor] | None, flagged: bool,
@@ -3556,7 +3561,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='lru',
-    digest='4279f86e7af43f63',
+    digest='444ac9038e3f9f28',
     inputs=(Slot('u', (), 'complex'),),
     params=(Slot('nu'), Slot('theta'), Slot('gamma'),),
     components=(Slot('a', (), 'complex'), Slot('h', (), 'complex'),),

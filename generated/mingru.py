@@ -31,19 +31,19 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
   100  kernels: a pointwise scan
   799  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
   914  Kernels that threads compile ahead of a first call: most of its time, the compiler needs no interpreter
-  992  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1179  One token at a time by the step kernel: what its shapes fix is worked out once
- 1307  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 1730  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2009  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2166  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2436  The border, continued: states, flags and packing
- 2560  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2636  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 2699  One checked call in PyTorch: lift, the scan of the plan, readout
- 2829  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3097  The public face of a compiled aggregator: a parallel call, a step, states
- 3297  the spec's border
+ 1001  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 1188  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1316  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 1735  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2014  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2171  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2441  The border, continued: states, flags and packing
+ 2565  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2641  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 2704  One checked call in PyTorch: lift, the scan of the plan, readout
+ 2834  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3102  The public face of a compiled aggregator: a parallel call, a step, states
+ 3302  the spec's border
 """
 
 from __future__ import annotations
@@ -959,6 +959,15 @@ class Compilation:
             self._done.wait()
 
 
+class Compiling:
+    """Kernels whose first call on a GPU waits for the compiler; not in Triton's interpreter."""
+
+    interpreted: bool
+
+    def compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" and not self.interpreted
+
+
 @contextmanager
 def compiling_ahead(device: torch.device) -> Iterator[None]:
     """Within, launches over tensors of the device "meta" are compiled by threads, for `device`."""
@@ -1310,7 +1319,7 @@ _SHAPES = 1024  # remembered shapes
 _DTYPES = {"real": torch.float32, "complex": torch.complex64, "int": torch.int64, "bool": torch.bool}
 
 
-class PointwiseKernels:
+class PointwiseKernels(Compiling):
     """The kernels of one spec behind tensors in the spec's own order.
 
     Inputs are [B, T, *lanes, *dims] (declared ones, then taps), params [*lanes, *dims] or [*dims], states
@@ -1445,10 +1454,6 @@ class PointwiseKernels:
             elif count == 1 and make == self._forward_plan and self.compiles(inputs[0].device):
                 self._ahead(inputs, params, initial, flagged, cu, save)
         return plan
-
-    def compiles(self, device: torch.device) -> bool:
-        """Whether a first call on this device waits for the compiler."""
-        return device.type == "cuda" and not self.interpreted
 
     def _ahead(
         self, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: Sequence[Tensor] | None, flagged: bool,
@@ -3298,7 +3303,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='mingru',
-    digest='d657f98875b96e5f',
+    digest='1b9393f1104c96d0',
     inputs=(Slot('z'), Slot('x'),),
     params=(),
     components=(Slot('a'), Slot('h'),),

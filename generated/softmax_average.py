@@ -35,19 +35,19 @@ The runtime holds what this spec needs of it. Needs torch, and triton for tensor
   126  kernels: a pointwise scan
  1113  How the lanes of a call's tensors lie in memory, for kernels whose lanes do the same
  1228  Kernels that threads compile ahead of a first call: most of its time, the compiler needs no interpreter
- 1306  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
- 1493  One token at a time by the step kernel: what its shapes fix is worked out once
- 1621  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
- 2044  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
- 2323  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
- 2480  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
- 2750  The border, continued: states, flags and packing
- 2874  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
- 2950  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
- 3013  One checked call in PyTorch: lift, the scan of the plan, readout
- 3143  The scan as an operator of torch: one graph node for torch.compile, with its own backward
- 3411  The public face of a compiled aggregator: a parallel call, a step, states
- 3611  the spec's border
+ 1315  Launches of Triton kernels past the binder, which takes longer than a small kernel runs
+ 1502  One token at a time by the step kernel: what its shapes fix is worked out once
+ 1630  Calls of the pointwise kernels: shapes to grids and tiles, buffers, one launch (three where time is split)
+ 2049  Scans in PyTorch, differentiable by autograd: no loop over T where the rule is associative
+ 2328  A layer over a batch of sequences: masks, restarts and packing on top of the scans, a stretch of time at once
+ 2485  The border of a compiled aggregator: what was passed, checked against the spec, with the spec's own names
+ 2755  The border, continued: states, flags and packing
+ 2879  What the border sees only by reading tensors: values, checked where `checks` or PSMC_CHECK=1 asks for it
+ 2955  Inputs read some tokens earlier, and time run backwards: index arithmetic on whole sequences, no loop over T
+ 3018  One checked call in PyTorch: lift, the scan of the plan, readout
+ 3148  The scan as an operator of torch: one graph node for torch.compile, with its own backward
+ 3416  The public face of a compiled aggregator: a parallel call, a step, states
+ 3616  the spec's border
 """
 
 from __future__ import annotations
@@ -1273,6 +1273,15 @@ class Compilation:
             self._done.wait()
 
 
+class Compiling:
+    """Kernels whose first call on a GPU waits for the compiler; not in Triton's interpreter."""
+
+    interpreted: bool
+
+    def compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" and not self.interpreted
+
+
 @contextmanager
 def compiling_ahead(device: torch.device) -> Iterator[None]:
     """Within, launches over tensors of the device "meta" are compiled by threads, for `device`."""
@@ -1624,7 +1633,7 @@ _SHAPES = 1024  # remembered shapes
 _DTYPES = {"real": torch.float32, "complex": torch.complex64, "int": torch.int64, "bool": torch.bool}
 
 
-class PointwiseKernels:
+class PointwiseKernels(Compiling):
     """The kernels of one spec behind tensors in the spec's own order.
 
     Inputs are [B, T, *lanes, *dims] (declared ones, then taps), params [*lanes, *dims] or [*dims], states
@@ -1759,10 +1768,6 @@ class PointwiseKernels:
             elif count == 1 and make == self._forward_plan and self.compiles(inputs[0].device):
                 self._ahead(inputs, params, initial, flagged, cu, save)
         return plan
-
-    def compiles(self, device: torch.device) -> bool:
-        """Whether a first call on this device waits for the compiler."""
-        return device.type == "cuda" and not self.interpreted
 
     def _ahead(
         self, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: Sequence[Tensor] | None, flagged: bool,
@@ -3612,7 +3617,7 @@ class Aggregator:
 
 SPEC = Spec(
     name='softmax_average',
-    digest='8b88532a6b41f7e9',
+    digest='fec3c44a6882e459',
     inputs=(Slot('score'), Slot('value'),),
     params=(),
     components=(Slot('m'), Slot('u'), Slot('w'),),

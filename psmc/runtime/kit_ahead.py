@@ -60,6 +60,15 @@ class Compilation:
             self._done.wait()
 
 
+class Compiling:
+    """Kernels whose first call on a GPU waits for the compiler; not in Triton's interpreter."""
+
+    interpreted: bool
+
+    def compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" and not self.interpreted
+
+
 @contextmanager
 def compiling_ahead(device: torch.device) -> Iterator[None]:
     """Within, launches over tensors of the device "meta" are compiled by threads, for `device`."""

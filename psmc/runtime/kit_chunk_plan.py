@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psmc.runtime.kit_ahead import _ghost, _processors, compiling_ahead
+from psmc.runtime.kit_ahead import Compiling, _ghost, _processors, compiling_ahead
 from psmc.runtime.kit_calls import Kernel
 from psmc.runtime.kit_chunk_views import ChunkCall, Lanes, _block, _is_readable
 
@@ -33,7 +33,7 @@ class Layout:
         self.launches: dict[Any, Any] = {}
 
 
-class ChunkPlans:
+class ChunkPlans(Compiling):
     """Of one table of kernels. `processors` is the GPU's number of multiprocessors."""
 
     def __init__(self, table: Any) -> None:
@@ -120,10 +120,6 @@ class ChunkPlans:
             layout.lifted = self.layout(whole)
             whole = whole._replace(layout=layout.lifted)
         return whole, total
-
-    def compiles(self, device: torch.device) -> bool:
-        """Whether a first call on this device waits for the compiler."""
-        return device.type == "cuda" and not self.interpreted
 
     def warm(self, a: ChunkCall, run: Callable[[ChunkCall], None]) -> None:
         """Has threads compile what `run` launches of the call, which it does over tensors without memory."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psmc.runtime.kit_ahead import _ghost, _processors, compiling_ahead
+from psmc.runtime.kit_ahead import Compiling, _ghost, _processors, compiling_ahead
 from psmc.runtime.kit_calls import Kernel, Launch
 from psmc.runtime.kit_lanes import LaneShape, _plain, real_dtype
 from psmc.runtime.kit_step import Steps
@@ -19,7 +19,7 @@ _SHAPES = 1024  # remembered shapes
 _DTYPES = {"real": torch.float32, "complex": torch.complex64, "int": torch.int64, "bool": torch.bool}
 
 
-class PointwiseKernels:
+class PointwiseKernels(Compiling):
     """The kernels of one spec behind tensors in the spec's own order.
 
     Inputs are [B, T, *lanes, *dims] (declared ones, then taps), params [*lanes, *dims] or [*dims], states
@@ -154,10 +154,6 @@ class PointwiseKernels:
             elif count == 1 and make == self._forward_plan and self.compiles(inputs[0].device):
                 self._ahead(inputs, params, initial, flagged, cu, save)
         return plan
-
-    def compiles(self, device: torch.device) -> bool:
-        """Whether a first call on this device waits for the compiler."""
-        return device.type == "cuda" and not self.interpreted
 
     def _ahead(
         self, inputs: Sequence[Tensor], params: Sequence[Tensor], initial: Sequence[Tensor] | None, flagged: bool,
